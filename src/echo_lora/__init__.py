@@ -1,0 +1,32 @@
+"""Echo-LoRA: train LoRA and DoRA adapters with an echo of deep hidden states; deploy plain adapters.
+
+The public names below are resolved on first use, so that `echo_lora.cli` can answer `--help` without
+importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "EchoConfig": "config",
+    "EchoError": "errors",
+    "EchoModel": "model",
+    "get_echo_model": "model",
+    "EchoOutput": "step",
+    "EchoTrainer": "trainer",
+    "EchoSFTTrainer": "trainer",
+    "EchoCallback": "trainer",
+    "save_verified": "export",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605  (the one table above is the source of both)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'echo_lora' has no attribute {name!r}")
+    return getattr(import_module(f"echo_lora.{_HOME[name]}"), name)

@@ -1,0 +1,171 @@
+"""Every choice of the method as a named, validated field.
+
+[P] marks what the abstract of arXiv:2605.08177 states, [R] what a public third-party attempt does,
+[O] our own decision; `docs/method.md` gives the reasons and `results/` the measurements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from echo_lora.errors import EchoConfigError
+
+# The paper's reference depth: layers are given for a model of 32 and scaled to other depths. [R]
+REFERENCE_DEPTH = 32
+REFERENCE_SOURCE_LAYERS = (24, 25, 26, 27)  # -8 ... -5
+REFERENCE_TARGET_LAYERS = (4, 5, 6, 7)
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class EchoConfig:
+    """How the echo is formed, injected, routed and trained.
+
+    Frozen; use `dataclasses.replace` to derive another one. Raises EchoConfigError, which names the
+    field, on construction.
+    """
+
+    source_layers: list[int] | None = _option(
+        None, "decoder layers whose output is read; negative counts from the end; default: 24-27 of 32, scaled"
+    )
+    target_layers: list[int] | None = _option(
+        None, "decoder layers whose LoRA modules receive the echo; default: 4-7 of 32, scaled"
+    )
+    injection_site: Literal["lora_input", "output"] = _option(
+        "lora_input", "add the echo to the input of lora_A, or to the output of the wrapped module"
+    )
+    injection_mask: Literal["predictive", "answer"] = _option(
+        "predictive", "inject where logits predict answer tokens, or at the answer tokens themselves"
+    )
+    bottleneck: int = _option(64, "width of the projection and gate networks")
+    scale_init: float = _option(0.1, "start of the learned scale of each target module")
+    gate_bias_init: float = _option(-2.0, "start of the gate's bias; the gate opens with sigmoid of it")
+    routing_schedule: Literal["linear", "constant"] = _option(
+        "linear", "how the probability of an echo-on pass goes from routing_start to routing_end"
+    )
+    routing_start: float = _option(1.0, "probability of an echo-on pass at the first step")
+    routing_end: float = _option(0.2, "probability of an echo-on pass at the last step")
+    routing_seed: int = _option(0, "seed of the routing draws and of the noise control")
+    distillation_weight: float = _option(1.0, "weight of the masked distillation term")
+    distillation_temperature: float = _option(2.0, "temperature of both distributions in the distillation")
+    distillation_direction: Literal["on_to_off", "off_to_on"] = _option(
+        "on_to_off", "which pass teaches: on_to_off teaches the deployed, echo-off pass"
+    )
+    echo_lr_multiplier: float = _option(1.0, "learning rate of the echo networks relative to the adapter's")
+    echo_kind: Literal["real", "zero", "noise", "shuffled", "shallow"] = _option(
+        "real", "the echo itself, or a control: no echo, random, another row's, the target layers' own"
+    )
+    echo_step: Literal["auto", "shared_prefix", "full"] = _option(
+        "auto", "share the prefix between the passes where that is exact, always, or never"
+    )
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_type(f.name, getattr(self, f.name), _hints()[f.name])
+        for name in ("source_layers", "target_layers"):
+            layers = getattr(self, name)
+            if layers is None:
+                continue
+            if not layers:
+                raise EchoConfigError(f"{name} is an empty list. Name at least one layer, or leave it out.")
+            if len(set(layers)) != len(layers):
+                raise EchoConfigError(f"{name} = {layers} names a layer twice. Name each layer once.")
+        self._require("bottleneck", self.bottleneck >= 1, "must be at least 1")
+        self._require("scale_init", self.scale_init != 0, "must not be 0: no gradient would ever flow")
+        for name in ("routing_start", "routing_end"):
+            self._require(name, 0.0 <= getattr(self, name) <= 1.0, "is a probability and must lie in [0, 1]")
+        self._require("distillation_weight", self.distillation_weight >= 0, "must not be negative")
+        self._require("distillation_temperature", self.distillation_temperature > 0, "must be positive")
+        self._require("echo_lr_multiplier", self.echo_lr_multiplier > 0, "must be positive")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise EchoConfigError(f"{name} = {getattr(self, name)!r} {rule}.")
+
+    # ---------------------------------------------------------------- layers
+
+    def resolve_source_layers(self, depth: int) -> list[int]:
+        """Indices of the layers that are read, in a model of `depth` decoder layers.
+
+        The control `shallow` reads the target layers. Raises EchoConfigError for an unknown layer.
+        """
+        if self.echo_kind == "shallow":
+            return self.resolve_target_layers(depth)
+        return _resolve_layers("source_layers", self.source_layers, REFERENCE_SOURCE_LAYERS, depth)
+
+    def resolve_target_layers(self, depth: int) -> list[int]:
+        """Indices of the layers that receive the echo. Raises EchoConfigError for an unknown layer."""
+        return _resolve_layers("target_layers", self.target_layers, REFERENCE_TARGET_LAYERS, depth)
+
+    # ------------------------------------------------------------------ JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EchoConfig:
+        """Raises EchoConfigError for an unknown key and offers the nearest one."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise EchoConfigError(f"unknown field {key!r} in the echo configuration.{nearest(key, names)}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> EchoConfig:
+        return cls.from_dict(json.loads(text))
+
+
+def nearest(key: str, names: list[str]) -> str:
+    """" Did you mean …?" with the nearest of `names`, or the list of them."""
+    match = get_close_matches(key, names, n=1)
+    return f" Did you mean {match[0]!r}?" if match else f" Known: {', '.join(sorted(names))}."
+
+
+def _resolve_layers(name: str, layers: list[int] | None, reference: tuple[int, ...], depth: int) -> list[int]:
+    if layers is None:  # [O] scale the reference indices in proportion and drop repeats
+        return sorted({math.floor(index * depth / REFERENCE_DEPTH) for index in reference})
+    resolved = []
+    for index in layers:
+        if not -depth <= index < depth:
+            raise EchoConfigError(
+                f"{name} names layer {index}, but the model has {depth} decoder layers. "
+                f"Use 0 to {depth - 1}, or -{depth} to -1 counted from the end."
+            )
+        resolved.append(index % depth)
+    if len(set(resolved)) != len(resolved):
+        raise EchoConfigError(f"{name} = {layers} names a layer of the {depth} twice. Name each layer once.")
+    return sorted(resolved)
+
+
+def _hints() -> dict[str, Any]:
+    return get_type_hints(EchoConfig)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            allowed = ", ".join(repr(v) for v in get_args(hint))
+            raise EchoConfigError(f"{name} = {value!r} is not known. Use one of {allowed}.")
+    elif hint is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise EchoConfigError(f"{name} = {value!r} must be a finite number.")
+    elif hint is int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise EchoConfigError(f"{name} = {value!r} must be a whole number.")
+    elif value is not None and not (
+        isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    ):
+        raise EchoConfigError(f"{name} = {value!r} must be a list of layer indices, for example [4, 5, 6].")
