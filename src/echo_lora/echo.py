@@ -1,0 +1,113 @@
+"""The echo itself: from deep hidden states to one signal per target module.      (equations 2 and 3)
+
+    z   = LayerNorm( mean over source layers of stopgrad(h at the boundary) )          one per row
+    e   = W2 tanh(W1 z)                                                                projection
+    g   = sigmoid(U2 tanh(U1 z) + c)                                                   gate
+    δ_m = λ_m · (g ⊙ e)                                                                one per target module m
+
+W2 and U2 start at zero, W1 and U1 do not: the echo starts neutral, and W2 has a gradient at once, W1, λ and
+the gate one step later. (Starting both W1 and W2 at zero, as [R] does, leaves them there for ever.)
+
+Shapes: `B` rows, `d` hidden width of the model, `width` features of the target module.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from echo_lora.config import EchoConfig
+from echo_lora.errors import EchoDataError
+
+
+def echo_representation(hidden: list[Tensor]) -> Tensor:
+    """z: the mean of the boundary states of the source layers, normalised without affine parameters.
+
+    hidden: one (B, d) tensor per source layer, any float dtype. Returns (B, d) float32, without gradient.
+    The stop-gradient keeps the echo a signal about the prompt, not a second path to train it. [P, R]
+    """
+    mean = torch.stack([h.detach().to(hidden[0].device, torch.float32) for h in hidden]).mean(0)  # (B, d)
+    return F.layer_norm(mean, mean.shape[-1:])  # (B, d)
+
+
+def apply_control(z: Tensor, kind: str) -> Tensor:
+    """z, or what a control puts in its place; (B, d) float32 in and out. [O]
+
+    `real` and `shallow` keep z (they differ in the layers it was read from), `zero` leaves two passes and
+    distillation without any echo, `noise` draws another vector of the same norm, `shuffled` gives every row
+    the z of another one. Raises EchoDataError if `shuffled` has one row only.
+    """
+    if kind == "zero":
+        return torch.zeros_like(z)
+    if kind == "noise":
+        return F.layer_norm(torch.randn_like(z), z.shape[-1:])
+    if kind == "shuffled":
+        if len(z) < 2:
+            raise EchoDataError(
+                "echo_kind='shuffled' gives each row the echo of another row, but this batch has a single row. "
+                "Use at least 2 rows per device batch, and drop the last incomplete batch."
+            )
+        return z.roll(1, dims=0)
+    return z
+
+
+class EchoBranch(nn.Module):
+    """Projection, gate and scale of one target module, in float32. (equation 3)"""
+
+    def __init__(self, hidden_size: int, width: int, config: EchoConfig) -> None:
+        super().__init__()
+        k = config.bottleneck
+        self.W1 = nn.Linear(hidden_size, k, bias=False)
+        self.W2 = nn.Linear(k, width, bias=False)
+        self.U1 = nn.Linear(hidden_size, k, bias=False)
+        self.U2 = nn.Linear(k, width, bias=True)  # its bias is c
+        self.scale = nn.Parameter(torch.full((1,), float(config.scale_init)))  # FSDP2 shards no scalars
+        for first in (self.W1, self.U1):
+            nn.init.kaiming_normal_(first.weight, nonlinearity="tanh")
+        for last in (self.W2, self.U2):
+            nn.init.zeros_(last.weight)
+        nn.init.constant_(self.U2.bias, config.gate_bias_init)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z: (B, d) float32. Returns δ (B, width) and the gate (B, width), in (0, 1)."""
+        projection = self.W2(torch.tanh(self.W1(z)))  # (B, width)
+        gate = torch.sigmoid(self.U2(torch.tanh(self.U1(z))))  # (B, width), gate in (0, 1)
+        return self.scale * gate * projection, gate
+
+
+class EchoNetworks(nn.Module):
+    """One EchoBranch per target module. Trained beside the adapter, never saved with it.
+
+    widths: the number of features of each target module, by its full name in the base model.
+    Draws its initial weights from torch's global generator without advancing it, so that an adapter trained
+    with the echo starts from the same numbers as one trained without.
+    """
+
+    def __init__(self, hidden_size: int, widths: dict[str, int], config: EchoConfig) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            self.branches = nn.ModuleDict(
+                {_key(name): EchoBranch(hidden_size, width, config) for name, width in widths.items()}
+            )
+        self.names = list(widths)
+
+    def forward(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """z: (B, d) float32.
+
+        Returns δ (B, width) by module name, the mean norm of δ over rows and modules, and the mean gate;
+        the two means are float32 scalars without gradient, for the logs.
+        """
+        deltas, norms, gates = {}, [], []
+        # autocast would round the echo to bf16 although its parameters are float32
+        with torch.autocast(z.device.type, enabled=False):
+            for name in self.names:
+                delta, gate = self.branches[_key(name)](z)  # (B, width), (B, width)
+                deltas[name] = delta
+                norms.append(delta.detach().norm(dim=-1).mean())
+                gates.append(gate.detach().mean())
+        return deltas, torch.stack(norms).mean(), torch.stack(gates).mean()
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a module name may not hold a dot

@@ -1,0 +1,145 @@
+"""Injection: adding δ to the LoRA modules of the target layers.                       (equation 4)
+
+    lora_input:  y = W0 x + s·B A (dropout(x) + a_t δ_m)          a forward pre-hook on `lora_A[adapter]`
+    output:      y = (module output) + a_t δ_m                    a forward hook on the LoRA module
+
+`lora_A[adapter]` is the one place that LoRA, DoRA, rsLoRA and quantised bases all pass through. The hooks stay
+registered and do nothing unless a pass is `injecting`. a_t is 1 at the positions named by `injection_mask`.
+
+With gradient checkpointing the layers run again during backward, when no pass is under way any more:
+`Injector.checkpoint_contexts` lets each recomputation see what its forward saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from echo_lora.errors import EchoModelError
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What one pass adds: δ (B, width) by module name, and where: mask (B, T) bool."""
+
+    deltas: dict[str, Tensor]
+    mask: Tensor
+
+
+def decoder_layers(base_model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: the outermost ModuleList of length `num_hidden_layers`.
+
+    Raises EchoModelError if the model has none.
+    """
+    depth = base_model.config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not found:
+        raise EchoModelError(
+            f"{type(base_model).__name__} holds no list of {depth} decoder layers, so source and target layers "
+            "can't be found. The echo needs a decoder-only language model of transformers."
+        )
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def target_modules(base_model: nn.Module, target_layers: list[int], adapter: str) -> dict[str, LoraLayer]:
+    """The LoRA-wrapped linear modules of the target layers, by their full name in the base model.
+
+    Raises EchoModelError if a target layer holds none.
+    """
+    prefix, layers = decoder_layers(base_model)
+    found: dict[str, LoraLayer] = {}
+    for index in target_layers:
+        in_layer = {
+            f"{prefix}.{index}.{name}": module
+            for name, module in layers[index].named_modules()
+            if isinstance(module, LoraLayer)
+            and adapter in module.lora_A
+            and isinstance(module.lora_A[adapter], nn.Linear)
+        }
+        if not in_layer:
+            raise EchoModelError(
+                f"target layer {index} ({prefix}.{index}) holds no LoRA linear module of adapter {adapter!r}, so "
+                "the echo has nowhere to go. Widen LoraConfig.target_modules or layers_to_transform, "
+                "or choose other target_layers."
+            )
+        found |= in_layer
+    return found
+
+
+class Injector:
+    """Owns the hooks on the target modules and the injection under way, if any."""
+
+    def __init__(self, modules: dict[str, LoraLayer], adapter: str, site: str) -> None:
+        self.adapter = adapter
+        self.current: Injection | None = None
+        for name, module in modules.items():
+            if site == "lora_input":
+                module.lora_A[adapter].register_forward_pre_hook(self._input_hook(name))
+            else:
+                module.register_forward_hook(self._output_hook(name, module))
+
+    @staticmethod
+    def widths(modules: dict[str, LoraLayer], site: str) -> dict[str, int]:
+        """Number of features that δ needs for each module at this site."""
+        return {n: m.in_features if site == "lora_input" else m.out_features for n, m in modules.items()}
+
+    @contextmanager
+    def injecting(self, injection: Injection | None) -> Iterator[None]:
+        """Add this to every forward inside; None adds nothing."""
+        before, self.current = self.current, injection
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """`context_fn` of torch's checkpoint: the recomputation injects what the forward injected."""
+        return self.injecting(self.current), self.injecting(self.current)
+
+    def _input_hook(self, name: str) -> Any:
+        def add_echo(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if self.current is None or _is_weight_probe(args[0]):
+                return None
+            return (_add(args[0], self.current, name), *args[1:])
+
+        return add_echo
+
+    def _output_hook(self, name: str, layer: LoraLayer) -> Any:
+        def add_echo(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self.current is None or self.adapter not in layer.active_adapters:
+                return None
+            return _add(output, self.current, name)
+
+        return add_echo
+
+
+def _is_weight_probe(x: Tensor) -> bool:
+    """Whether x is the identity matrix that DoRA sends through lora_A to learn the weight's norm.
+
+    Only a square matrix is compared, so that ordinary (B, T, d) inputs cost nothing.
+    """
+    return x.dim() == 2 and x.shape[0] == x.shape[1] and torch.equal(x, torch.eye(len(x)).to(x))
+
+
+def _add(x: Tensor, injection: Injection, name: str) -> Tensor:
+    """x + a_t δ_m, for x of shape (B, T, width), or (B·T, width) in layers that flatten their rows."""
+    mask_BT = injection.mask
+    if x.shape[:-1] not in (mask_BT.shape, mask_BT.flatten().shape):
+        raise EchoModelError(
+            f"{name} sees an input of shape {tuple(x.shape)} where the batch has {tuple(mask_BT.shape)} (rows, tokens): "
+            "the layer regroups tokens, and the echo can't tell which row each belongs to. "
+            "Leave this module out of LoraConfig.target_modules."
+        )
+    delta = injection.deltas[name].to(x.device, x.dtype)  # (B, width)
+    added = torch.where(mask_BT.to(x.device)[..., None], delta[:, None, :], 0)  # (B, T, width)
+    return x + added.reshape(x.shape)

@@ -1,0 +1,258 @@
+"""EchoModel: a PEFT model whose training forward is one step of Echo-LoRA.
+
+In training mode with labels, one `forward` runs both passes and all losses, so that DDP and FSDP see one forward
+per step. In eval mode, without labels, with `echo_enabled = False`, with another adapter active or with the
+adapter disabled, it is the plain PEFT model. What `save_pretrained` writes is a plain PEFT adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM, TaskType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from echo_lora.config import EchoConfig
+from echo_lora.echo import EchoNetworks
+from echo_lora.errors import EchoDataError, EchoModelError
+from echo_lora.inject import Injector, decoder_layers, target_modules
+from echo_lora.routing import is_routed
+from echo_lora.step import EchoOutput, align_rows, training_step, why_full
+
+logger = logging.getLogger(__name__)
+
+
+def get_echo_model(
+    model: PreTrainedModel,
+    peft_config: LoraConfig,
+    echo_config: EchoConfig | None = None,
+    adapter_name: str = "default",
+    **kwargs: Any,
+) -> EchoModel:
+    """Wrap a base model for training with the echo, as `peft.get_peft_model` wraps it without.
+
+    The adapter's initial weights are the ones that `get_peft_model` would draw. Further keyword arguments go to
+    the PEFT model. Raises EchoModelError if the base model or the adapter can't carry the echo, EchoConfigError
+    if a layer does not exist.
+    """
+    if not isinstance(peft_config, LoraConfig):
+        raise EchoModelError(
+            f"the echo enters LoRA modules, but peft_config is a {type(peft_config).__name__}. "
+            "Use peft.LoraConfig (use_dora and use_rslora are supported)."
+        )
+    if peft_config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise EchoModelError(
+            f"LoraConfig.task_type is {peft_config.task_type!r}; the echo trains causal language models. Use 'CAUSAL_LM'."
+        )
+    if peft_config.alora_invocation_tokens:
+        raise EchoModelError(
+            "activated LoRA (alora_invocation_tokens) chooses its own positions; it can't be combined with the echo."
+        )
+    if hasattr(model, "peft_config"):
+        raise EchoModelError(
+            f"{type(model).__name__} carries a PEFT adapter already. Pass the base model (`.unload()` removes an adapter); "
+            "to go on training a saved adapter, call `load_adapter` on the model that this function returns."
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise EchoModelError(f"{type(model).__name__} is an encoder-decoder; the echo needs a decoder-only model.")
+    peft_config.base_model_name_or_path = model.__dict__.get("name_or_path", None) or None  # as get_peft_model
+    return EchoModel(model, peft_config, echo_config or EchoConfig(), adapter_name, **kwargs)
+
+
+class EchoModel(PeftModelForCausalLM):
+    """A PEFT LoRA model with echo networks beside it. Made by `get_echo_model`.
+
+    echo: the echo networks; trainable, part of `parameters()` and of training checkpoints, never of an adapter.
+    echo_enabled: set it to False for a plain PEFT model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        peft_config: LoraConfig,
+        echo_config: EchoConfig,
+        adapter_name: str = "default",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        base = self.get_base_model()
+        _, layers = decoder_layers(base)
+        source = echo_config.resolve_source_layers(len(layers))
+        modules = target_modules(base, echo_config.resolve_target_layers(len(layers)), adapter_name)
+
+        self.echo_config = echo_config
+        self.echo_adapter = adapter_name
+        self.echo_enabled = True
+        self._source_layers = [layers[index] for index in source]  # a list, so that they are not registered twice
+        self._injector = Injector(modules, adapter_name, echo_config.injection_site)
+        self._routing_clock: tuple[int, int] | None = None
+        self._said: set[str] = set()
+        self._forward_parameters = set(inspect.signature(base.forward).parameters)
+
+        widths = Injector.widths(modules, echo_config.injection_site)
+        self.echo = EchoNetworks(base.config.get_text_config().hidden_size, widths, echo_config)
+        self.echo.to(next(iter(modules.values())).lora_A[adapter_name].weight.device)
+        if getattr(base, "is_gradient_checkpointing", False):
+            self.gradient_checkpointing_enable()
+
+    # -------------------------------------------------------------- the step
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """In training mode with labels: the whole step, returning an EchoOutput. Else: the plain PEFT model.
+
+        input_ids, attention_mask, labels: (B, T) int64, rows padded on either side, labels -100 outside the
+        answer. num_items_in_batch: supervised tokens of the whole optimizer step; Trainer passes it.
+        Raises EchoDataError for rows without prompt or answer and for packed rows, EchoModelError if the
+        routing clock is not set or a forced `echo_step` is impossible.
+        """
+        if not self._echo_applies(kwargs.get("labels")):
+            return super().forward(*args, **kwargs)
+        step, total = self._clock()
+        return self.echo_losses(*args, is_routed=is_routed(self.echo_config, step, total), **kwargs)
+
+    def echo_losses(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        is_routed: bool,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> EchoOutput:
+        """The step with the echo-on pass run or not as asked, in any mode: for validation and measurement."""
+        if input_ids is None or labels is None:
+            raise EchoDataError("the echo needs input_ids and labels; inputs_embeds can't be aligned at the boundary.")
+        _refuse_packed(attention_mask, kwargs)
+        base = self.get_base_model()
+        return training_step(
+            self._plain_forward,
+            self._source_layers,
+            self.echo,
+            self._injector,
+            self.echo_config,
+            align_rows(input_ids, attention_mask, labels),
+            is_routed=is_routed,
+            shares_prefix=is_routed and self._shares_prefix(base),
+            num_items=num_items_in_batch,
+            router_aux_loss_coef=_router_aux_loss_coef(base.config),
+        )
+
+    def set_routing_clock(self, step: int, total_steps: int) -> None:
+        """Tell which optimizer step (from 0) of how many comes next; routing is a function of it.
+
+        EchoTrainer and EchoCallback do this; a training loop of one's own calls it before each step.
+        """
+        self._routing_clock = (step, total_steps)
+
+    def _clock(self) -> tuple[int, int]:
+        if self._routing_clock is not None:
+            return self._routing_clock
+        if self.echo_config.routing_schedule == "constant" and self.echo_config.routing_start in (0.0, 1.0):
+            return 0, 1  # every step is the same
+        raise EchoModelError(
+            "the echo does not know which training step this is, so it can't draw the routing. Use EchoTrainer or "
+            "EchoSFTTrainer, add EchoCallback() to your Trainer's callbacks, or call "
+            "model.set_routing_clock(step, total_steps) before each step."
+        )
+
+    def _echo_applies(self, labels: Tensor | None) -> bool:
+        return (
+            self.training
+            and self.echo_enabled
+            and labels is not None
+            and not self._adapters_disabled
+            and self.active_adapters == [self.echo_adapter]
+        )
+
+    def _plain_forward(self, **kwargs: Any) -> Any:
+        known = {k: v for k, v in kwargs.items() if k in self._forward_parameters}
+        return super().forward(**known)
+
+    def _shares_prefix(self, base: PreTrainedModel) -> bool:
+        if self.echo_config.echo_step == "full":
+            return False
+        reason = why_full(base)
+        if reason is None:
+            return True
+        if self.echo_config.echo_step == "shared_prefix":
+            raise EchoModelError(f"echo_step='shared_prefix' is impossible: {reason}. Use echo_step='auto'.")
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("The echo-on pass runs in full, not on the answer only: %s.", reason)
+        return False
+
+    # -------------------------------------------------- gradient checkpointing
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As the base model's, with a context that lets recomputed layers see the injection of their forward.
+
+        Raises EchoModelError for use_reentrant=True, which has no such context.
+        """
+        checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if checkpointing["use_reentrant"]:
+            raise EchoModelError(
+                "gradient checkpointing with use_reentrant=True would recompute the echo-on pass without its echo. "
+                "Set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        checkpointing["context_fn"] = _compose(checkpointing.get("context_fn"), self._injector.checkpoint_contexts)
+        self.get_base_model().activation_checkpointing_enable(checkpointing, **kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The name that transformers 5 uses for `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+
+ContextFn = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
+
+
+def _compose(theirs: ContextFn | None, ours: ContextFn) -> ContextFn:
+    """A `context_fn` that enters both, for those who bring one, such as selective checkpointing."""
+
+    @contextmanager
+    def both(*contexts: AbstractContextManager) -> Any:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            yield
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        pairs = [ours()] if theirs is None else [theirs(), ours()]
+        forward, recompute = zip(*pairs, strict=True)
+        return both(*forward), both(*recompute)
+
+    return contexts
+
+
+def _refuse_packed(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Packed rows would attend across rows once they carry a cache; transformers detects them only without one."""
+    position_ids = kwargs.get("position_ids")
+    restarts = position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=-1) < 0).any())
+    packed = [key for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "seq_lengths") if kwargs.get(key) is not None]
+    if restarts or packed:
+        what = "position_ids restart within a row" if restarts else f"the batch holds {packed[0]}"
+        raise EchoDataError(
+            f"the batch is packed ({what}), but each row needs a boundary of its own. Set packing=False and "
+            "padding_free=False."
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise EchoDataError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; the echo aligns rows by a (rows, tokens) mask "
+            "with 1 at tokens and 0 at padding. Pass that one."
+        )
+
+
+def _router_aux_loss_coef(config: Any) -> float:
+    """Weight of a mixture-of-experts model's load-balancing loss, where it is switched on."""
+    text = config.get_text_config()
+    return float(text.router_aux_loss_coef) if getattr(text, "output_router_logits", False) else 0.0

@@ -1,0 +1,265 @@
+"""One training step of Echo-LoRA: align rows, echo-off pass, echo, echo-on pass, losses.
+
+    rows     prompts left-padded, answers right-padded: all boundaries fall in column P-1
+    off      the ordinary pass; source layers are read at the boundary                    (equation 1)
+    z, δ     echo representation, projection and gate                                     (equations 2, 3)
+    on       the pass again with δ injected                                               (equations 4, 6)
+    loss     CE(off) + CE(on) + μ · distillation                                          (equation 7)
+
+Before the boundary the two passes are identical, for nothing is injected there and a causal model's states can't
+depend on later tokens. The echo-on pass therefore runs on the last A columns only and attends to the keys and
+values of the echo-off pass, which stay in the autograd graph: losses and gradients are those of a second full
+pass. [O] Where that does not hold (`why_full`), the second pass is run in full.
+
+    P-1 columns           A columns
+    ┌────────────────────┬─┬───────────────┐
+    │ · · prompt of row 0│β│ answer …      │   off: all columns
+    │ prompt of row 1    │β│ answer … · ·  │   on:  the last A columns, from β on
+    └────────────────────┴─┴───────────────┘
+Column c predicts the token of column c+1; the last token of a row predicts nothing and is not run.
+
+Legend: `B` rows, `T` tokens in a row, `P` prompt, `A` answer, `d` hidden width, `V` vocabulary, `L` layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
+
+from echo_lora.config import EchoConfig
+from echo_lora.echo import EchoNetworks, apply_control, echo_representation
+from echo_lora.errors import EchoDataError, EchoModelError
+from echo_lora.inject import Injection, Injector
+from echo_lora.losses import loss_terms
+
+
+@dataclass
+class EchoOutput(ModelOutput):
+    """What one training step gives; scalars in float32, and only `loss` carries gradient.
+
+    The three terms, the entropy and the accuracy are sums over the supervised tokens divided by
+    `num_items_in_batch`; over the micro-batches of one optimizer step they add up to means.
+    """
+
+    loss: Tensor | None = None
+    ce_off: Tensor | None = None
+    ce_on: Tensor | None = None
+    distillation: Tensor | None = None
+    routed: Tensor | None = None  # bool: whether the echo-on pass was run
+    echo_norm: Tensor | None = None  # mean norm of δ
+    gate_mean: Tensor | None = None  # mean gate, in (0, 1)
+    entropy: Tensor | None = None
+    token_accuracy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AlignedRows:
+    """Rows as the step runs them; T = P - 1 + A columns, the boundaries in column P - 1."""
+
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64, 1 at tokens
+    position_ids: Tensor  # (B, T) int64, from 0 at each row's first token
+    targets: Tensor  # (B, A) int64: what columns P-1 … P+A-2 predict; -100 where not supervised
+    prefix_length: int  # P - 1: columns before the boundary
+
+
+def boundary_positions(labels: Tensor) -> Tensor:
+    """Column of the last token before each row's first answer token.
+
+    labels: (B, T) int64, -100 outside the answer. Returns (B,) int64. [P]
+    Raises EchoDataError if a row has no answer, or its answer starts at column 0.
+    """
+    is_answer = labels != -100  # (B, T)
+    first = is_answer.int().argmax(1)  # (B,)
+    for row in (~is_answer.any(1)).nonzero().flatten().tolist():
+        raise EchoDataError(
+            f"row {row} of the batch has no answer token: all its labels are -100. "
+            "Drop such rows before training, or raise max_length if their answers were cut off."
+        )
+    for row in (first == 0).nonzero().flatten().tolist():
+        raise EchoDataError(
+            f"row {row} of the batch has no prompt: its first token is already an answer token, so there is no "
+            "boundary to read the echo from. Give the row a prompt, or use a completion-only loss."
+        )
+    return first - 1
+
+
+def align_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> AlignedRows:
+    """Move padding so that all boundaries fall in one column; drop what no supervised token depends on.
+
+    input_ids, labels: (B, T); attention_mask: (B, T) or None, padding on either side. [O]
+    In a row of several turns the prefix ends at the first answer token.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    is_token = attention_mask.bool()
+    # the tokens of each row first, in their order, whatever side the padding was on
+    order = (~is_token).int().argsort(dim=1, stable=True)  # (B, T)
+    input_ids = input_ids.gather(1, order)
+    labels = torch.where(is_token, labels, -100).gather(1, order)
+
+    prompt = boundary_positions(labels) + 1  # (B,) tokens up to and with the boundary
+    columns = torch.arange(labels.shape[1], device=labels.device)  # (T,)
+    length = torch.where(labels != -100, columns, -1).amax(1) + 1  # (B,) up to the last supervised token
+    P, A = int(prompt.max()), int((length - prompt).max())
+
+    position = torch.arange(P + A, device=labels.device)[None] - (P - prompt)[:, None]  # (B, P+A), < 0 is padding
+    inside = (position >= 0) & (position < length[:, None])
+    source = position.clamp(0, labels.shape[1] - 1)
+    ids = torch.where(inside, input_ids.gather(1, source), input_ids.gather(1, prompt[:, None] - 1))
+    targets = torch.where(inside, labels.gather(1, source), -100)
+    return AlignedRows(
+        input_ids=ids[:, :-1],
+        attention_mask=inside[:, :-1].long(),
+        position_ids=position[:, :-1].clamp(min=0),
+        targets=targets[:, P:],
+        prefix_length=P - 1,
+    )
+
+
+def injection_mask(targets: Tensor, kind: str) -> Tensor:
+    """a_t over columns P-1 … P+A-2; targets: (B, A), returns (B, A) bool.
+
+    `predictive`: the positions whose logits predict answer tokens. [O]
+    `answer`: the answer tokens. [R]
+    """
+    is_predictive = targets != -100
+    if kind == "predictive":
+        return is_predictive
+    # the token of a column is the one that the column before predicts; the boundary's is never an answer
+    return torch.cat([torch.zeros_like(is_predictive[:, :1]), is_predictive[:, :-1]], dim=1)
+
+
+def why_full(base_model: nn.Module) -> str | None:
+    """Why the echo-on pass can't share the prefix with the echo-off pass exactly; None if it can."""
+    config = base_model.config.get_text_config()
+    if any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules()) and base_model.training:
+        return "gradient checkpointing is on, which keeps no keys and values"
+    if getattr(base_model, "_is_stateful", False):
+        return f"{type(base_model).__name__} carries a recurrent state"
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if others:
+        return f"the model has layers of type {', '.join(sorted(others))}"
+    if config._attn_implementation not in ("eager", "sdpa"):
+        return f"attention {config._attn_implementation!r} has not been shown to agree with and without a prefix"
+    parameters = inspect.signature(base_model.forward).parameters
+    if "past_key_values" not in parameters or "use_cache" not in parameters:
+        return f"{type(base_model).__name__} takes no key-value cache"
+    return None
+
+
+def training_step(
+    forward: Callable[..., Any],
+    source_layers: list[nn.Module],
+    echo: EchoNetworks,
+    injector: Injector,
+    config: EchoConfig,
+    rows: AlignedRows,
+    *,
+    is_routed: bool,
+    shares_prefix: bool,
+    num_items: Tensor | int | None = None,
+    router_aux_loss_coef: float = 0.0,
+) -> EchoOutput:
+    """Both passes and all losses of one (micro-)batch.
+
+    forward: the plain PEFT model. num_items: supervised tokens of the whole optimizer step; by default those
+    of this batch. With `is_routed` false this is a plain LoRA step, with logits at predicting positions only.
+    """
+    A = rows.targets.shape[1]
+    supervised = rows.targets != -100  # (B, A)
+    targets_N = rows.targets[supervised]  # (N,)
+    cache = DynamicCache() if is_routed and shares_prefix else None
+
+    # echo-off pass
+    with _reading(source_layers, rows.prefix_length) if is_routed else _reading([], 0) as hidden:
+        off = _run(forward, rows, 0, cache)
+    off_NV = off.logits[:, -A:][supervised]  # (N, V)
+
+    on_NV, echo_norm, gate_mean = None, None, None
+    if is_routed:
+        # echo
+        z = apply_control(echo_representation(hidden), config.echo_kind)  # (B, d)
+        deltas, echo_norm, gate_mean = echo(z)
+        mask_BA = injection_mask(rows.targets, config.injection_mask)
+
+        # echo-on pass
+        if cache is not None:
+            _forget_suffix(cache, rows)
+            with injector.injecting(Injection(deltas, mask_BA)):
+                on = _run(forward, rows, rows.prefix_length, cache)
+        else:
+            before = mask_BA.new_zeros(len(mask_BA), rows.prefix_length)
+            with injector.injecting(Injection(deltas, torch.cat([before, mask_BA], dim=1))):
+                on = _run(forward, rows, 0, None)
+        on_NV = on.logits[:, -A:][supervised]  # (N, V)
+
+    # losses
+    terms = loss_terms(off_NV, on_NV, targets_N, config)
+    count = max(len(targets_N), 1) if num_items is None else torch.as_tensor(num_items, device=off_NV.device)
+    ce_off, ce_on, distillation, entropy, correct = (term / count for term in terms)
+    loss = ce_off + ce_on + config.distillation_weight * distillation
+    if router_aux_loss_coef:
+        loss = loss + router_aux_loss_coef * off.aux_loss  # as the plain model adds it to its own loss
+    zero = loss.new_zeros(())
+    return EchoOutput(
+        loss=loss,
+        ce_off=ce_off.detach(),
+        ce_on=ce_on.detach(),
+        distillation=distillation.detach(),
+        routed=torch.tensor(is_routed, device=loss.device),
+        echo_norm=zero if echo_norm is None else echo_norm,
+        gate_mean=zero if gate_mean is None else gate_mean,
+        entropy=entropy,
+        token_accuracy=correct,
+    )
+
+
+def _run(forward: Callable[..., Any], rows: AlignedRows, start: int, cache: DynamicCache | None) -> Any:
+    """The plain model on columns `start` …, with logits at the last A columns."""
+    return forward(
+        input_ids=rows.input_ids[:, start:],
+        attention_mask=rows.attention_mask,
+        position_ids=rows.position_ids[:, start:],
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=rows.targets.shape[1],
+    )
+
+
+def _forget_suffix(cache: DynamicCache, rows: AlignedRows) -> None:
+    """Leave in the cache the keys and values of the prefix, attached to the echo-off pass's graph."""
+    columns = rows.input_ids.shape[1]
+    whole = [type(layer) is DynamicLayer and layer.get_seq_length() == columns for layer in cache.layers]
+    if not whole or not all(whole):  # checked, not assumed: such a layer can't give back the prefix
+        raise EchoModelError(
+            f"{whole.count(False)} of {len(whole)} cache layers do not hold all {columns} columns of the echo-off "
+            "pass, so its prefix can't be shared. Set echo_step='full'."
+        )
+    cache.crop(rows.prefix_length - columns)
+
+
+@contextmanager
+def _reading(layers: list[nn.Module], column: int) -> Iterator[list[Tensor]]:
+    """Collect each layer's output at `column`, (B, d), during the pass inside."""
+    states: list[Tensor] = []
+
+    def read(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output  # (B, T, d)
+        states.append(hidden[:, column].detach())  # stop-gradient: see echo_representation
+
+    handles = [layer.register_forward_hook(read) for layer in layers]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
