@@ -98,7 +98,7 @@ class EchoModel(PeftModelForCausalLM):
         widths = Injector.widths(modules, echo_config.injection_site)
         self.echo = EchoNetworks(base.config.get_text_config().hidden_size, widths, echo_config)
         self.echo.to(next(iter(modules.values())).lora_A[adapter_name].weight.device)
-        if getattr(base, "is_gradient_checkpointing", False):
+        if base.is_activation_checkpointing:
             self.gradient_checkpointing_enable()
 
     # -------------------------------------------------------------- the step

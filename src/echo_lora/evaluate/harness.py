@@ -1,0 +1,198 @@
+"""`score`: run lm-evaluation-harness on a model and count its correct answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
+from echo_lora.evaluate.tasks import (
+    FILTER,
+    METRIC,
+    TASK_VERSION,
+    UNREADABLE,
+    EvalTask,
+    check_rows,
+    location,
+    write_task,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a model got right on one task, and what it said."""
+
+    task: str
+    kind: str
+    metric: str  # lm-eval's: "acc" for kind choice, "exact_match" for generate
+    filter: str  # lm-eval's name of the filter that read the responses
+    correct: int
+    total: int
+    accuracy: float
+    low: float  # the 95 % Wilson interval of the accuracy
+    high: float
+    unreadable: float  # share of answers in which the pattern found nothing; 0 for kind choice
+    seconds: float  # inside the model
+    lm_eval_version: str
+    task_version: float
+    correct_per_row: list[bool]  # in the order of the rows, for paired statistics
+    predictions: list[str]  # "" where unreadable
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def score(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[tuple[EvalTask, Iterable[Mapping[str, Any]]]],
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[TaskResult]:
+    """Score `model` on each task's rows, in that order, without sampling and without few-shot examples.
+
+    tasks: pairs of a task and its rows; `tasks.py` describes a row. progress: bars, on a terminal only.
+    Nothing is downloaded. Training modes, padding token and random states are left as they were.
+    Raises EchoError if lm-eval is missing, EchoDataError for a row that can't be scored or is too long,
+    EchoConfigError for a name used twice, EchoModelError for a model that gives NaN.
+    """
+    if find_spec("lm_eval") is None:
+        raise EchoError('Evaluation needs lm-evaluation-harness. Run: pip install "echo-lora[eval]"')
+    _check_names([task.name for task, _ in tasks])
+    if tokenizer.eos_token_id is None:
+        raise EchoModelError(
+            "The tokenizer has no eos_token, so no answer would end. Set tokenizer.eos_token."
+        )
+    documents = [(task, check_rows(task, rows)) for task, rows in tasks]
+
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from echo_lora.evaluate.lm import RenderedPromptLM
+
+    shows_progress = progress and sys.stderr.isatty()
+    with (
+        TemporaryDirectory(prefix="echo-lora-") as folder,
+        _quiet(shows_progress),
+        _untouched(model, tokenizer),
+    ):
+        lm = RenderedPromptLM(model, tokenizer, batch_size=batch_size, shows_progress=shows_progress)
+        for task, rows in documents:
+            for index, row in enumerate(rows):
+                lm.check_length(location(task, index), row["prompt"], row.get("choices", task.max_new_tokens))
+            write_task(task, rows, folder)
+        output = simple_evaluate(
+            lm,
+            tasks=[task.name for task, _ in documents],
+            task_manager=TaskManager(include_path=folder, include_defaults=False),
+            bootstrap_iters=0,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    if output is None:
+        raise EchoError("lm-eval gives results on the first process only. Call score where LOCAL_RANK is 0.")
+    return [_result(task, output["samples"][task.name], lm.seconds[task.name]) for task, _ in documents]
+
+
+def _check_names(names: list[str]) -> None:
+    if not names:
+        raise EchoConfigError("There is no evaluation task. Give at least one.")
+    for name in names:
+        if names.count(name) > 1:
+            raise EchoConfigError(
+                f"evaluation task {name!r} is given {names.count(name)} times. Rename all but one."
+            )
+
+
+def _result(task: EvalTask, samples: list[dict[str, Any]], seconds: float) -> TaskResult:
+    from scipy.stats import binomtest
+
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
+    predictions = [_prediction(task, sample) for sample in samples]
+    correct_per_row = [bool(sample[METRIC[task.kind]]) for sample in samples]
+    correct, total = sum(correct_per_row), len(correct_per_row)
+    interval = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return TaskResult(
+        task=task.name,
+        kind=task.kind,
+        metric=METRIC[task.kind],
+        filter=FILTER[task.kind],
+        correct=correct,
+        total=total,
+        accuracy=correct / total,
+        low=float(interval.low),
+        high=float(interval.high),
+        unreadable=predictions.count(UNREADABLE) / total,
+        seconds=seconds,
+        lm_eval_version=version("lm_eval"),
+        task_version=TASK_VERSION,
+        correct_per_row=correct_per_row,
+        predictions=predictions,
+    )
+
+
+def _prediction(task: EvalTask, sample: dict[str, Any]) -> str:
+    """The answer that was read, or the choice of highest log-likelihood, the first one of equals."""
+    if task.kind == "generate":
+        return sample["filtered_resps"][0]
+    loglikelihoods = [loglikelihood for loglikelihood, _ in sample["filtered_resps"]]
+    if any(math.isnan(value) for value in loglikelihoods):
+        where = location(task, sample["doc_id"])
+        raise EchoModelError(
+            f"{where}: the model's log-likelihoods are {loglikelihoods}. Did its training diverge?"
+        )
+    return sample["doc"]["choices"][loglikelihoods.index(max(loglikelihoods))]
+
+
+@contextmanager
+def _untouched(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Undo what lm-eval does: eval mode, a padding token where there is none, seeded generators."""
+    import numpy as np
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    pad_token, python_state, numpy_state = tokenizer.pad_token, random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        tokenizer.pad_token = pad_token
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _quiet(shows_progress: bool) -> Iterator[None]:
+    """Keep lm-eval's log to errors; its loop over rows has no switch for its bar, so the bar is replaced."""
+    from lm_eval.api import task
+
+    logger, bar = logging.getLogger("lm_eval"), task.tqdm
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    if not shows_progress:
+        task.tqdm = lambda rows, **_: rows
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task.tqdm = bar

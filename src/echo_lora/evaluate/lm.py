@@ -1,0 +1,102 @@
+"""The model as lm-evaluation-harness sees it.
+
+lm-eval is made for prompts that it writes itself. Ours are rendered, so four of its habits are switched off:
+
+    a token at the start (BOS)           the template has put it where it belongs
+    white space at a prompt's end        is moved into the continuation; chat templates end in a newline
+    cutting prompts that are too long    `check_length` refuses them instead
+    text after the end of an answer      is kept if the model's own end token is not the tokenizer's
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.models.huggingface import HFLM
+
+from echo_lora.errors import EchoDataError
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class RenderedPromptLM(HFLM):
+    """HFLM for rendered prompts: the model reads exactly `tokenizer(prompt, add_special_tokens=False)`.
+
+    `seconds` holds the time of each task after lm-eval has run. A model's generation_config applies, but for
+    sampling and lengths.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        shows_progress: bool,
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            add_bos_token=False,
+            softmax_dtype="float32",  # in bfloat16 the log-likelihoods of close choices would tie
+        )
+        self.shows_progress = shows_progress
+        self.seconds: dict[str, float] = {}
+
+    def check_length(self, where: str, prompt: str, answer: int | list[str]) -> None:
+        """Raise EchoDataError if a prompt and its answer don't fit into the model.
+
+        answer: the number of tokens to generate, or the choices to compare.
+        """
+        length = len(self.tok_encode(prompt))
+        room = (
+            answer
+            if isinstance(answer, int)
+            else max(len(self._encode_pair(prompt, text)[1]) for text in answer)
+        )
+        if length + room > self.max_length:
+            raise EchoDataError(
+                f"{where}: the prompt has {length} tokens and the answer up to {room}, but the model takes "
+                f"{self.max_length}. Shorten the prompt, lower max_new_tokens, or leave the row out."
+            )
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._by_task(super().loglikelihood, requests)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return self._by_task(super().generate_until, requests)
+
+    def _by_task(self, run: Callable[..., list[Any]], requests: list[Instance]) -> list[Any]:
+        """Responses in the order of requests; no batch mixes tasks, so none depends on its neighbours."""
+        responses = []
+        for name, of_task in groupby(requests, key=lambda request: request.task_name):
+            start = time.perf_counter()
+            responses += run(list(of_task), disable_tqdm=not self.shows_progress)
+            self.seconds[name] = time.perf_counter() - start
+        return responses
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt, and of the choice as it reads after it; the prompt's never change."""
+        prompt, whole = self.tok_encode(context), self.tok_encode(context + continuation)
+        if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
+            return prompt, whole[len(prompt) :]
+        return prompt, self.tok_encode(continuation)  # a token would reach across the border
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
+        """A stop that is one added token ends its row: decoding may drop it, but not what follows."""
+        own = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        ends |= {
+            index for index, token in self.tokenizer.added_tokens_decoder.items() if token.content in stop
+        }
+        # max_length must not yield to a max_new_tokens of the model's generation_config
+        return super()._model_generate(
+            context, max_length, stop, eos_token_id=sorted(ends), max_new_tokens=None, **kwargs
+        )

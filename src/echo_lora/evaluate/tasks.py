@@ -1,0 +1,224 @@
+"""What is asked, and the lm-evaluation-harness task files that ask it.
+
+A row holds raw text. Its prompt is complete, chat template included; nothing is added to it.
+
+    generate   {"prompt": "…", "answer": "…"}                    exact match of the answer read by a pattern
+    choice     {"prompt": "…", "choices": ["…", "…"], "label": 0}   the choice of highest log-likelihood
+
+Other fields of a row are left out of the task files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from echo_lora.config import nearest
+from echo_lora.errors import EchoConfigError, EchoDataError
+
+TASK_VERSION = 1.0  # raised when the same answers would be scored differently
+FILTER = {"generate": "extract", "choice": "none"}  # "none" is lm-eval's name for responses as they are
+METRIC = {"generate": "exact_match", "choice": "acc"}
+UNREADABLE = ""  # the prediction where the pattern finds nothing; no answer is empty
+FIRST_LINE = r"\A\s*(\S[^\n]*)"
+
+
+class EvalTask(BaseModel, extra="forbid", frozen=True):
+    """One evaluation task. Raises EchoConfigError, which names the field, on construction."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name in results: letters, digits, _ and -")
+    file: str | None = Field(
+        None, description="JSONL file with one row per line; none if rows come from elsewhere"
+    )
+    kind: Literal["choice", "generate"] = Field(
+        "generate", description="compare given choices by likelihood, or generate an answer and read it"
+    )
+    answer_pattern: str | None = Field(
+        None,
+        description="regular expression that reads the answer: its first match, or the first group "
+        "that matched; default: the first line",
+    )
+    max_new_tokens: int = Field(32, ge=1, description="longest generated answer; higher is slower")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="strings that end an answer, beside the tokenizer's end of sequence"
+    )
+    limit: int | None = Field(None, ge=1, description="score the first rows only; default: all")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise EchoConfigError(_explain(values.get("name"), error)) from None
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"the regular expression does not compile: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _agrees(self) -> EvalTask:
+        for name in ("answer_pattern", "stop"):
+            if self.kind == "choice" and getattr(self, name):
+                raise ValueError(
+                    f"{name} is for kind 'generate' and has no meaning for 'choice'; leave it out"
+                )
+        return self
+
+
+def write_task(task: EvalTask, rows: Iterable[Mapping[str, Any]], folder: str | Path) -> Path:
+    """Write `<name>.jsonl` and `<name>.yaml` to `folder` and return the path of the latter.
+
+    lm-eval runs the task as it stands: `lm_eval run --include_path FOLDER --tasks NAME …`. Each file is
+    complete or absent. Raises EchoDataError, which names row and field, for a row that can't be scored.
+    """
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = check_rows(task, rows)
+    data = _write(folder / f"{task.name}.jsonl", "".join(json.dumps(row) + "\n" for row in documents))
+    head = f"custom_dataset: !function {__name__}.{load_rows.__name__}\n"
+    body = yaml.safe_dump(_configuration(task, data), sort_keys=False, allow_unicode=True)
+    return _write(folder / f"{task.name}.yaml", head + body)
+
+
+def load_rows(file: str, **_metadata: Any) -> dict[str, Any]:
+    """The rows of a written task, for lm-eval: {"test": Dataset}.
+
+    lm-eval's own way, `dataset_path: json`, turns answers that look like dates into timestamps.
+    """
+    from datasets import Dataset
+
+    with open(file, encoding="utf-8") as lines:
+        return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+
+
+def check_rows(task: EvalTask, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are scored, reduced to the fields of their kind, answers stripped as predictions are.
+
+    Raises EchoDataError, which names row and field.
+    """
+    check = _check_choice if task.kind == "choice" else _check_generate
+    documents = [
+        check(task, location(task, index), row) for index, row in enumerate(islice(rows, task.limit))
+    ]
+    if not documents:
+        raise EchoDataError(f"{task.file or task.name}: no rows to score. Give at least one row.")
+    return documents
+
+
+def location(task: EvalTask, index: int) -> str:
+    """How errors name a row, counted from 0."""
+    return f"{task.file or task.name}: row {index}"
+
+
+def _check_generate(task: EvalTask, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    answer = _text(where, row, "answer").strip()
+    if task.answer_pattern is None and "\n" in answer:
+        raise EchoDataError(
+            f"{where}: answer {answer!r} has several lines, but the default pattern reads only the first. "
+            f"Set answer_pattern of task {task.name!r}, or shorten the answer."
+        )
+    return {"prompt": _text(where, row, "prompt"), "answer": answer}
+
+
+def _check_choice(task: EvalTask, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    prompt, choices, label = (
+        _text(where, row, "prompt"),
+        _field(where, row, "choices"),
+        _field(where, row, "label"),
+    )
+    is_list = isinstance(choices, list) and all(
+        isinstance(choice, str) and choice.strip() for choice in choices
+    )
+    if not is_list or len(set(choices)) != len(choices) or len(choices) < 2:
+        raise EchoDataError(f"{where}: choices = {choices!r} must be a list of at least two different texts.")
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
+        raise EchoDataError(
+            f"{where}: label = {label!r} is the index of no choice. Use 0 to {len(choices) - 1}."
+        )
+    return {"prompt": prompt, "choices": choices, "label": label}
+
+
+def _text(where: str, row: Mapping[str, Any], name: str) -> str:
+    value = _field(where, row, name)
+    if not isinstance(value, str) or not value.strip():
+        raise EchoDataError(f"{where}: {name} = {value!r} must be text that is not blank.")
+    return value
+
+
+def _field(where: str, row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise EchoDataError(
+            f"{where}: field {name!r} is missing; the row has {', '.join(row) or 'none'}. Add it."
+        )
+    return row[name]
+
+
+def _configuration(task: EvalTask, data: Path) -> dict[str, Any]:
+    """The task in lm-eval's terms. A field given by its bare name is taken as it is, not as a template."""
+    metric = {"metric": METRIC[task.kind], "aggregation": "mean", "higher_is_better": True}
+    shared = {
+        "task": task.name,
+        "dataset_kwargs": {"file": str(data)},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "prompt",
+        "target_delimiter": "",
+        "metric_list": [metric],
+        "metadata": {"version": TASK_VERSION},
+    }
+    if task.kind == "choice":
+        return shared | {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "label",
+        }
+    pattern = {
+        "function": "regex",
+        "regex_pattern": task.answer_pattern or FIRST_LINE,
+        "fallback": UNREADABLE,
+    }
+    return shared | {
+        "output_type": "generate_until",
+        "doc_to_target": "answer",
+        "generation_kwargs": {
+            "until": list(task.stop),
+            "max_gen_toks": task.max_new_tokens,
+            "do_sample": False,
+        },
+        "filter_list": [{"name": FILTER[task.kind], "filter": [pattern, {"function": "take_first"}]}],
+    }
+
+
+def _write(path: Path, text: str) -> Path:
+    """Write under a temporary name, then rename: a reader sees all of the file or none."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def _explain(name: Any, error: ValidationError) -> str:
+    """One line per wrong field: which, what is wrong, and the value."""
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown field {field!r}.{nearest(field, list(EvalTask.model_fields))}")
+        elif problem["type"] == "missing":
+            lines.append(f"field {field!r} is missing.")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{field} = {problem['input']!r}: {message}." if field else f"{message}.")
+    return "\n".join(f"evaluation task {name!r}: {line}" for line in lines)

@@ -1,0 +1,112 @@
+"""The literal method, slow and obviously right: three passes over right-padded rows, nothing shared.
+
+Written from the equations of docs/method.md. It imports nothing of the fast path and reads the parameters of the
+echo networks by their names only. It is the only copy of the method beside the product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class OracleLosses:
+    loss: Tensor
+    ce_off: Tensor
+    ce_on: Tensor
+    distillation: Tensor
+    z: Tensor
+
+
+def oracle_step(
+    model: Any,
+    rows: list[tuple[list[int], list[int]]],
+    *,
+    source_layers: list[int],
+    config: Any,
+    is_routed: bool = True,
+    num_items: int | None = None,
+    z_override: Tensor | None = None,
+) -> OracleLosses:
+    """One step for rows of (token ids, labels), without padding; model is an EchoModel, used as a PEFT model."""
+    base = model.get_base_model()
+    B, T = len(rows), max(len(ids) for ids, _ in rows)
+    input_ids = torch.zeros(B, T, dtype=torch.long)
+    attention_mask = torch.zeros(B, T, dtype=torch.long)
+    labels = torch.full((B, T), -100)
+    for b, (ids, row_labels) in enumerate(rows):
+        input_ids[b, : len(ids)] = torch.tensor(ids)
+        attention_mask[b, : len(ids)] = 1
+        labels[b, : len(ids)] = torch.tensor(row_labels)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+
+    # pass 1, without gradient: z at the boundary
+    boundary = [next(t for t, label in enumerate(row_labels) if label != -100) - 1 for _, row_labels in rows]
+    with torch.no_grad():
+        states = base(**inputs, output_hidden_states=True).hidden_states  # [s + 1]: output of layer s
+    z_rows = []
+    for b in range(B):
+        mean = sum(states[s + 1][b, boundary[b]].float() for s in source_layers) / len(source_layers)
+        z_rows.append((mean - mean.mean()) / torch.sqrt(mean.var(unbiased=False) + 1e-5))
+    z = torch.stack(z_rows) if z_override is None else z_override
+
+    # pass 2: echo off
+    off = base(**inputs).logits
+
+    # pass 3: echo on, in full
+    a = torch.zeros(B, T)
+    for b in range(B):
+        for t in range(T):
+            if config.injection_mask == "predictive":
+                a[b, t] = 1.0 if t + 1 < T and labels[b, t + 1] != -100 else 0.0
+            else:
+                a[b, t] = 1.0 if labels[b, t] != -100 else 0.0
+
+    handles = []
+    for key, branch in model.echo.branches.items():
+        module = base.get_submodule(key.replace("/", "."))
+        p = dict(branch.named_parameters())
+        e = torch.tanh(z @ p["W1.weight"].T) @ p["W2.weight"].T
+        g = 1 / (1 + torch.exp(-(torch.tanh(z @ p["U1.weight"].T) @ p["U2.weight"].T + p["U2.bias"])))
+        delta = p["scale"] * g * e
+
+        def add(x: Tensor, delta: Tensor = delta) -> Tensor:
+            return x + (a[:, :, None] * delta[:, None, :]).to(x.dtype).reshape(x.shape)
+
+        if config.injection_site == "lora_input":
+
+            def before(_m: Any, args: Any, add: Any = add) -> Any:
+                (x,) = args
+                is_dora_identity = x.dim() == 2 and x.shape[0] == x.shape[1]  # the tests have B*T != width
+                return None if is_dora_identity else (add(x),)
+
+            handles.append(module.lora_A[model.echo_adapter].register_forward_pre_hook(before))
+        else:
+            handles.append(module.register_forward_hook(lambda _m, _args, out, add=add: add(out)))
+    on = base(**inputs).logits
+    for handle in handles:
+        handle.remove()
+
+    # losses, token by token, with the next-token shift
+    ce_off, ce_on, kl, count = off.new_zeros(()), off.new_zeros(()), off.new_zeros(()), 0
+    tau = config.distillation_temperature
+    for b in range(B):
+        for t in range(1, T):
+            if labels[b, t] == -100:
+                continue
+            count += 1
+            q_off, q_on = off[b, t - 1].float(), on[b, t - 1].float()
+            ce_off = ce_off - F.log_softmax(q_off, -1)[labels[b, t]]
+            ce_on = ce_on - F.log_softmax(q_on, -1)[labels[b, t]]
+            teacher, student = (q_on, q_off) if config.distillation_direction == "on_to_off" else (q_off, q_on)
+            p_teacher = F.softmax(teacher.detach() / tau, -1)
+            kl = kl + tau**2 * (p_teacher * (p_teacher.log() - F.log_softmax(student / tau, -1))).sum()
+    n = count if num_items is None else num_items
+    ce_off, ce_on, kl = ce_off / n, ce_on / n, kl / n
+    loss = ce_off + (ce_on + config.distillation_weight * kl if is_routed else 0)
+    return OracleLosses(loss, ce_off, ce_on, kl, z)

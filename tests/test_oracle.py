@@ -1,0 +1,169 @@
+"""Every fast path equals the literal method, in losses and in the gradient of every parameter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from architectures import ARCHITECTURES, Row, collate, random_row, tiny_echo_model
+from oracle import oracle_step
+
+FP32 = 1e-5  # relative, the project's bound
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def mixed_rows(seed: int = 0) -> list[Row]:
+    """A one-token answer, a one-token prompt, lengths far apart, and a row of several turns."""
+    g = torch.Generator().manual_seed(seed)
+    return [
+        random_row(g, 9, 1),
+        random_row(g, 1, 5),
+        random_row(g, 14, 3),
+        random_row(g, 4, 9, gap=(2, 3)),
+        random_row(g, 6, 4, gap=(3, 9)),  # unsupervised tokens at its end
+    ]
+
+
+def assert_equals_oracle(model, rows: list[Row], *, side: str = "right", prepare=None, **step) -> None:
+    """prepare(model) is called between the oracle and the fast path, for what only the latter should see."""
+    config = model.echo_config
+    expected = oracle_step(model, rows, source_layers=config.source_layers, config=config, **step)
+    expected.loss.backward()
+    expected_gradients = gradients(model)
+
+    if prepare is not None:
+        prepare(model)
+    is_routed, num_items = step.get("is_routed", True), step.get("num_items")
+    actual = model.echo_losses(**collate(rows, side), is_routed=is_routed, num_items_in_batch=num_items)
+    actual.loss.backward()
+    actual_gradients = gradients(model)
+
+    for term in ("loss", "ce_off", "ce_on", "distillation") if is_routed else ("loss", "ce_off"):
+        # a divergence is a difference of entropies of order 1, and has their absolute rounding error
+        atol = 1e-6 if term == "distillation" else 0
+        torch.testing.assert_close(
+            getattr(actual, term),
+            getattr(expected, term).detach(),
+            rtol=FP32,
+            atol=atol,
+            msg=lambda m, t=term: f"{t}: {m}",
+        )
+    assert actual_gradients.keys() == expected_gradients.keys()
+    assert any(n.startswith("echo.") for n in actual_gradients) == is_routed
+    expected_gradients, actual_gradients = stacked_scalars(expected_gradients), stacked_scalars(actual_gradients)
+    largest = max(g.norm() for g in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        # float32 resolves nothing below 1e-7 of the largest gradient: the floor is where 1e-5 reaches that
+        error = (actual_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-2 * largest)
+        assert error <= FP32, f"{name}: relative error {error:.2e}, norm {gradient.norm():.2e}"
+
+
+def stacked_scalars(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One vector for the scales of all modules: each is one sum, and may cancel to its own rounding error."""
+    scales = torch.cat([g for n, g in gradients.items() if n.endswith(".scale")] or [torch.zeros(1)])
+    return {n: g for n, g in gradients.items() if not n.endswith(".scale")} | {"scales": scales}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("mask", ["predictive", "answer"])
+def test_every_architecture(name, mask):
+    model = tiny_echo_model(name, injection_mask=mask, echo_step="shared_prefix")
+    assert_equals_oracle(model, mixed_rows())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])  # gemma2 knows eager only
+def test_every_attention(name, attention):
+    assert_equals_oracle(tiny_echo_model(name, attention=attention, echo_step="shared_prefix"), mixed_rows())
+
+
+@pytest.mark.parametrize("direction", ["on_to_off", "off_to_on"])
+@pytest.mark.parametrize("mask", ["predictive", "answer"])
+@pytest.mark.parametrize("site", ["lora_input", "output"])
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
+def test_every_choice_of_the_method(method, site, mask, direction):
+    model = tiny_echo_model(
+        method=method, injection_site=site, injection_mask=mask, distillation_direction=direction, distillation_temperature=1.5
+    )
+    assert_equals_oracle(model, mixed_rows())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("site", ["lora_input", "output"])
+def test_dora_on_other_layers(name, site):
+    assert_equals_oracle(tiny_echo_model(name, method="dora", injection_site=site), mixed_rows())
+
+
+@pytest.mark.parametrize("echo_step", ["shared_prefix", "full"])
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+def test_every_padding(side, echo_step):
+    assert_equals_oracle(tiny_echo_model(echo_step=echo_step), mixed_rows(), side=side)
+
+
+@pytest.mark.parametrize("mask", ["predictive", "answer"])
+@pytest.mark.parametrize("site", ["lora_input", "output"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gpt_neox", "mixtral"])
+def test_gradient_checkpointing(name, site, mask):
+    model = tiny_echo_model(name, injection_site=site, injection_mask=mask)
+    assert_equals_oracle(model, mixed_rows(), prepare=lambda m: m.gradient_checkpointing_enable())
+
+
+@pytest.mark.parametrize("rows", [[(5, 1)], [(1, 1)], [(1, 4), (1, 2)], [(7, 1), (3, 1)]], ids=str)
+def test_smallest_shapes(rows):
+    g = torch.Generator().manual_seed(3)
+    assert_equals_oracle(tiny_echo_model(), [random_row(g, *row) for row in rows])
+
+
+def test_a_step_that_is_not_routed():
+    assert_equals_oracle(tiny_echo_model(), mixed_rows(), is_routed=False)
+
+
+def test_a_count_unlike_the_local_one():
+    assert_equals_oracle(tiny_echo_model(), mixed_rows(), num_items=57)
+
+
+# bfloat16 keeps 8 bits of mantissa (relative rounding 2^-9); four layers and two passes accumulate it.
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_bfloat16_within_its_own_rounding(name):
+    model = tiny_echo_model(name).to(torch.bfloat16)
+    model.echo.float()
+    rows = mixed_rows()
+    expected = oracle_step(model, rows, source_layers=[1, 2], config=model.echo_config)
+    expected.loss.backward()
+    expected_gradients = gradients(model)
+    actual = model.echo_losses(**collate(rows), is_routed=True)
+    actual.loss.backward()
+    actual_gradients = gradients(model)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=2e-2, atol=0)
+    flat = [torch.cat([g[n].flatten().float() for n in expected_gradients]) for g in (actual_gradients, expected_gradients)]
+    assert (flat[0] - flat[1]).norm() / flat[1].norm() < 0.1
+
+
+row_shapes = st.lists(
+    st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 6), st.integers(0, 3)), min_size=1, max_size=5
+)
+MODELS = {}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    shapes=row_shapes,
+    side=st.sampled_from(["right", "left", "both"]),
+    name=st.sampled_from(["llama", "gemma3", "gpt2"]),
+    mask=st.sampled_from(["predictive", "answer"]),
+    seed=st.integers(0, 1000),
+)
+def test_random_row_shapes(shapes, side, name, mask, seed):
+    key = (name, mask)
+    if key not in MODELS:
+        MODELS[key] = tiny_echo_model(name, injection_mask=mask, echo_step="shared_prefix")
+    g = torch.Generator().manual_seed(seed)
+    rows = [random_row(g, prompt, answer, gap=(at, length)) for prompt, answer, at, length in shapes]
+    assert_equals_oracle(MODELS[key], rows, side=side)
