@@ -95,10 +95,20 @@ def lora_config(name: str = "llama", *, method: str = "lora", **kwargs: Any) -> 
 
 
 def tiny_echo_model(
-    name: str = "llama", *, method: str = "lora", attention: str | None = None, started: bool = True, **config: Any
+    name: str = "llama",
+    *,
+    method: str = "lora",
+    attention: str | None = None,
+    started: bool = True,
+    **config: Any,
 ) -> EchoModel:
     """An EchoModel in training mode, always routed; `started` gives every parameter an effect."""
-    defaults = {"source_layers": [1, 2], "target_layers": [0, 1], "routing_schedule": "constant", "bottleneck": 8}
+    defaults = {
+        "source_layers": [1, 2],
+        "target_layers": [0, 1],
+        "routing_schedule": "constant",
+        "bottleneck": 8,
+    }
     echo_config = EchoConfig(**defaults | {"scale_init": 1.0} | config)
     torch.manual_seed(1)
     peft_config = lora_config(name, method=method, init_lora_weights=not started)

@@ -57,7 +57,10 @@ def assert_equals_oracle(model, rows: list[Row], *, side: str = "right", prepare
         )
     assert actual_gradients.keys() == expected_gradients.keys()
     assert any(n.startswith("echo.") for n in actual_gradients) == is_routed
-    expected_gradients, actual_gradients = stacked_scalars(expected_gradients), stacked_scalars(actual_gradients)
+    expected_gradients, actual_gradients = (
+        stacked_scalars(expected_gradients),
+        stacked_scalars(actual_gradients),
+    )
     largest = max(g.norm() for g in expected_gradients.values())
     for name, gradient in expected_gradients.items():
         # float32 resolves nothing below 1e-7 of the largest gradient: the floor is where 1e-5 reaches that
@@ -90,7 +93,11 @@ def test_every_attention(name, attention):
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
 def test_every_choice_of_the_method(method, site, mask, direction):
     model = tiny_echo_model(
-        method=method, injection_site=site, injection_mask=mask, distillation_direction=direction, distillation_temperature=1.5
+        method=method,
+        injection_site=site,
+        injection_mask=mask,
+        distillation_direction=direction,
+        distillation_temperature=1.5,
     )
     assert_equals_oracle(model, mixed_rows())
 
@@ -142,12 +149,16 @@ def test_bfloat16_within_its_own_rounding(name):
     actual.loss.backward()
     actual_gradients = gradients(model)
     torch.testing.assert_close(actual.loss, expected.loss, rtol=2e-2, atol=0)
-    flat = [torch.cat([g[n].flatten().float() for n in expected_gradients]) for g in (actual_gradients, expected_gradients)]
+    flat = [
+        torch.cat([g[n].flatten().float() for n in expected_gradients]) for g in (actual_gradients, expected_gradients)
+    ]
     assert (flat[0] - flat[1]).norm() / flat[1].norm() < 0.1
 
 
 row_shapes = st.lists(
-    st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 6), st.integers(0, 3)), min_size=1, max_size=5
+    st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 6), st.integers(0, 3)),
+    min_size=1,
+    max_size=5,
 )
 MODELS = {}
 

@@ -18,12 +18,12 @@ _HOME = {
     "get_echo_model": "model",
     "EchoOutput": "step",
     "EchoTrainer": "trainer",
-    "EchoSFTTrainer": "trainer",
+    "EchoSFTTrainer": "sft",
     "EchoCallback": "trainer",
     "save_verified": "export",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605  (the one table above is the source of both)
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -146,9 +146,7 @@ def _resolve(reference: str | Path) -> str | Path:
         )
     # A hub id is `name` or `owner/name`.
     if isinstance(reference, Path) or name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
-        raise EchoModelError(
-            f"{name}: there is no such folder. Correct the path, or name a model of the hub."
-        )
+        raise EchoModelError(f"{name}: there is no such folder. Correct the path, or name a model of the hub.")
     return name
 
 
@@ -232,16 +230,14 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    unpacked = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name, dtype="float32"
-    )
+    unpacked = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype="float32")
 
     # "tokenizer.ggml.pre = smollm" means: every digit alone, then GPT-2's rule. The reader applies only the
     # second, which splits the blanks before a number in another way than in pretraining.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    # The file pads with <|im_end|>: a collator that masks padding by its id would never train the end of a turn.
+    # The file pads with <|im_end|>: collators that mask padding by its id would never train a turn's end.
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.model_max_length = unpacked.config.max_position_embeddings
     if _TURN not in tokenizer.chat_template:

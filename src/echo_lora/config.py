@@ -34,7 +34,8 @@ class EchoConfig:
     """
 
     source_layers: list[int] | None = _option(
-        None, "decoder layers whose output is read; negative counts from the end; default: 24-27 of 32, scaled"
+        None,
+        "decoder layers whose output is read; negative counts from the end; default: 24-27 of 32, scaled",
     )
     target_layers: list[int] | None = _option(
         None, "decoder layers whose LoRA modules receive the echo; default: 4-7 of 32, scaled"
@@ -128,7 +129,7 @@ class EchoConfig:
 
 
 def nearest(key: str, names: list[str]) -> str:
-    """" Did you mean …?" with the nearest of `names`, or the list of them."""
+    """ " Did you mean …?" with the nearest of `names`, or the list of them."""
     match = get_close_matches(key, names, n=1)
     return f" Did you mean {match[0]!r}?" if match else f" Known: {', '.join(sorted(names))}."
 

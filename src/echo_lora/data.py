@@ -10,14 +10,15 @@ whole answer. A row that can't is an error that names it, never a silent loss.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from echo_lora.config import nearest
 from echo_lora.errors import EchoDataError
@@ -104,12 +105,11 @@ def _read_json(path: Path) -> list[Any]:
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         return pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (OSError, ValueError) as error:
         raise EchoDataError(f"{path} can't be read as Parquet: {error}. Write or fetch it again.") from error
 
 
@@ -154,9 +154,9 @@ def tokenize_row(
         ids, mask = rendered["input_ids"], rendered["assistant_masks"]
         if 1 not in mask:
             raise EchoDataError(
-                f"{where} keeps no answer token: the chat template of {tokenizer.name_or_path} marks none of its "
-                "tokens as the assistant's. Put the assistant's content between {% generation %} and "
-                "{% endgeneration %} in the template, or give the row as prompt and completion."
+                f"{where} keeps no answer token: the chat template of {tokenizer.name_or_path} marks "
+                "nothing as the assistant's. Put what it says between {% generation %} and {% endgeneration %} in the "
+                "template, or give the row as prompt and completion."
             )
         labels = [token if marked else IGNORED for token, marked in zip(ids, mask, strict=True)]
         return TokenizedRow(list(ids), labels, number)
@@ -172,7 +172,8 @@ def tokenize_row(
         prompt_ids = tokenizer(text=row["prompt"])["input_ids"]
         ids = tokenizer(text=row["prompt"] + completion)["input_ids"]
     else:
-        prompt_ids = _apply_template(row, row["prompt"], tokenizer, where, add_generation_prompt=True)["input_ids"]
+        prompt = _apply_template(row, row["prompt"], tokenizer, where, add_generation_prompt=True)
+        prompt_ids = prompt["input_ids"]
         ids = _apply_template(row, row["prompt"] + row["completion"], tokenizer, where)["input_ids"]
     start = _common_prefix(prompt_ids, ids)
     labels = [IGNORED] * start + list(ids[start:])
@@ -188,7 +189,9 @@ def render_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ch
     """
     where = f"row {_number(row, 0)}"
     if row.get("messages") is None and row.get("completion") is None:
-        return _prompt_text(_checked({**row, "completion": "?"}, where), tokenizer, chat, where)
+        is_chat = isinstance(row.get("prompt"), list)
+        completion = [{"role": "assistant", "content": "?"}] if is_chat else "?"
+        return _prompt_text(_checked({**row, "completion": completion}, where), tokenizer, chat, where)
     tokenized = tokenize_row(row, tokenizer, chat)
     ids = tokenized.input_ids[: tokenized.answer_start]
     text = _prompt_text(_checked(row, where), tokenizer, chat, where)
@@ -196,7 +199,7 @@ def render_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ch
         if tokenizer(candidate, add_special_tokens=False)["input_ids"] == ids:
             return candidate
     raise EchoDataError(
-        f"{where}: no text gives its prompt's token ids again with the tokenizer of {tokenizer.name_or_path}. "
+        f"{where}: no text gives its prompt's token ids again, with the tokenizer {tokenizer.name_or_path}. "
         "End the prompt on a token boundary, for example without a blank at its end."
     )
 
@@ -229,8 +232,8 @@ def _checked(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name != "completion"}
     if "text" in row and "completion" not in row:
         raise EchoDataError(
-            f"{where} has only text: nothing says where the prompt ends and the answer begins, and the echo is "
-            "read at this boundary. Give the two as prompt and completion."
+            f"{where} has only text: nothing says where the prompt ends and the answer begins, and the echo "
+            "is read at this boundary. Give the two as prompt and completion."
         )
     for column in ("prompt", "completion"):
         if column not in row:
@@ -259,7 +262,7 @@ def _checked(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _check_messages(messages: Any, column: str, where: str) -> None:
     is_conversation = isinstance(messages, list) and messages
-    if not is_conversation or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages):
+    if not is_conversation or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
         raise EchoDataError(
             f"{where}: {column} is not a list of messages. "
             'Write it as [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}].'
@@ -297,25 +300,375 @@ def _apply_template(
             f"{where} needs a chat template, and {tokenizer.name_or_path} has none. "
             "Give prompt and completion as strings and leave chat off, or name a chat model."
         )
-    template = _training_template(tokenizer, tokenizer.chat_template, where) if trains else None
-    tools = row.get("tools")
-    options |= row.get("chat_template_kwargs", {})
     try:
+        template = _training_template(tokenizer, str(tokenizer.chat_template)) if trains else None
+        tools = row.get("tools")
         return tokenizer.apply_chat_template(
             messages,
             chat_template=template,
             tools=json.loads(tools) if isinstance(tools, str) else tools,
             tokenize=tokenize,
             return_dict=tokenize,
-            **options,
+            **options | row.get("chat_template_kwargs", {}),
         )
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         raise EchoDataError(
-            f"{where}: the chat template of {tokenizer.name_or_path} refuses the conversation: {error}. "
-            "Correct its roles."
+            f"{where} can't go through the chat template of {tokenizer.name_or_path}: {error}\n"
+            "Correct the roles of its messages, or set another chat template."
         ) from error
 
 
 @lru_cache(maxsize=4)
-def _training_template(tokenizer: PreTrainedTokenizerBase, template: str, where: str) -> str | None:
+def _training_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
     """TRL's variant of a template that doesn't mark what the assistant says; None if it does."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    return None if has_generation_markers(template) else get_training_chat_template(tokenizer)
+
+
+def _common_prefix(ids: list[int], others: list[int]) -> int:
+    shorter = min(len(ids), len(others))
+    return next((i for i in range(shorter) if ids[i] != others[i]), shorter)
+
+
+# ----------------------------------------------------------------------------------------------- checking
+
+
+class Lengths(NamedTuple):
+    """The spread of a number of tokens."""
+
+    shortest: int
+    median: float
+    longest: int
+
+    def __str__(self) -> str:
+        return f"{self.shortest} to {self.longest}, median {self.median:g}"
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What the checks found. Lengths are those of the rows that were kept, after shortening."""
+
+    kept: int
+    dropped: int
+    truncated: int
+    without_end_token: int
+    merged_boundary: int
+    prompt_tokens: Lengths
+    answer_tokens: Lengths
+    answer_tokens_total: int
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Rows that can be trained on."""
+
+    rows: list[TokenizedRow]
+    counts: RowCounts
+    source: str
+
+    def to_dataset(self) -> Dataset:
+        """A datasets.Dataset with the columns input_ids, labels and row."""
+        from datasets import Dataset
+
+        names = ("input_ids", "labels", "row")
+        return Dataset.from_dict({name: [getattr(row, name) for row in self.rows] for name in names})
+
+    def summary(self) -> list[str]:
+        """The counts as lines of plain text."""
+        c = self.counts
+        lines = [
+            f"{self.source}: {c.kept} rows kept, {c.dropped} dropped, {c.truncated} with a shortened prompt",
+            f"prompt tokens: {c.prompt_tokens}",
+            f"answer tokens: {c.answer_tokens}, {c.answer_tokens_total} in all",
+        ]
+        if c.without_end_token:
+            lines.append(f"{c.without_end_token} answers end without an end-of-sequence or end-of-turn token")
+        if c.merged_boundary:
+            lines.append(f"{c.merged_boundary} prompts share their last token with their answer")
+        return lines
+
+
+def prepare_rows(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    on_overlength: Overlength = "error",
+    chat: bool = False,
+    source: str = "train.jsonl",
+) -> PreparedData:
+    """Tokenise `rows` and check each one: a boundary, a whole answer within `max_length`, an end token.
+
+    A row that is longer is an error, is dropped, or loses the oldest tokens of its prompt (all but one at
+    most, and never a beginning-of-sequence token that the tokenizer puts first); an answer is never cut.
+    Raises EchoDataError, which names the first such row of `source`; a missing end token is a warning.
+    """
+    check = _Check(max_length, on_overlength, end_token_ids(tokenizer), _added_bos(tokenizer), source)
+    kept = []
+    for index, row in enumerate(rows):
+        number = _number(row, index)
+        tokenized = tokenize_row({**row, "row": number}, tokenizer, chat, where=_where(source, number))
+        if (checked := check(tokenized)) is not None:
+            kept.append(checked)
+    return PreparedData(kept, check.finish(), source)
+
+
+def check_tokenized_dataset(
+    dataset: Dataset,
+    *,
+    max_length: int | None,
+    on_overlength: Overlength,
+    end_token_ids: set[int],
+    source: str,
+    bos_token_id: int | None = None,
+) -> tuple[Dataset, RowCounts]:
+    """The checks of `prepare_rows` on a dataset that has `input_ids` and `labels`, and maybe `row`.
+
+    Other columns are kept. bos_token_id: the token that stays first when a prompt is shortened.
+    """
+    check = _Check(max_length, on_overlength, end_token_ids, bos_token_id, source)
+    columns = [name for name in ("input_ids", "labels", "row") if name in dataset.column_names]
+    kept = [
+        index
+        for index, example in enumerate(dataset.select_columns(columns).with_format(None))
+        if check(TokenizedRow(example["input_ids"], example["labels"], _number(example, index))) is not None
+    ]
+    counts = check.finish()
+    if counts.dropped:
+        dataset = dataset.select(kept)
+    if counts.truncated:
+        options = {"max_length": max_length, "bos": bos_token_id}
+        dataset = dataset.map(_shorten_example, fn_kwargs=options, desc="Shortening prompts")
+    return dataset, counts
+
+
+@dataclass
+class _Check:
+    """One pass over the rows of one source."""
+
+    max_length: int | None
+    on_overlength: Overlength
+    end_ids: set[int]
+    bos: int | None
+    source: str
+    dropped: int = 0
+    truncated: int = 0
+    prompt_lengths: list[int] = field(default_factory=list)
+    answer_lengths: list[int] = field(default_factory=list)
+    endless: list[int] = field(default_factory=list)  # rows whose answer has no end token
+    merged: list[int] = field(default_factory=list)  # rows whose prompt ends within a token of the answer
+    overlong: list[TokenizedRow] = field(default_factory=list)
+
+    def __call__(self, row: TokenizedRow) -> TokenizedRow | None:
+        """The row to train on; None for one that is dropped or will be reported by `finish`."""
+        where, start, length = _where(self.source, row.row), row.answer_start, len(row.labels)
+        if start == length:
+            raise EchoDataError(
+                f"{where} has no answer token: all of its {length} labels are {IGNORED}. "
+                "Give it an answer, or remove it."
+            )
+        if start == 0:
+            raise EchoDataError(
+                f"{where} has no boundary: its answer starts at the first token. Put a prompt before it."
+            )
+        if self.max_length is not None and length > self.max_length:
+            if self.on_overlength == "drop":
+                self.dropped += 1
+                return None
+            if self.on_overlength == "error" or length - start >= self.max_length:
+                self.overlong.append(row)
+                return None
+            row = _shorten(row, self.max_length, self.bos)
+            self.truncated += 1
+        answer = [label for label in row.labels if label != IGNORED]
+        self.prompt_lengths.append(row.answer_start)
+        self.answer_lengths.append(len(answer))
+        if self.end_ids.isdisjoint(answer[-2:]):  # a chat template may write a newline after its end of turn
+            self.endless.append(row.row)
+        if row.merged_tokens:
+            self.merged.append(row.row)
+        return row
+
+    def finish(self) -> RowCounts:
+        if self.overlong:
+            raise EchoDataError(self._overlength_message())
+        if not self.answer_lengths:
+            raise EchoDataError(
+                f"{self.source}: no row is left: {self.dropped} were dropped as longer than max_length = "
+                f"{self.max_length}. Raise max_length, or give other rows."
+            )
+        for problem, rows in {
+            "ends its answer without an end-of-sequence or end-of-turn token": self.endless,
+            "shares the last token of its prompt with its answer: the boundary lies before it": self.merged,
+        }.items():
+            if rows:
+                _logger.warning("%s %s (%d such rows).", _where(self.source, rows[0]), problem, len(rows))
+        return RowCounts(
+            kept=len(self.answer_lengths),
+            dropped=self.dropped,
+            truncated=self.truncated,
+            without_end_token=len(self.endless),
+            merged_boundary=len(self.merged),
+            prompt_tokens=_lengths(self.prompt_lengths),
+            answer_tokens=_lengths(self.answer_lengths),
+            answer_tokens_total=sum(self.answer_lengths),
+        )
+
+    def _overlength_message(self) -> str:
+        row, limit = self.overlong[0], self.max_length
+        assert limit is not None
+        where, start, length = _where(self.source, row.row), row.answer_start, len(row.labels)
+        if self.on_overlength == "truncate_prompt":
+            problem = f"can't be shortened to its answer: that has {length - start} tokens"
+            remedy = 'set on_overlength to "drop"'
+        else:
+            keeps = "no answer token" if start >= limit else "only a part of its answer"
+            problem = f"keeps {keeps}: the prompt has {start} tokens, the answer {length - start}"
+            remedy = 'set on_overlength to "truncate_prompt" or "drop"'
+        longest = max(len(row.labels) for row in self.overlong)
+        return (
+            f"{where} {problem}, and max_length is {limit} ({len(self.overlong)} such rows).\n"
+            f"Raise max_length to {longest}, or {remedy}."
+        )
+
+
+def _shorten(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRow:
+    """Drop the oldest prompt tokens of a row whose answer leaves room for at least one of them."""
+    room = max_length - (len(row.labels) - row.answer_start)
+    head = 1 if room > 1 and row.input_ids[0] == bos else 0
+    cut = len(row.labels) - max_length + head
+    return replace(
+        row,
+        input_ids=row.input_ids[:head] + row.input_ids[cut:],
+        labels=row.labels[:head] + row.labels[cut:],
+    )
+
+
+def _shorten_example(example: dict[str, Any], max_length: int, bos: int | None) -> dict[str, Any]:
+    if len(example["labels"]) <= max_length:
+        return example
+    row = _shorten(TokenizedRow(example["input_ids"], example["labels"]), max_length, bos)
+    return example | {"input_ids": row.input_ids, "labels": row.labels}
+
+
+def _lengths(lengths: list[int]) -> Lengths:
+    return Lengths(min(lengths), median(lengths), max(lengths))
+
+
+def _number(row: Mapping[str, Any], index: int) -> int:
+    number = row.get("row")
+    return number if isinstance(number, int) else index
+
+
+def _where(source: str, row: int) -> str:
+    """`train.jsonl:18: row 17`; only JSON Lines has a row on each line."""
+    return f"{source}:{row + 1}: row {row}" if source.endswith(".jsonl") else f"{source}: row {row}"
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The end-of-sequence token, and what the chat template writes after an assistant's message."""
+    ends = {tokenizer.eos_token_id} - {None}
+    if tokenizer.chat_template is None:
+        return ends
+    answer = "the-answer-of-the-assistant"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    text = _apply_template({}, messages, tokenizer, "An example", tokenize=False)
+    after = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return ends | (special.intersection(after) - {tokenizer.bos_token_id})
+
+
+def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The beginning-of-sequence token, where the tokenizer puts it before every text."""
+    is_first = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id if is_first else None
+
+
+# ------------------------------------------------------------------------------------------------ preview
+
+
+def preview_segments(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """Text and class of each token; joined, the texts are the row.
+
+    `boundary` is the last token before the first answer token, `ignored` one after it that has no label.
+    A character made of several tokens is shown at the last of them.
+    """
+    start, shown = row.answer_start, ""
+    segments: list[Segment] = []
+    for i, label in enumerate(row.labels):
+        text = tokenizer.decode(row.input_ids[: i + 1], clean_up_tokenization_spaces=False)
+        is_whole = not text.endswith("\ufffd") or i + 1 == len(row.labels)
+        piece, shown = (text[len(shown) :], text) if is_whole else ("", shown)
+        if i < start:
+            segments.append((piece, "boundary" if i == start - 1 else "prompt"))
+        else:
+            segments.append((piece, "answer" if label != IGNORED else "ignored"))
+    return segments
+
+
+# ---------------------------------------------------------------------------------------- generated tasks
+
+_SEEDS_PER_SPLIT = 1_000_000
+
+
+def reasoning_gym_rows(
+    task: str, count: int, seed: int, params: Mapping[str, Any] | None = None
+) -> list[dict[str, str]]:
+    """`count` rows of a reasoning-gym task: `prompt` the question, `completion` the answer.
+
+    Row i is drawn with seed + i, so that neighbouring seeds share rows; `reasoning_gym_splits` gives parts
+    that don't. Raises EchoDataError for an unknown task or parameter.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise EchoDataError(
+            f"the task {task!r} needs the package reasoning-gym, which is not installed. "
+            "Run `pip install reasoning-gym`."
+        ) from error
+    names = list(reasoning_gym.factory.DATASETS)
+    if task not in names:
+        raise EchoDataError(f"{task!r} is not a task of reasoning-gym.{nearest(task, names)}")
+    try:
+        items = list(reasoning_gym.create_dataset(task, size=count, seed=seed, **params or {}))
+    except (TypeError, ValueError, AssertionError) as error:
+        fields = [f.name for f in dataclasses.fields(reasoning_gym.factory.DATASETS[task][1])]
+        raise EchoDataError(
+            f"reasoning-gym can't make {task!r} with {dict(params or {})} and seed {seed}: {error}. "
+            f"Its parameters: {', '.join(sorted(set(fields) - {'seed', 'size'}))}."
+        ) from error
+    if not all(isinstance(item["answer"], str) for item in items):
+        raise EchoDataError(
+            f"the task {task!r} has questions without a written answer. Choose another, like chain_sum."
+        )
+    return [{"prompt": item["question"], "completion": item["answer"]} for item in items]
+
+
+def reasoning_gym_splits(
+    task: str, sizes: Mapping[str, int], seed: int, params: Mapping[str, Any] | None = None
+) -> dict[str, list[dict[str, str]]]:
+    """Parts of a task, by name, from disjoint seeds, in which no question occurs twice.
+
+    The last part is drawn first: with test named last, its rows don't depend on the size of train.
+    Raises EchoDataError if the task has too few different questions.
+    """
+    seen: set[str] = set()
+    splits = {}
+    for place, (name, size) in reversed(list(enumerate(sizes.items()))):
+        start = (seed * len(sizes) + place) * _SEEDS_PER_SPLIT
+        fresh: dict[str, dict[str, str]] = {}
+        for drawn in range(0, min(20 * size + 1000, _SEEDS_PER_SPLIT), size):
+            for row in reasoning_gym_rows(task, size, start + drawn, params):
+                if row["prompt"] not in seen and len(fresh) < size:
+                    fresh.setdefault(row["prompt"], row)
+            if len(fresh) == size:
+                break
+        else:
+            raise EchoDataError(
+                f"{task!r} has only {len(fresh)} different questions left for the {size} of {name!r}. "
+                "Ask for fewer rows, or set params that allow more questions."
+            )
+        seen |= fresh.keys()
+        splits[name] = list(fresh.values())
+    return {name: splits[name] for name in sizes}

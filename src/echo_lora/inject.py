@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from echo_lora.errors import EchoModelError
 
@@ -32,7 +33,7 @@ class Injection:
     mask: Tensor
 
 
-def decoder_layers(base_model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_layers(base_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers: the outermost ModuleList of length `num_hidden_layers`.
 
     Raises EchoModelError if the model has none.
@@ -51,7 +52,7 @@ def decoder_layers(base_model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda item: item[0].count("."))
 
 
-def target_modules(base_model: nn.Module, target_layers: list[int], adapter: str) -> dict[str, LoraLayer]:
+def target_modules(base_model: PreTrainedModel, target_layers: list[int], adapter: str) -> dict[str, LoraLayer]:
     """The LoRA-wrapped linear modules of the target layers, by their full name in the base model.
 
     Raises EchoModelError if a target layer holds none.
@@ -136,8 +137,8 @@ def _add(x: Tensor, injection: Injection, name: str) -> Tensor:
     mask_BT = injection.mask
     if x.shape[:-1] not in (mask_BT.shape, mask_BT.flatten().shape):
         raise EchoModelError(
-            f"{name} sees an input of shape {tuple(x.shape)} where the batch has {tuple(mask_BT.shape)} (rows, tokens): "
-            "the layer regroups tokens, and the echo can't tell which row each belongs to. "
+            f"{name} sees an input of shape {tuple(x.shape)} where the batch has {tuple(mask_BT.shape)} "
+            "(rows, tokens): the layer regroups tokens, and the echo can't tell which row each belongs to. "
             "Leave this module out of LoraConfig.target_modules."
         )
     delta = injection.deltas[name].to(x.device, x.dtype)  # (B, width)

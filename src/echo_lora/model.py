@@ -13,9 +13,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModelForCausalLM, TaskType
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from echo_lora.config import EchoConfig
@@ -48,7 +47,8 @@ def get_echo_model(
         )
     if peft_config.task_type not in (None, TaskType.CAUSAL_LM):
         raise EchoModelError(
-            f"LoraConfig.task_type is {peft_config.task_type!r}; the echo trains causal language models. Use 'CAUSAL_LM'."
+            f"LoraConfig.task_type is {peft_config.task_type!r}, but the echo trains causal language models. "
+            "Use 'CAUSAL_LM'."
         )
     if peft_config.alora_invocation_tokens:
         raise EchoModelError(
@@ -56,8 +56,8 @@ def get_echo_model(
         )
     if hasattr(model, "peft_config"):
         raise EchoModelError(
-            f"{type(model).__name__} carries a PEFT adapter already. Pass the base model (`.unload()` removes an adapter); "
-            "to go on training a saved adapter, call `load_adapter` on the model that this function returns."
+            f"{type(model).__name__} carries a PEFT adapter already. Pass the base model (`.unload()` removes an "
+            "adapter); to go on training a saved adapter, call `load_adapter` on the model that this function returns."
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise EchoModelError(f"{type(model).__name__} is an encoder-decoder; the echo needs a decoder-only model.")
@@ -238,7 +238,9 @@ def _refuse_packed(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Non
     """Packed rows would attend across rows once they carry a cache; transformers detects them only without one."""
     position_ids = kwargs.get("position_ids")
     restarts = position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=-1) < 0).any())
-    packed = [key for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "seq_lengths") if kwargs.get(key) is not None]
+    packed = [
+        key for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "seq_lengths") if kwargs.get(key) is not None
+    ]
     if restarts or packed:
         what = "position_ids restart within a row" if restarts else f"the batch holds {packed[0]}"
         raise EchoDataError(

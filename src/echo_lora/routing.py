@@ -12,7 +12,7 @@ from echo_lora.config import EchoConfig
 
 
 def routing_probability(config: EchoConfig, step: int, total_steps: int) -> float:
-    """p_k of optimizer step `step` (from 0) of `total_steps`; the first step has routing_start, the last routing_end."""
+    """p_k of optimizer step `step` (from 0) of `total_steps`: routing_start at the first, routing_end at the last."""
     if config.routing_schedule == "constant":
         return config.routing_start
     progress = min(step / max(total_steps - 1, 1), 1.0)

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
@@ -139,7 +139,7 @@ def injection_mask(targets: Tensor, kind: str) -> Tensor:
     return torch.cat([torch.zeros_like(is_predictive[:, :1]), is_predictive[:, :-1]], dim=1)
 
 
-def why_full(base_model: nn.Module) -> str | None:
+def why_full(base_model: PreTrainedModel) -> str | None:
     """Why the echo-on pass can't share the prefix with the echo-off pass exactly; None if it can."""
     config = base_model.config.get_text_config()
     if any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules()) and base_model.training:

@@ -67,7 +67,8 @@ def score(
 ) -> list[TaskResult]:
     """Score `model` on each task's rows, in that order, without sampling and without few-shot examples.
 
-    tasks: pairs of a task and its rows; `tasks.py` describes a row. progress: bars, on a terminal only.
+    tasks: pairs of a task and its rows; `tasks.py` describes a row. seed: of torch, for a model that draws
+    random numbers even in eval mode. progress: bars, on a terminal only.
     Nothing is downloaded. Training modes, padding token and random states are left as they were.
     Raises EchoError if lm-eval is missing, EchoDataError for a row that can't be scored or is too long,
     EchoConfigError for a name used twice, EchoModelError for a model that gives NaN.
@@ -76,12 +77,11 @@ def score(
         raise EchoError('Evaluation needs lm-evaluation-harness. Run: pip install "echo-lora[eval]"')
     _check_names([task.name for task, _ in tasks])
     if tokenizer.eos_token_id is None:
-        raise EchoModelError(
-            "The tokenizer has no eos_token, so no answer would end. Set tokenizer.eos_token."
-        )
+        raise EchoModelError("The tokenizer has no eos_token, so no answer would end. Set tokenizer.eos_token.")
     documents = [(task, check_rows(task, rows)) for task, rows in tasks]
 
-    from lm_eval.evaluator import simple_evaluate
+    import torch
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     from echo_lora.evaluate.lm import RenderedPromptLM
@@ -97,19 +97,11 @@ def score(
             for index, row in enumerate(rows):
                 lm.check_length(location(task, index), row["prompt"], row.get("choices", task.max_new_tokens))
             write_task(task, rows, folder)
-        output = simple_evaluate(
-            lm,
-            tasks=[task.name for task, _ in documents],
-            task_manager=TaskManager(include_path=folder, include_defaults=False),
-            bootstrap_iters=0,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-    if output is None:
-        raise EchoError("lm-eval gives results on the first process only. Call score where LOCAL_RANK is 0.")
-    return [_result(task, output["samples"][task.name], lm.seconds[task.name]) for task, _ in documents]
+        loaded = TaskManager(include_path=folder, include_defaults=False).load([task.name for task, _ in tasks])
+        torch.manual_seed(seed)
+        # not simple_evaluate, which describes the machine with pip and git, and lets git complain on stderr
+        samples = evaluate(lm, loaded, bootstrap_iters=0)["samples"]
+    return [_result(task, samples[task.name], lm.seconds[task.name]) for task, _ in documents]
 
 
 def _check_names(names: list[str]) -> None:
@@ -117,9 +109,7 @@ def _check_names(names: list[str]) -> None:
         raise EchoConfigError("There is no evaluation task. Give at least one.")
     for name in names:
         if names.count(name) > 1:
-            raise EchoConfigError(
-                f"evaluation task {name!r} is given {names.count(name)} times. Rename all but one."
-            )
+            raise EchoConfigError(f"evaluation task {name!r} is given {names.count(name)} times. Rename all but one.")
 
 
 def _result(task: EvalTask, samples: list[dict[str, Any]], seconds: float) -> TaskResult:
@@ -156,26 +146,22 @@ def _prediction(task: EvalTask, sample: dict[str, Any]) -> str:
     loglikelihoods = [loglikelihood for loglikelihood, _ in sample["filtered_resps"]]
     if any(math.isnan(value) for value in loglikelihoods):
         where = location(task, sample["doc_id"])
-        raise EchoModelError(
-            f"{where}: the model's log-likelihoods are {loglikelihoods}. Did its training diverge?"
-        )
+        raise EchoModelError(f"{where}: the model's log-likelihoods are {loglikelihoods}. Did its training diverge?")
     return sample["doc"]["choices"][loglikelihoods.index(max(loglikelihoods))]
 
 
 @contextmanager
 def _untouched(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Undo what lm-eval does: eval mode, a padding token where there is none, seeded generators."""
-    import numpy as np
+    """Undo what scoring does: eval mode, a padding token where there is none, random numbers drawn."""
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
-    pad_token, python_state, numpy_state = tokenizer.pad_token, random.getstate(), np.random.get_state()
+    pad_token, random_state = tokenizer.pad_token, random.getstate()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+        random.setstate(random_state)
         tokenizer.pad_token = pad_token
         for module, training in modes:
             module.training = training

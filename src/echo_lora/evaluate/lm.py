@@ -56,11 +56,7 @@ class RenderedPromptLM(HFLM):
         answer: the number of tokens to generate, or the choices to compare.
         """
         length = len(self.tok_encode(prompt))
-        room = (
-            answer
-            if isinstance(answer, int)
-            else max(len(self._encode_pair(prompt, text)[1]) for text in answer)
-        )
+        room = answer if isinstance(answer, int) else max(len(self._encode_pair(prompt, text)[1]) for text in answer)
         if length + room > self.max_length:
             raise EchoDataError(
                 f"{where}: the prompt has {length} tokens and the answer up to {room}, but the model takes "
@@ -93,9 +89,7 @@ class RenderedPromptLM(HFLM):
         """A stop that is one added token ends its row: decoding may drop it, but not what follows."""
         own = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-        ends |= {
-            index for index, token in self.tokenizer.added_tokens_decoder.items() if token.content in stop
-        }
+        ends |= {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.content in stop}
         # max_length must not yield to a max_new_tokens of the model's generation_config
         return super()._model_generate(
             context, max_length, stop, eos_token_id=sorted(ends), max_new_tokens=None, **kwargs

@@ -28,21 +28,20 @@ TASK_VERSION = 1.0  # raised when the same answers would be scored differently
 FILTER = {"generate": "extract", "choice": "none"}  # "none" is lm-eval's name for responses as they are
 METRIC = {"generate": "exact_match", "choice": "acc"}
 UNREADABLE = ""  # the prediction where the pattern finds nothing; no answer is empty
-FIRST_LINE = r"\A\s*(\S[^\n]*)"
+FIRST_LINE = r"\S.*"
 
 
 class EvalTask(BaseModel, extra="forbid", frozen=True):
     """One evaluation task. Raises EchoConfigError, which names the field, on construction."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name in results: letters, digits, _ and -")
-    file: str | None = Field(
-        None, description="JSONL file with one row per line; none if rows come from elsewhere"
-    )
+    file: str | None = Field(None, description="JSONL file with one row per line; none if rows come from elsewhere")
     kind: Literal["choice", "generate"] = Field(
         "generate", description="compare given choices by likelihood, or generate an answer and read it"
     )
     answer_pattern: str | None = Field(
         None,
+        min_length=1,
         description="regular expression that reads the answer: its first match, or the first group "
         "that matched; default: the first line",
     )
@@ -71,9 +70,7 @@ class EvalTask(BaseModel, extra="forbid", frozen=True):
     def _agrees(self) -> EvalTask:
         for name in ("answer_pattern", "stop"):
             if self.kind == "choice" and getattr(self, name):
-                raise ValueError(
-                    f"{name} is for kind 'generate' and has no meaning for 'choice'; leave it out"
-                )
+                raise ValueError(f"{name} is for kind 'generate' and has no meaning for 'choice'; leave it out")
         return self
 
 
@@ -109,9 +106,7 @@ def check_rows(task: EvalTask, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
     Raises EchoDataError, which names row and field.
     """
     check = _check_choice if task.kind == "choice" else _check_generate
-    documents = [
-        check(task, location(task, index), row) for index, row in enumerate(islice(rows, task.limit))
-    ]
+    documents = [check(task, location(task, index), row) for index, row in enumerate(islice(rows, task.limit))]
     if not documents:
         raise EchoDataError(f"{task.file or task.name}: no rows to score. Give at least one row.")
     return documents
@@ -138,15 +133,11 @@ def _check_choice(task: EvalTask, where: str, row: Mapping[str, Any]) -> dict[st
         _field(where, row, "choices"),
         _field(where, row, "label"),
     )
-    is_list = isinstance(choices, list) and all(
-        isinstance(choice, str) and choice.strip() for choice in choices
-    )
+    is_list = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
     if not is_list or len(set(choices)) != len(choices) or len(choices) < 2:
         raise EchoDataError(f"{where}: choices = {choices!r} must be a list of at least two different texts.")
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
-        raise EchoDataError(
-            f"{where}: label = {label!r} is the index of no choice. Use 0 to {len(choices) - 1}."
-        )
+        raise EchoDataError(f"{where}: label = {label!r} is the index of no choice. Use 0 to {len(choices) - 1}.")
     return {"prompt": prompt, "choices": choices, "label": label}
 
 
@@ -159,9 +150,7 @@ def _text(where: str, row: Mapping[str, Any], name: str) -> str:
 
 def _field(where: str, row: Mapping[str, Any], name: str) -> Any:
     if name not in row:
-        raise EchoDataError(
-            f"{where}: field {name!r} is missing; the row has {', '.join(row) or 'none'}. Add it."
-        )
+        raise EchoDataError(f"{where}: field {name!r} is missing; the row has {', '.join(row) or 'none'}. Add it.")
     return row[name]
 
 

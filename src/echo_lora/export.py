@@ -1,0 +1,188 @@
+"""What leaves training: a plain PEFT adapter, proved by reading it back.
+
+`save_verified` writes to a temporary name, loads the result with PEFT's own loader beside the trained adapter,
+compares keys, values and logits, and only then gives the folder its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from echo_lora.errors import EchoCheckpointError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_PROOF = "echo-proof"  # name of the second adapter during the proof
+PROBE_TOKENS = 16
+
+
+def adapter_hash(model: PeftModel, adapter_name: str = "default") -> str:
+    """SHA-256 of the adapter's names, dtypes and bytes: equal exactly if two adapters are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(get_peft_model_state_dict(model, adapter_name=adapter_name).items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}:{data.dtype}:{tuple(data.shape)}".encode())
+        digest.update(data.view(torch.uint8).numpy().tobytes() if data.dim() else str(data.item()).encode())
+    return digest.hexdigest()
+
+
+def read_adapter(folder: str | Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder. Raises EchoCheckpointError if the file is missing or corrupted."""
+    path = Path(folder) / ADAPTER_FILE
+    if not path.is_file():
+        raise EchoCheckpointError(f"{path} is missing. Name the folder that holds adapter_config.json beside it.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise EchoCheckpointError(
+            f"{path} can't be read: {error}. The file is corrupted or cut off; restore it or save the adapter again."
+        ) from error
+
+
+def verify_adapter(
+    model: PeftModel, folder: str | Path, adapter_name: str = "default", *, trained: bool = True
+) -> None:
+    """Prove that the folder holds the adapter that the model has now.
+
+    Reads the file (same keys, same values, all finite, and with `trained` lora_B not all zero), then loads the
+    folder with PEFT beside the trained adapter and compares the logits on a short probe. Neither the model's
+    weights, nor its active adapter, nor any random state are changed. Raises EchoCheckpointError.
+    """
+    folder = Path(folder)
+    saved = read_adapter(folder)
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    missing, extra = expected.keys() - saved.keys(), saved.keys() - expected.keys()
+    if missing or extra:
+        raise EchoCheckpointError(
+            f"{folder / ADAPTER_FILE} does not hold the adapter's keys: missing {sorted(missing)[:3]}, unexpected "
+            f"{sorted(extra)[:3]} ({len(missing)} and {len(extra)} in all). Don't use this folder; save again."
+        )
+    for name, tensor in saved.items():
+        if not torch.isfinite(tensor).all():
+            raise EchoCheckpointError(
+                f"{folder / ADAPTER_FILE}: {name} holds values that are not finite. Training diverged: go back to an "
+                "earlier checkpoint and lower the learning rate."
+            )
+        if not torch.equal(tensor, expected[name].detach().cpu().to(tensor.dtype)):
+            raise EchoCheckpointError(f"{folder / ADAPTER_FILE}: {name} differs from the trained adapter. Save again.")
+    lora_B = [tensor for name, tensor in saved.items() if "lora_B" in name]
+    if trained and lora_B and not any(tensor.any() for tensor in lora_B):
+        raise EchoCheckpointError(
+            f"{folder / ADAPTER_FILE}: every lora_B is zero, so the adapter does nothing. It was never trained: check "
+            "the learning rate and that the adapter's parameters require gradients."
+        )
+    with _plain_eval(model), torch.no_grad():
+        # Ids from the middle of the vocabulary: ordinary tokens in every tokenizer.
+        vocabulary = model.get_input_embeddings().num_embeddings
+        probe = (torch.arange(PROBE_TOKENS, device=model.device) * 7 + vocabulary // 3)[None] % vocabulary  # (1, 16)
+        before = model(input_ids=probe).logits
+        with _second_adapter(model, folder, adapter_name):
+            after = model(input_ids=probe).logits
+    if not torch.equal(before, after):
+        raise EchoCheckpointError(
+            f"{folder}: the adapter as PEFT loads it gives other logits than the trained one (largest difference "
+            f"{(before - after).abs().max():.3g}). Check adapter_config.json; don't use this folder."
+        )
+
+
+def save_verified(
+    model: PeftModel,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    trained: bool = True,
+) -> Path:
+    """Save the active adapter (and tokenizer with chat template) as a plain PEFT folder, and prove it.
+
+    Nothing appears under `folder` unless the proof holds. Raises EchoCheckpointError if it does not, if the
+    folder exists and is not empty (unless `overwrite`), or if the disk refuses.
+    """
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        adapter_name = model.active_adapters[0]
+        model.save_pretrained(str(temporary), selected_adapters=[adapter_name])
+        if adapter_name != "default":  # PEFT puts a named adapter one level down
+            for path in list((temporary / adapter_name).iterdir()):
+                path.rename(temporary / path.name)
+            (temporary / adapter_name).rmdir()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
+        verify_adapter(model, temporary, adapter_name, trained=trained)
+    return Path(folder)
+
+
+@contextmanager
+def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when the block ends well, and vanishes when it does not."""
+    folder = Path(folder)
+    refuse_existing(folder, overwrite=overwrite)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise EchoCheckpointError(
+            f"{folder.parent} can't be written: {error}. Choose another output folder."
+        ) from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise EchoCheckpointError(
+            f"{folder} could not be written: {error}. Free some space or choose another folder; nothing was left."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
+    """Raises EchoCheckpointError if the folder holds anything, unless it may be replaced."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise EchoCheckpointError(f"{folder} is a file. Name a folder for the output.")
+    if folder.is_dir() and any(os.scandir(folder)) and not overwrite:
+        raise EchoCheckpointError(f"{folder} exists and is not empty. Choose another folder, or remove this one.")
+
+
+@contextmanager
+def _plain_eval(model: PeftModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _second_adapter(model: PeftModel, folder: Path, adapter_name: str) -> Iterator[None]:
+    """The folder, loaded by PEFT as another adapter and active inside the block."""
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    with torch.random.fork_rng():  # PEFT draws initial weights before it loads the file's
+        model.load_adapter(str(folder), _PROOF)
+    try:
+        model.set_adapter(_PROOF)
+        yield
+    finally:
+        model.set_adapter(adapter_name)
+        model.delete_adapter(_PROOF)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])

@@ -1,0 +1,361 @@
+"""Training with the echo in transformers' Trainer, and what TRL's SFTTrainer shares with it.
+
+`EchoTrainerMixin` adds to either: the routing clock, a learning rate of its own for the echo networks, metrics,
+checkpoints that hold the echo's state and are sealed when complete, a resume that refuses a changed configuration,
+and a stop at the first loss or gradient that is not finite. Given a plain PEFT model it adds what does not concern
+the echo, so that a baseline is the same program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import rotate_checkpoints
+
+from echo_lora.checkpoint import compare_configuration, last_complete_checkpoint, read_seal, seal_checkpoint
+from echo_lora.errors import EchoConfigError, EchoTrainingError
+from echo_lora.export import adapter_hash, verify_adapter
+from echo_lora.model import EchoModel
+from echo_lora.routing import routing_probability
+from echo_lora.step import EchoOutput
+
+logger = logging.getLogger(__name__)
+
+ROW = "row"  # column with the number of each row in the user's data, for error messages
+ECHO_STATE = "echo_state.safetensors"
+
+# Arguments that decide what training computes; a resume must agree on them. [O]
+FINGERPRINT = [
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+    *("seed", "data_seed", "bf16", "fp16"),
+]
+
+
+class EchoCallback(TrainerCallback):
+    """Sets the routing clock of an EchoModel; all that a stock Trainer needs to train one."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if isinstance(model, EchoModel):
+            model.set_routing_clock(state.global_step, state.max_steps)
+
+
+class _Watch(EchoCallback):
+    """Forwards the trainer's events that have no overridable method."""
+
+    def __init__(self, trainer: EchoTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._begin()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = self.trainer.accelerator.unwrap_model(kwargs["model"])
+        super().on_step_begin(args, state, control, model=model)
+        self.trainer._rows_of_step.clear()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._check_gradients()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._meter.optimizer_steps += 1
+
+
+class _RowCollator:
+    """The user's collator, with the rows' numbers carried past it."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [feature[ROW] for feature in features if ROW in feature]
+        batch = self.collate([{k: v for k, v in feature.items() if k != ROW} for feature in features])
+        if len(rows) == len(features):
+            batch[ROW] = torch.tensor(rows)
+        return batch
+
+
+class _Meter:
+    """Sums of what the steps since the last log returned."""
+
+    ALWAYS = ("ce_off", "entropy", "token_accuracy")
+    ROUTED = ("ce_on", "distillation")  # sums over the tokens of an optimizer step
+    STATE = ("echo_norm", "gate_mean")  # means over a batch
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.optimizer_steps = self.batches = self.routed_batches = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, output: EchoOutput) -> None:
+        self.batches += 1
+        self.routed_batches += bool(output.routed)
+        for name in (*self.ALWAYS, *self.ROUTED, *self.STATE):
+            self.sums[name] = self.sums.get(name, 0.0) + output[name].detach()
+
+    def metrics(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
+        """Means over tokens and steps; terms of the echo over routed steps only. reduce(x, how) joins the ranks."""
+        if not self.optimizer_steps or not self.sums:
+            return {}
+        total = {name: reduce(value, "sum").item() for name, value in self.sums.items()}
+        ranks = reduce(torch.ones((), device=self.sums["ce_off"].device), "sum").item()
+        routed_share = self.routed_batches / self.batches  # the same on every rank
+        routed_steps = self.optimizer_steps * routed_share
+        out = {name: total[name] / self.optimizer_steps for name in self.ALWAYS}
+        out["mean_token_accuracy"] = out.pop("token_accuracy")  # TRL's name
+        out["routed"] = routed_share
+        if self.routed_batches:
+            out |= {name: total[name] / routed_steps for name in self.ROUTED}
+            out |= {name: total[name] / (self.routed_batches * ranks) for name in self.STATE}
+        return out
+
+
+class EchoTrainerMixin(Trainer):
+    """See the module. Precedes a Trainer class in the bases of another one."""
+
+    data_collator: Any
+    train_dataset: Any
+    _signature_columns: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.data_collator = _RowCollator(self.data_collator)
+        self.train_dataset = numbered(self.train_dataset)
+        self._meter = _Meter()
+        self._rows_of_step: list[int] = []
+        self.initial_adapter_hash: str | None = None
+        self.add_callback(_Watch(self))
+        if self._echo_model is not None:
+            self._echo_model.echo.float()  # TRL casts what is trainable on a quantised base to bf16
+            self.model_accepts_loss_kwargs = True  # the step reduces by num_items_in_batch whatever the base does
+            refuse_arguments(self.args)
+            _refuse_lonely_rows(self)
+
+    @property
+    def _echo_model(self) -> EchoModel | None:
+        model = self.accelerator.unwrap_model(self.model)
+        return model if isinstance(model, EchoModel) else None
+
+    # ---------------------------------------------------------------- the step
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        rows = inputs.pop(ROW, None)
+        echo = self._echo_model
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._rows_of_step += [] if rows is None else rows.tolist()
+        if echo is None or not echo.echo_enabled:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._check_loss({"loss": result[0] if return_outputs else result})
+            return result
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        self._check_loss({name: outputs[name] for name in ("ce_off", "ce_on", "distillation", "loss")})
+        loss = outputs.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # num_items_in_batch counts the tokens of all ranks, whose gradients DDP averages
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        self._meter.add(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_loss(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            if not torch.isfinite(value.detach()).all():
+                self._stop(f"{name} is {value.item()}")
+
+    def _check_gradients(self) -> None:
+        if self.accelerator.scaler is not None:  # fp16 scaling skips such steps itself
+            return
+        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
+        norms = torch.stack([grad.detach().float().norm() for _, grad in named])
+        if not torch.isfinite(norms).all():
+            bad = [
+                name
+                for (name, _), is_finite in zip(named, torch.isfinite(norms).tolist(), strict=True)
+                if not is_finite
+            ]
+            self._stop(f"the gradient of {bad[0]} is not finite ({len(bad)} of {len(named)} parameters)")
+
+    def _stop(self, what: str) -> None:
+        rows = ", ".join(map(str, self._rows_of_step)) or "of unknown number"
+        raise EchoTrainingError(
+            f"{what} at step {self.state.global_step + 1}, rows {rows}. Look at these rows, lower the learning rate "
+            f"or the echo_lr_multiplier, then resume: checkpoints in {self.args.output_dir} are untouched."
+        )
+
+    # --------------------------------------------------------------- optimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The base's optimizer, with the echo networks in a group of their own."""
+        optimizer = super().create_optimizer(model)
+        if self._echo_model is None or any(group.get("echo") for group in optimizer.param_groups):
+            return optimizer
+        of_echo = {id(p) for p in self._echo_model.echo.parameters()}
+        for group in list(optimizer.param_groups):
+            echo_params = [p for p in group["params"] if id(p) in of_echo]
+            if not echo_params:
+                continue
+            group["params"] = [p for p in group["params"] if id(p) not in of_echo]
+            lr = group["lr"] * self._echo_model.echo_config.echo_lr_multiplier
+            optimizer.add_param_group(group | {"params": echo_params, "lr": lr, "echo": True})
+        return optimizer
+
+    # ----------------------------------------------------------------- metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._echo_model is not None and "loss" in logs:
+            logs |= self._meter.metrics(lambda x, how: self.accelerator.reduce(x, how))
+            logs["routing_p"] = routing_probability(
+                self._echo_model.echo_config, max(self.state.global_step - 1, 0), self.state.max_steps
+            )
+            self._meter.reset()
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------- checkpoints
+
+    def _begin(self) -> None:
+        if isinstance(model := self.accelerator.unwrap_model(self.model), PeftModel):
+            self.initial_adapter_hash = self.initial_adapter_hash or adapter_hash(model, model.active_adapters[0])
+            logger.info("initial adapter sha256 %s", self.initial_adapter_hash)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The base's checkpoint and the echo's state, sealed last; older ones are deleted only after that."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        peft_model = self.accelerator.unwrap_model(self.model)
+        if self._echo_model is not None:
+            save_file(self._echo_model.echo.state_dict(), folder / ECHO_STATE)
+        if isinstance(peft_model, PeftModel) and not self.is_fsdp_enabled:  # shards can't run a forward on one rank
+            verify_adapter(peft_model, folder, peft_model.active_adapters[0], trained=self.state.global_step > 1)
+        seal_checkpoint(folder, configuration=self.configuration(), initial_adapter_sha256=self.initial_adapter_hash)
+        rotate_checkpoints(
+            output_dir=run_dir,
+            save_total_limit=limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def configuration(self) -> dict[str, Any]:
+        """What decides the result of this run; a resume must agree on all of it."""
+        model = self.accelerator.unwrap_model(self.model)
+        values = {f"training.{name}": getattr(self.args, name) for name in FINGERPRINT}
+        values["training.processes"] = self.accelerator.num_processes
+        if isinstance(model, PeftModel):
+            adapter = model.peft_config[model.active_adapters[0]].to_dict()
+            values |= {f"adapter.{key}": value for key, value in adapter.items() if key != "inference_mode"}
+        if self._echo_model is not None:
+            values |= {f"echo.{key}": value for key, value in self._echo_model.echo_config.to_dict().items()}
+        values["data.sha256"] = _dataset_hash(self.train_dataset)
+        return values
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As Trainer.train. True resumes from the last complete checkpoint in output_dir.
+
+        Raises EchoCheckpointError if there is none, if its files are not those that were sealed, or if this
+        run's configuration differs from the checkpoint's (with the differences).
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        seal = read_seal(folder)
+        compare_configuration(folder, seal["configuration"], self.configuration())
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._echo_model is not None:
+            self._echo_model.echo.load_state_dict(load_file(folder / ECHO_STATE))
+        self.initial_adapter_hash = seal["initial_adapter_sha256"]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ROW not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, ROW]
+
+
+class EchoTrainer(EchoTrainerMixin, Trainer):
+    """transformers' Trainer for a model of `get_echo_model`; datasets hold input_ids and labels."""
+
+
+def numbered(dataset: Any) -> Any:
+    """The dataset with a column that numbers its rows from 0, where it is one that can carry it."""
+    if isinstance(dataset, Dataset) and ROW not in dataset.column_names:
+        return dataset.add_column(ROW, list(range(len(dataset))))
+    return dataset
+
+
+def refuse_arguments(args: Any) -> None:
+    """Settings that contradict the echo. Raises EchoConfigError, which names the argument."""
+    reasons = {
+        "packing": "each row needs a boundary of its own",
+        "padding_free": "each row needs a boundary of its own",
+        "eval_packing": "each row needs a boundary of its own",
+        "label_smoothing_factor": "the step computes its own losses",
+        "use_liger_kernel": "it replaces the forward that the step calls",
+    }
+    for name, reason in reasons.items():
+        if getattr(args, name, None):
+            raise EchoConfigError(
+                f"{name}={getattr(args, name)} can't be combined with the echo: {reason}. Leave it out."
+            )
+    if getattr(args, "loss_type", "nll") != "nll":
+        raise EchoConfigError(f"loss_type={args.loss_type!r} can't be combined with the echo. Use 'nll'.")
+
+
+def _refuse_lonely_rows(trainer: Any) -> None:
+    """The control `shuffled` needs two rows in every batch."""
+    if trainer._echo_model.echo_config.echo_kind != "shuffled":
+        return
+    batch, rows = trainer.args.per_device_train_batch_size, len(trainer.train_dataset)
+    if batch < 2 or (rows % batch == 1 and not trainer.args.dataloader_drop_last):
+        raise EchoConfigError(
+            f"echo_kind='shuffled' gives each row the echo of another row of its batch, but {rows} rows in batches of "
+            f"{batch} leave one alone. Change per_device_train_batch_size or set dataloader_drop_last=True."
+        )
+
+
+def _dataset_hash(dataset: Any) -> str:
+    """SHA-256 of the token ids and labels; "stream" for data that can't be read twice."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return "stream"
+    digest = hashlib.sha256()
+    columns = [c for c in ("input_ids", "labels") if c in dataset.column_names]
+    for batch in dataset.select_columns(columns).iter(1000):
+        for column in columns:
+            for values in batch[column]:
+                digest.update(np.asarray(values, dtype=np.int64).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,466 @@
+"""Training in transformers' Trainer and TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from architectures import VOCAB, collate, lora_config, tiny_base
+from echo_lora import EchoCallback, EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
+from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
+from echo_lora.routing import is_routed
+from tiny import tiny_tokenizer
+
+ROUTED = EchoConfig(source_layers=[2], target_layers=[0, 1], bottleneck=8, scale_init=1.0)
+
+
+def rows(count: int = 12, seed: int = 0) -> Dataset:
+    g = torch.Generator().manual_seed(seed)
+    data = {"input_ids": [], "labels": []}
+    for _ in range(count):
+        prompt, answer = (int(torch.randint(2, 7, (), generator=g)) for _ in range(2))
+        ids = torch.randint(3, VOCAB, (prompt + answer,), generator=g).tolist()
+        data["input_ids"].append(ids)
+        data["labels"].append([-100] * prompt + ids[prompt:])
+    return Dataset.from_dict(data)
+
+
+def collator(features):
+    return collate([(f["input_ids"], f["labels"]) for f in features])
+
+
+def arguments(folder: Path, **kwargs) -> TrainingArguments:
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "data_seed": 4,
+    }
+    return TrainingArguments(**defaults | kwargs)
+
+
+def echo_model(**config):
+    torch.manual_seed(5)
+    return get_echo_model(tiny_base(), lora_config(lora_dropout=0.1), dataclasses.replace(ROUTED, **config))
+
+
+def trainer_of(folder, model=None, cls=EchoTrainer, **kwargs):
+    model = echo_model() if model is None else model
+    return cls(model=model, args=arguments(folder, **kwargs), train_dataset=rows(), data_collator=collator)
+
+
+def adapter_of(model) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in peft.get_peft_model_state_dict(model).items()}
+
+
+# --------------------------------------------------------------- the echo off
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
+def test_with_the_echo_off_training_is_bit_identical_to_stock(tmp_path, method):
+    adapters = []
+    for kind in ("stock", "disabled", "baseline"):
+        torch.manual_seed(5)
+        config = lora_config(method=method, lora_dropout=0.1)
+        model = (
+            get_echo_model(tiny_base(), config, ROUTED)
+            if kind == "disabled"
+            else peft.get_peft_model(tiny_base(), config)
+        )
+        if kind == "disabled":
+            model.echo_enabled = False
+        trainer_of(tmp_path / kind, model, Trainer if kind == "stock" else EchoTrainer).train()
+        adapters.append(adapter_of(model))
+    for other in adapters[1:]:
+        assert adapters[0].keys() == other.keys()
+        for name, value in adapters[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+def test_echo_changes_the_adapter(tmp_path):
+    """The comparison above could not fail if the echo had no effect at all."""
+    plain, echo = echo_model(), echo_model()
+    plain.echo_enabled = False
+    for name, model in (("plain", plain), ("echo", echo)):
+        trainer_of(tmp_path / name, model).train()
+    assert any(not torch.equal(v, adapter_of(echo)[n]) for n, v in adapter_of(plain).items())
+
+
+# --------------------------------------------------------------- the echo on
+
+
+def test_metrics_are_logged(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 6
+    for step, log in enumerate(logs):
+        assert log["routed"] == float(is_routed(ROUTED, step, 6))
+        assert log["routing_p"] == pytest.approx(1.0 - 0.8 * step / 5)
+        assert log.keys() >= {"ce_off", "entropy", "mean_token_accuracy", "grad_norm", "learning_rate"}
+        total = log["ce_off"]
+        if log["routed"]:
+            assert log["echo_norm"] >= 0
+            assert 0 < log["gate_mean"] < 1
+            total += log["ce_on"] + log["distillation"]
+        assert log["loss"] == pytest.approx(total, rel=1e-4)
+    assert any(not log["routed"] for log in logs)
+    assert any(log["routed"] for log in logs)
+
+
+def test_echo_has_a_learning_rate_of_its_own(tmp_path):
+    model = echo_model(echo_lr_multiplier=7.0)
+    trainer = trainer_of(tmp_path, model)
+    optimizer = trainer.create_optimizer()
+    of_echo = {id(p) for p in model.echo.parameters()}
+    found = 0
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(7e-2 if group.get("echo") else 1e-2)
+        for parameter in group["params"]:
+            assert (id(parameter) in of_echo) == bool(group.get("echo"))
+            found += 1
+    assert found == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("rows_count", [16, 14])  # 14 leaves a last window of 6 rows
+def test_accumulation_gives_one_gradient(tmp_path, rows_count):
+    adapters, losses = [], []
+    for batch, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        torch.manual_seed(5)
+        model = get_echo_model(tiny_base(), lora_config(), ROUTED)
+        args = arguments(
+            tmp_path / str(batch),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=4,
+        )
+        trainer = EchoTrainer(model=model, args=args, train_dataset=rows(rows_count), data_collator=collator)
+        trainer.train()
+        adapters.append(adapter_of(model))
+        losses.append([log["ce_off"] for log in trainer.state.log_history if "loss" in log])
+    for other, loss in zip(adapters[1:], losses[1:], strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-4)
+        for name, value in adapters[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_stock_trainer_with_the_callback(tmp_path):
+    model = echo_model()
+    args = arguments(tmp_path)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(), data_collator=collator, callbacks=[EchoCallback()])
+    trainer.train()
+    ours = echo_model()
+    trainer_of(tmp_path / "ours", ours).train()
+    assert all(torch.equal(v, adapter_of(ours)[n]) for n, v in adapter_of(model).items())
+
+
+def test_stock_trainer_without_the_callback_says_what_is_missing(tmp_path):
+    trainer = Trainer(model=echo_model(), args=arguments(tmp_path), train_dataset=rows(), data_collator=collator)
+    with pytest.raises(EchoModelError, match=r"EchoCallback\(\)"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["real", "zero", "noise", "shuffled", "shallow"])
+def test_every_control_trains(tmp_path, kind):
+    trainer = trainer_of(tmp_path, echo_model(echo_kind=kind, routing_schedule="constant"))
+    trainer.train()
+    routed = [log for log in trainer.state.log_history if log.get("routed")]
+    assert routed
+    if kind == "zero":
+        assert all(log["echo_norm"] == 0 for log in routed)
+    else:
+        assert routed[-1]["echo_norm"] > 0
+
+
+def test_shuffled_refuses_a_lonely_row(tmp_path):
+    with pytest.raises(EchoConfigError, match="batches of 1"):
+        trainer_of(tmp_path, echo_model(echo_kind="shuffled"), per_device_train_batch_size=1)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_holds_a_plain_adapter_and_the_echo_apart(tmp_path):
+    model = echo_model()
+    trainer_of(tmp_path, model, save_strategy="steps", save_steps=3).train()
+    folder = tmp_path / "checkpoint-3"
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert saved
+    assert not any("echo" in name for name in saved)
+    assert load_file(folder / "echo_state.safetensors").keys() == model.echo.state_dict().keys()
+    stock = peft.PeftModel.from_pretrained(tiny_base(), folder)
+    assert adapter_of(stock).keys() == saved.keys()
+
+
+def test_interrupted_and_resumed_is_bit_identical(tmp_path):
+    whole = echo_model()
+    trainer_of(tmp_path / "whole", whole, save_strategy="steps", save_steps=2).train()
+
+    class Stop(EchoCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 5  # after the checkpoint of step 4
+
+    first = trainer_of(tmp_path / "parts", echo_model(), save_strategy="steps", save_steps=2)
+    first.add_callback(Stop())
+    first.train()
+    resumed = echo_model()
+    torch.manual_seed(99)  # a resume must not depend on the state it finds
+    trainer = trainer_of(tmp_path / "parts", resumed, save_strategy="steps", save_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    for name, value in adapter_of(whole).items():
+        assert torch.equal(value, adapter_of(resumed)[name]), name
+    for name, value in whole.echo.state_dict().items():
+        assert torch.equal(value, resumed.echo.state_dict()[name]), name
+
+
+def test_saving_does_not_change_training(tmp_path):
+    """Proving a checkpoint loads a second adapter; neither weights nor random states may notice."""
+    models = []
+    for strategy in ("no", "steps"):
+        model = echo_model()
+        trainer_of(tmp_path / strategy, model, save_strategy=strategy, save_steps=1).train()
+        models.append(adapter_of(model))
+    assert all(torch.equal(v, models[1][n]) for n, v in models[0].items())
+
+
+def test_resume_with_another_configuration_is_refused_with_a_diff(tmp_path):
+    trainer_of(tmp_path, save_strategy="steps", save_steps=3).train()
+    other = trainer_of(tmp_path, echo_model(scale_init=2.0), learning_rate=2e-2)
+    with pytest.raises(EchoCheckpointError) as error:
+        other.train(resume_from_checkpoint=True)
+    assert "training.learning_rate: checkpoint 0.01, now 0.02" in str(error.value)
+    assert "echo.scale_init: checkpoint 1.0, now 2.0" in str(error.value)
+    assert "max_steps" not in str(error.value)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    trainer_of(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=2).train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    (tmp_path / "checkpoint-6" / "echo_checkpoint.json").unlink()
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(EchoCheckpointError, match="interrupted"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    trainer_of(tmp_path).train(resume_from_checkpoint=True)
+    assert not (tmp_path / "checkpoint-6").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    trainer_of(tmp_path, save_strategy="steps", save_steps=6).train()
+    path = tmp_path / "checkpoint-6" / "echo_state.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(EchoCheckpointError, match=r"echo_state\.safetensors"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(EchoCheckpointError, match="holds no complete checkpoint"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+# ----------------------------------------------------------------- divergence
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rows_and_term(tmp_path):
+    model = echo_model(routing_schedule="constant")
+    trainer = trainer_of(tmp_path, model, save_strategy="steps", save_steps=2)
+
+    class Poison(EchoCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                for branch in model.echo.branches.values():
+                    torch.nn.init.constant_(branch.W2.weight, float("nan"))
+
+    trainer.add_callback(Poison())
+    with pytest.raises(EchoTrainingError, match=r"ce_on is nan at step [45], rows \d+, \d+\."):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "echo_checkpoint.json").is_file()
+    assert not (tmp_path / "checkpoint-6").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_with_its_name(tmp_path):
+    model = echo_model()
+    name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad and "lora_B" in n)
+    parameter.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(EchoTrainingError, match=r"gradient of .* is not finite .* at step 1, rows"):
+        trainer_of(tmp_path, model).train()
+
+
+# ------------------------------------------------------------------------ TRL
+
+
+def sft_arguments(folder: Path, **kwargs) -> SFTConfig:
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+    return SFTConfig(**defaults | kwargs)
+
+
+def sft_base():
+    tokenizer = tiny_tokenizer()
+    base = tiny_base()
+    base.resize_token_embeddings(len(tokenizer))
+    base.config.eos_token_id = base.generation_config.eos_token_id = tokenizer.eos_token_id
+    return base, tokenizer
+
+
+DATASETS = {
+    "prompt-completion": {"prompt": ["one two", "three"] * 3, "completion": [" four", " five six"] * 3},
+    "conversational": {
+        "prompt": [[{"role": "user", "content": "one two"}]] * 6,
+        "completion": [[{"role": "assistant", "content": "three four"}]] * 6,
+    },
+}
+
+
+def sft_trainer(folder, data, *, echo=ROUTED, **kwargs):
+    base, tokenizer = sft_base()
+    on_overlength = {k: kwargs.pop(k) for k in ("on_overlength",) if k in kwargs}
+    return EchoSFTTrainer(
+        model=base,
+        args=sft_arguments(folder, **kwargs),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tokenizer,
+        peft_config=lora_config(),
+        echo_config=echo,
+        **on_overlength,
+    )
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_sft_takes_the_datasets_of_trl(tmp_path, name):
+    trainer = sft_trainer(tmp_path, DATASETS[name])
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log.keys() >= {"ce_off", "ce_on", "entropy", "mean_token_accuracy", "num_tokens"}
+    assert log["num_tokens"] > 0
+
+
+def test_sft_multi_turn(tmp_path):
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three four"},
+        {"role": "assistant", "content": "five"},
+    ]
+    trainer = sft_trainer(tmp_path, {"messages": [turns] * 4}, assistant_only_loss=True)
+    labels = trainer.train_dataset[0]["labels"]
+    supervised = [label != -100 for label in labels]
+    changes = sum(a != b for a, b in zip(supervised, supervised[1:], strict=False))
+    assert changes >= 3  # two answers, with unsupervised tokens between them
+    trainer.train()
+
+
+def test_sft_without_echo_is_sfttrainer(tmp_path):
+    adapters = []
+    for cls in (SFTTrainer, EchoSFTTrainer):
+        base, tokenizer = sft_base()
+        trainer = cls(
+            model=base,
+            args=sft_arguments(tmp_path / cls.__name__),
+            train_dataset=Dataset.from_dict(DATASETS["conversational"]),
+            processing_class=tokenizer,
+            peft_config=lora_config(lora_dropout=0.1),
+        )
+        trainer.train()
+        adapters.append(adapter_of(trainer.model))
+    assert all(torch.equal(v, adapters[1][n]) for n, v in adapters[0].items())
+
+
+def test_sft_echo_starts_from_the_adapter_that_trl_makes(tmp_path):
+    hashes = []
+    for echo in (None, ROUTED):
+        trainer = sft_trainer(tmp_path / str(echo is None), DATASETS["conversational"], echo=echo)
+        trainer.train()
+        hashes.append(trainer.initial_adapter_hash)
+    assert hashes[0] == hashes[1]
+
+
+def test_sft_evaluates_the_plain_model(tmp_path):
+    trainer = sft_trainer(tmp_path, DATASETS["conversational"])
+    data = Dataset.from_dict(DATASETS["conversational"])
+    metrics = trainer.evaluate(data)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    batch.pop("row")
+    trainer.model.eval()
+    expected = trainer.model(**batch).loss
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_sft_with_gradient_checkpointing_matches_without(tmp_path, caplog):
+    losses = []
+    for on in (False, True):
+        trainer = sft_trainer(tmp_path / str(on), DATASETS["prompt-completion"], gradient_checkpointing=on)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    said = [r.message for r in caplog.records if "runs in full" in r.message]
+    assert len(said) == 1
+    assert "gradient checkpointing" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "kwargs", "error", "words"),
+    [
+        ({"text": ["one two"] * 4}, {}, EchoDataError, r"train data has no boundary.*\['text'\]"),
+        (DATASETS["conversational"], {"packing": True, "max_length": 32}, EchoConfigError, "packing=True"),
+        (DATASETS["conversational"], {"padding_free": True}, EchoConfigError, "padding_free=True"),
+        (DATASETS["conversational"], {"loss_type": "dft"}, EchoConfigError, "loss_type='dft'"),
+        (DATASETS["conversational"], {"completion_only_loss": False}, EchoConfigError, "completion_only_loss"),
+        ({"prompt": ["one two three"] * 4, "completion": [" four"] * 4}, {"max_length": 2}, EchoDataError, "row 0"),
+    ],
+    ids=["text", "packing", "padding-free", "dft", "whole-row loss", "overlength"],
+)
+def test_sft_refuses(tmp_path, data, kwargs, error, words):
+    with pytest.raises(error, match=words):
+        sft_trainer(tmp_path, data, **kwargs)
+
+
+def test_sft_refuses_echo_config_beside_an_adapter(tmp_path):
+    base, tokenizer = sft_base()
+    with pytest.raises(EchoConfigError, match="carries an adapter already"):
+        EchoSFTTrainer(
+            model=peft.get_peft_model(base, lora_config()),
+            args=sft_arguments(tmp_path),
+            train_dataset=Dataset.from_dict(DATASETS["conversational"]),
+            processing_class=tokenizer,
+            echo_config=ROUTED,
+        )
+
+
+def test_sft_sends_no_telemetry(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **kwargs: sent.append(kwargs))
+    monkeypatch.delenv("CI", raising=False)
+    sft_trainer(tmp_path, DATASETS["conversational"])
+    assert not sent
+    monkeypatch.setenv("ECHO_LORA_TELEMETRY", "1")
+    sft_trainer(tmp_path, DATASETS["conversational"])
+    assert len(sent) == 1
