@@ -244,7 +244,7 @@ def packaged_tokenizer() -> Any:
 @pytest.mark.slow
 def test_a_conversion_is_the_gguf_file_in_safetensors(tmp_path: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = packaged_model(tmp_path)
     gguf = base_models._find_gguf()
@@ -255,7 +255,12 @@ def test_a_conversion_is_the_gguf_file_in_safetensors(tmp_path: Path) -> None:
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert different == []
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    assert not list(folder.glob("*.bin"))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.tokenize("a  57") == ["a", "ĠĠ", "5", "7"]
+    unmarked = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = unmarked.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
 
 
 @needs_wheel

@@ -171,7 +171,15 @@ def trl_rows(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **options
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    args = SFTConfig(output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, max_length=None, **options)
+    args = SFTConfig(
+        output_dir=str(folder),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        max_length=None,
+        **options,
+    )
     trainer = SFTTrainer(
         LlamaForCausalLM(config),
         args=args,

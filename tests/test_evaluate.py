@@ -373,6 +373,14 @@ def test_scoring_happens_in_eval_mode(tokenizer: PreTrainedTokenizerFast) -> Non
     assert result.predictions == best_choices(model.eval(), tokenizer, rows)
 
 
+def test_seed_reaches_the_model(tokenizer: PreTrainedTokenizerFast, quick: Any) -> None:
+    model, rows = quick
+    seeds = set()
+    model.register_forward_pre_hook(lambda *_: seeds.add(torch.initial_seed()))
+    score(model, tokenizer, [(EvalTask(name="quiz", max_new_tokens=1), rows)], seed=5)
+    assert seeds == {5}
+
+
 @pytest.mark.parametrize("on_terminal", [False, True], ids=["file", "terminal"])
 def test_bars_are_for_terminals(
     tokenizer: PreTrainedTokenizerFast,

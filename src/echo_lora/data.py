@@ -574,7 +574,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     answer = "the-answer-of-the-assistant"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     text = _apply_template({}, messages, tokenizer, "An example", tokenize=False)
-    after = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    after = tokenizer(text.partition(answer)[2], add_special_tokens=False)["input_ids"]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ends | (special.intersection(after) - {tokenizer.bos_token_id})
 

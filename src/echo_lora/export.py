@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from echo_lora.config import EchoConfig
 from echo_lora.errors import EchoCheckpointError
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -36,6 +37,20 @@ def adapter_hash(model: PeftModel, adapter_name: str = "default") -> str:
         digest.update(f"{name}:{data.dtype}:{tuple(data.shape)}".encode())
         digest.update(data.view(torch.uint8).numpy().tobytes() if data.dim() else str(data.item()).encode())
     return digest.hexdigest()
+
+
+def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
+    """README.md of an adapter: how it was made, and that nothing of the echo is needed to use it.
+
+    run: the fields of `run.json`.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("echo_lora"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.get_template("model_card.md.j2")
+    return template.render(**run, echo_config=None if echo_config is None else echo_config.to_dict())
 
 
 def read_adapter(folder: str | Path) -> dict[str, Tensor]:
@@ -102,10 +117,13 @@ def save_verified(
     folder: str | Path,
     *,
     tokenizer: Any = None,
+    card: str | None = None,
     overwrite: bool = False,
     trained: bool = True,
 ) -> Path:
     """Save the active adapter (and tokenizer with chat template) as a plain PEFT folder, and prove it.
+
+    card: text of the README.md, in place of PEFT's own.
 
     Nothing appears under `folder` unless the proof holds. Raises EchoCheckpointError if it does not, if the
     folder exists and is not empty (unless `overwrite`), or if the disk refuses.
@@ -119,6 +137,8 @@ def save_verified(
             (temporary / adapter_name).rmdir()
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         verify_adapter(model, temporary, adapter_name, trained=trained)
     return Path(folder)
 

@@ -1,0 +1,138 @@
+"""From the sources of a recipe to rows: raw, tokenised for training, rendered for scoring."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echo_lora.data import (
+    PreparedData,
+    end_token_ids,
+    prepare_rows,
+    read_rows,
+    reasoning_gym_splits,
+    render_prompt,
+)
+from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.evaluate.tasks import EvalTask
+from echo_lora.recipe import PARTS, EvaluationTask, Recipe, Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+def source_rows(recipe: Recipe, source: Source, part: str) -> list[Row]:
+    """The raw rows of one source of `data.train`, `data.validation` or `data.test`.
+
+    Parts that name the same task with the same seed and parameters share no question, and the test rows depend on
+    neither the number of training rows nor on other sources. Raises EchoDataError.
+    """
+    if source.file is not None:
+        rows = read_rows(source.file, recipe.data.columns, source.part)
+    else:
+        sizes = dict.fromkeys(PARTS, 1)  # every part has its place, so that adding one moves no row of another
+        for name, other in _all_sources(recipe):
+            if other.rows_key == source.rows_key:
+                sizes[name] = max(sizes[name], other.count or 1)
+        params = json.dumps(source.params or {})
+        splits = _generated(str(source.task), source.seed or 0, params, tuple(sizes.values()))
+        rows = splits[part][: source.count]
+    return rows[: recipe.data.limit]
+
+
+def prepare_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: str) -> list[PreparedData]:
+    """The tokenised and checked rows of each source of a part; none if the recipe does not give the part."""
+    return [
+        prepare_rows(
+            source_rows(recipe, source, part),
+            tokenizer,
+            max_length=recipe.data.max_length,
+            on_overlength=recipe.data.on_overlength,
+            chat=recipe.data.chat,
+            source=source.file or source.name,
+        )
+        for source in getattr(recipe.data, part) or []
+    ]
+
+
+def join(prepared: list[PreparedData]) -> Dataset:
+    """One dataset of all sources; with several, its rows are numbered through all of them."""
+    rows = [row for data in prepared for row in data.rows]
+    if len(prepared) > 1:
+        rows = [replace(row, row=number) for number, row in enumerate(rows)]
+    return replace(prepared[0], rows=rows).to_dataset()
+
+
+def evaluation_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[EvalTask, list[Row]]]:
+    """Tasks and their rows for `evaluate.score`.
+
+    Without `evaluation.tasks` each source of `data.test` is a task that generates an answer. Tasks without a stop
+    of their own end where the model's turns end. Raises EchoConfigError if there is nothing to score.
+    """
+    tasks = recipe.evaluation.tasks or _default_tasks(recipe)
+    ends = tokenizer.convert_ids_to_tokens(sorted(end_token_ids(tokenizer)))
+    scored = []
+    for task in tasks:
+        sources = task.data or recipe.data.test
+        if not sources:
+            raise EchoConfigError(f"evaluation task {task.name!r} has no rows. Give it data, or give data.test.")
+        where = ", ".join(source.file or source.name for source in sources)
+        rows = [row for source in sources for row in source_rows(recipe, source, "test")]
+        rendered = [_scored(task, row, tokenizer, recipe.data.chat, f"{where}: row {i}") for i, row in enumerate(rows)]
+        stop = task.stop or (ends if task.kind == "generate" else [])
+        scored.append((task.build(file=where, stop=stop), rendered))
+    return scored
+
+
+def _all_sources(recipe: Recipe) -> list[tuple[str, Source]]:
+    """Every source with its part; rows that only a task of the evaluation names count as test rows."""
+    sources = [(part, source) for part in PARTS for source in getattr(recipe.data, part) or []]
+    return sources + [("test", source) for task in recipe.evaluation.tasks for source in task.data or []]
+
+
+@cache
+def _generated(task: str, seed: int, params: str, sizes: tuple[int, ...]) -> dict[str, list[Row]]:
+    """The splits of a task; params in JSON, sizes in the order of PARTS."""
+    return reasoning_gym_splits(task, dict(zip(PARTS, sizes, strict=True)), seed, json.loads(params))
+
+
+def _default_tasks(recipe: Recipe) -> list[EvaluationTask]:
+    if not recipe.data.test:
+        raise EchoConfigError("the recipe has nothing to score. Give data.test, or evaluation.tasks with data.")
+    names: list[str] = []
+    for source in recipe.data.test:
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(source.name).stem)
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return [
+        EvaluationTask(name=name, data=[source.model_dump()])
+        for name, source in zip(names, recipe.data.test, strict=True)
+    ]
+
+
+def _scored(
+    task: EvaluationTask, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: bool, where: str
+) -> Row:
+    """A row as its kind of task wants it: the prompt rendered, and what is right."""
+    rendered = {"prompt": render_prompt(row, tokenizer, chat)}
+    if task.kind == "choice":
+        return rendered | {name: row[name] for name in ("choices", "label") if name in row}
+    return rendered | {"answer": _answer(row, where)}
+
+
+def _answer(row: Mapping[str, Any], where: str) -> str:
+    turns = row.get("messages") or row.get("completion")
+    if row.get("answer") is not None:
+        return row["answer"]
+    if isinstance(turns, list):  # the prompt ends at the first answer
+        turns = next((turn["content"] for turn in turns if turn["role"] == "assistant"), None)
+    if not isinstance(turns, str):
+        raise EchoDataError(f"{where} has no answer to compare with. Present: {', '.join(row)}. Give it a completion.")
+    return turns

@@ -1,0 +1,310 @@
+"""From a recipe to a trained adapter and the folder that proves where it came from.
+
+    output/
+      adapter/       the plain PEFT adapter, tokenizer with chat template, model card
+      checkpoints/   what `resume` goes on from
+      loss.png       the losses over the steps
+      run.json       recipe, versions, seeds, metrics; written last, so that it stands for a finished run
+
+The adapter's initial weights depend on `seeds.initialisation` and the adapter's shape alone: with and without
+the echo they are the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PrinterCallback
+from transformers.trainer_utils import set_seed
+from trl import SFTConfig
+
+import echo_lora
+from echo_lora.base_models import load_base_model, load_tokenizer
+from echo_lora.checkpoint import SEAL, last_complete_checkpoint
+from echo_lora.errors import EchoCheckpointError
+from echo_lora.export import adapter_hash, model_card, refuse_existing, save_verified
+from echo_lora.model import EchoModel, get_echo_model
+from echo_lora.progress import TrainingProgress, stage
+from echo_lora.recipe import Recipe
+from echo_lora.rows import join, prepare_part
+from echo_lora.sft import EchoSFTTrainer
+
+RUN_FILE = "run.json"
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run is; `run.json` holds the same fields."""
+
+    output: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    rows: list[str]  # what was trained on, as lines
+    steps: int
+    resumed_at: int  # the step that this process started from; 0 for a run in one piece
+    seconds: float  # of training, in this process
+    peak_memory: int  # bytes: of the process on a CPU, of torch's tensors on a GPU
+    deployed_parameters: int  # of the adapter
+    echo_parameters: int  # trained beside it and thrown away
+    initial_adapter_sha256: str
+    adapter_sha256: str
+    final: dict[str, float]  # the last value of every metric
+    history: list[dict[str, float]]
+
+    @property
+    def adapter(self) -> Path:
+        return Path(self.output) / "adapter"
+
+    @classmethod
+    def read(cls, output: str | Path) -> RunResult:
+        """The result of a finished run. Raises EchoCheckpointError if the folder holds none."""
+        path = Path(output) / RUN_FILE
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise EchoCheckpointError(
+                f"{path} is not the record of a finished run: {error}. Name the output folder of `echo-lora train`."
+            ) from error
+
+
+def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
+    """Train the recipe's adapter and write its output folder.
+
+    resume: go on from the newest complete checkpoint in the output folder; the recipe must be the same.
+    Raises an EchoError, and then leaves nothing behind but complete checkpoints.
+    """
+    output = Path(recipe.output)
+    checkpoints = output / "checkpoints"
+    _claim(output, checkpoints, resume)
+    try:
+        result, model, tokenizer = _train(recipe, checkpoints, resume)
+        with stage("Saving the adapter and reading it back"):
+            card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
+            save_verified(model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True)
+            _write(output / "loss.png", lambda path: plot_losses(result.history, path))
+            record = json.dumps(dataclasses.asdict(result), indent=2)
+            _write(output / RUN_FILE, lambda path: path.write_text(record, encoding="utf-8"))
+    finally:
+        _tidy(output, checkpoints)
+    return result
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    """The PEFT configuration of the recipe's adapter."""
+    return LoraConfig(
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=recipe.lora.target_modules,
+        use_dora=recipe.method == "dora",
+        use_rslora=recipe.method == "rslora",
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
+    """The base with the recipe's adapter, freshly initialised, and with the echo if the recipe wants it."""
+    set_seed(recipe.seeds.initialisation)
+    if recipe.echo:
+        return get_echo_model(base, lora_config(recipe), recipe.build_echo_config())
+    return get_peft_model(base, lora_config(recipe))
+
+
+def parameter_counts(model: PeftModel) -> tuple[int, int]:
+    """Trainable parameters of the adapter, and of the echo."""
+    echo = sum(p.numel() for p in model.echo.parameters()) if isinstance(model, EchoModel) else 0
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) - echo, echo
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
+    """The recipe's `training` in the words of transformers and TRL, whose own defaults differ."""
+    training = recipe.training
+    # with a warm-up of 0 steps this is the constant schedule
+    schedule = "constant_with_warmup" if training.schedule == "constant" else training.schedule
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        num_train_epochs=training.epochs if training.epochs is not None else 1.0,
+        max_steps=training.steps if training.steps is not None else -1,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optimizer,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=training.bf16,
+        save_steps=training.save_every,
+        save_total_limit=training.keep_checkpoints,
+        logging_steps=training.log_every,
+        logging_first_step=True,
+        eval_strategy="no" if training.evaluate_every is None else "steps",
+        eval_steps=training.evaluate_every,
+        report_to=training.report_to or "none",
+        seed=recipe.seeds.initialisation,
+        data_seed=recipe.seeds.data_order,
+        max_length=None,  # rows are checked before they come here
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,  # TrainingProgress shows what there is to see
+    )
+
+
+def _train(recipe: Recipe, checkpoints: Path, resume: bool) -> tuple[RunResult, PeftModel, Any]:
+    with stage(f"Reading rows with the tokenizer of {recipe.model}"):
+        tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+        prepared = {part: prepare_part(recipe, tokenizer, part) for part in ("train", "validation")}
+    with stage(f"Loading {recipe.model}"):
+        base = load_base_model(
+            recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
+        )
+    model = add_adapter(recipe, base)
+    progress = TrainingProgress()
+    trainer = EchoSFTTrainer(
+        model=model,
+        args=training_arguments(recipe, checkpoints),
+        train_dataset=join(prepared["train"]),
+        eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
+        processing_class=tokenizer,
+        callbacks=[progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    resumed_at = int(last_complete_checkpoint(checkpoints).name.rpartition("-")[2]) if resume else 0
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=resume or None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its file writer
+        if isinstance(error, RuntimeError) and "file" not in str(error).split(":")[0].lower():
+            raise
+        raise EchoCheckpointError(
+            f"{checkpoints} could not be written at step {trainer.state.global_step}: {error}. Free some space, then "
+            "resume; complete checkpoints are kept."
+        ) from error
+    finally:
+        progress.close()
+    seconds = time.perf_counter() - started
+    history = [_numbers(entry) for entry in trainer.state.log_history]
+    deployed, echo = parameter_counts(model)
+    assert trainer.initial_adapter_hash is not None
+    result = RunResult(
+        output=str(checkpoints.parent),
+        recipe=recipe.model_dump(mode="json"),
+        versions=versions(),
+        device=str(model.device),
+        rows=[line for data in prepared["train"] for line in data.summary()],
+        steps=trainer.state.global_step,
+        resumed_at=resumed_at,
+        seconds=seconds,
+        peak_memory=peak_memory(),
+        deployed_parameters=deployed,
+        echo_parameters=echo,
+        initial_adapter_sha256=trainer.initial_adapter_hash,
+        adapter_sha256=adapter_hash(model, model.active_adapters[0]),
+        final={name: value for entry in history for name, value in entry.items() if not name.startswith("train_")},
+        history=history,
+    )
+    return result, model, tokenizer
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {name: version(name) for name in PACKAGES}
+    return {"echo_lora": echo_lora.__version__, "python": platform.python_version()} | found
+
+
+def peak_memory() -> int:
+    """Bytes: what torch's tensors took at most on a GPU, what the process took at most on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would give the parent's peak where that was higher
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def plot_losses(history: list[dict[str, float]], path: Path) -> None:
+    """Draw the losses, and the routing probability on an axis of its own, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    has_echo = any("ce_off" in entry for entry in history)
+    for name in ("ce_off", "ce_on", "distillation", "eval_loss") if has_echo else ("loss", "eval_loss"):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "")
+    axes.set(xlabel="optimizer step", ylabel="nats per answer token")
+    if has_echo:
+        points = [(entry["step"], entry["routing_p"]) for entry in history if "routing_p" in entry]
+        right = axes.twinx()
+        right.plot(*zip(*points, strict=True), color="0.7", linestyle="--")
+        right.set(ylabel="routing_p (dashed)", ylim=(0, 1.05))
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
+    """Raises EchoCheckpointError if the output folder is not free, or holds nothing to resume."""
+    _tidy(output, checkpoints)
+    if not resume:
+        try:
+            refuse_existing(output)
+        except EchoCheckpointError as error:
+            has_checkpoints = checkpoints.is_dir() and not (output / RUN_FILE).exists()
+            hint = "To go on with its training, resume (--resume). " if has_checkpoints else ""
+            raise EchoCheckpointError(f"{error} {hint}The recipe's key is output.") from None
+    elif (output / RUN_FILE).exists():
+        raise EchoCheckpointError(f"{output} holds a finished run; there is nothing to resume. Its adapter is in adapter/.")
+    else:
+        last_complete_checkpoint(checkpoints)
+
+
+def _tidy(output: Path, checkpoints: Path) -> None:
+    """Remove what an interruption left: checkpoints that were not finished, then folders that are empty."""
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not (folder / SEAL).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in (checkpoints, output):
+        if folder.is_dir() and not any(os.scandir(folder)):
+            folder.rmdir()
+
+
+def _write(path: Path, write: Any) -> None:
+    """Write a file under a temporary name, then rename it: the file is complete or absent."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise EchoCheckpointError(f"{path} could not be written: {error}. Free some space, then resume.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if isinstance(value, (int, float))}
