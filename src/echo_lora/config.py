@@ -76,7 +76,7 @@ class EchoConfig:
             if layers is None:
                 continue
             if not layers:
-                raise EchoConfigError(f"{name} is an empty list. Name at least one layer, or leave it out.")
+                raise EchoConfigError(f"{name} = [] names no layer. Name at least one, or leave it out.")
             if len(set(layers)) != len(layers):
                 raise EchoConfigError(f"{name} = {layers} names a layer twice. Name each layer once.")
         self._require("bottleneck", self.bottleneck >= 1, "must be at least 1")

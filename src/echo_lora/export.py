@@ -7,11 +7,13 @@ compares keys, values and logits, and only then gives the folder its name.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from echo_lora.config import EchoConfig
 from echo_lora.errors import EchoCheckpointError
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 _PROOF = "echo-proof"  # name of the second adapter during the proof
 PROBE_TOKENS = 16
 
@@ -66,6 +69,73 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
         ) from error
 
 
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder. Raises EchoCheckpointError if it is missing or not an adapter's."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EchoCheckpointError(f"{path} can't be read: {error}. Name the folder of a PEFT adapter.") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise EchoCheckpointError(f"{path} is not the configuration of a PEFT adapter. Name another folder.")
+    return config
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What an adapter folder holds."""
+
+    folder: Path
+    method: str
+    rank: int
+    alpha: float
+    base: str | None
+    modules: list[str]  # the ends of the names of the changed modules
+    layers: int  # number of changed modules
+    parameters: int
+    dtypes: list[str]
+    files: list[str]
+    has_chat_template: bool
+    problems: list[str]  # why it should not be used; empty for a sound one
+    readers: list[str]  # who can load it
+
+
+def inspect_adapter(folder: str | Path) -> AdapterReport:
+    """Look into an adapter folder without a model. Raises EchoCheckpointError if it is none, or corrupted."""
+    folder = Path(folder)
+    config, tensors = read_adapter_config(folder), read_adapter(folder)
+    method = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+    changed = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
+    lora_B = [tensor for name, tensor in tensors.items() if ".lora_B" in name]
+    problems = [f"{name} holds values that are not finite" for name, t in tensors.items() if not t.isfinite().all()]
+    if lora_B and not any(tensor.any() for tensor in lora_B):
+        problems.append("every lora_B is zero: the adapter changes nothing")
+    foreign = sorted(name for name in tensors if not name.startswith("base_model.model."))
+    if foreign:
+        problems.append(f"{foreign[0]} is not a key of PEFT ({len(foreign)} such keys)")
+    readers = ["PEFT: peft.PeftModel.from_pretrained", "transformers: model.load_adapter"]
+    if method == "dora":
+        readers.append("servers without DoRA (such as vLLM): merge it first, with `echo-lora merge`")
+    else:
+        readers.append("servers that read PEFT's LoRA folders; any other after `echo-lora merge`")
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return AdapterReport(
+        folder=folder,
+        method=method,
+        rank=int(config.get("r", 0)),
+        alpha=float(config.get("lora_alpha", 0)),
+        base=config.get("base_model_name_or_path"),
+        modules=sorted({name.rpartition(".")[2] for name in changed}),
+        layers=len(changed),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+        files=files,
+        has_chat_template="chat_template.jinja" in files,
+        problems=problems,
+        readers=[] if problems else readers,
+    )
+
+
 def verify_adapter(
     model: PeftModel, folder: str | Path, adapter_name: str = "default", *, trained: bool = True
 ) -> None:
@@ -99,9 +169,7 @@ def verify_adapter(
             "the learning rate and that the adapter's parameters require gradients."
         )
     with _plain_eval(model), torch.no_grad():
-        # Ids from the middle of the vocabulary: ordinary tokens in every tokenizer.
-        vocabulary = model.get_input_embeddings().num_embeddings
-        probe = (torch.arange(PROBE_TOKENS, device=model.device) * 7 + vocabulary // 3)[None] % vocabulary  # (1, 16)
+        probe = probe_ids(model)  # (1, 16)
         before = model(input_ids=probe).logits
         with _second_adapter(model, folder, adapter_name):
             after = model(input_ids=probe).logits
@@ -173,6 +241,29 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` write a file under a temporary name, then rename it: the file is complete or absent.
+
+    Raises EchoCheckpointError if the disk refuses.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise EchoCheckpointError(
+            f"{path} could not be written: {error}. Free some space or choose another place; nothing was left behind."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
 def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
     """Raises EchoCheckpointError if the folder holds anything, unless it may be replaced."""
     folder = Path(folder)
@@ -180,6 +271,12 @@ def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
         raise EchoCheckpointError(f"{folder} is a file. Name a folder for the output.")
     if folder.is_dir() and any(os.scandir(folder)) and not overwrite:
         raise EchoCheckpointError(f"{folder} exists and is not empty. Choose another folder, or remove this one.")
+
+
+def probe_ids(model: PeftModel) -> Tensor:
+    """(1, 16) ids from the middle of the vocabulary: ordinary tokens in every tokenizer."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return (torch.arange(PROBE_TOKENS, device=model.device) * 7 + vocabulary // 3)[None] % vocabulary
 
 
 @contextmanager

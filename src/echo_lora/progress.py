@@ -19,10 +19,10 @@ def _console() -> Console:
 
 
 @contextmanager
-def stage(text: str) -> Iterator[None]:
-    """A stage of unknown length: a moving bar with the time it takes, or one line."""
+def stage(text: str, *, has_bar: bool = False) -> Iterator[None]:
+    """A stage of unknown length: a moving bar with the time it takes, or one line; a line if it has a bar itself."""
     console = _console()
-    if not console.is_terminal:
+    if has_bar or not console.is_terminal:
         console.print(f"{text} ...", markup=False)
         yield
         return

@@ -20,7 +20,7 @@ from echo_lora.data import (
 )
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.evaluate.tasks import EvalTask
-from echo_lora.recipe import PARTS, EvaluationTask, Recipe, Source
+from echo_lora.schema import PARTS, EvaluationTask, Recipe, Source
 
 if TYPE_CHECKING:
     from datasets import Dataset

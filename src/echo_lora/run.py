@@ -15,14 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
-import resource
 import shutil
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +28,18 @@ from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
-import echo_lora
 from echo_lora.base_models import load_base_model, load_tokenizer
 from echo_lora.checkpoint import SEAL, last_complete_checkpoint
+from echo_lora.environment import peak_memory, versions
 from echo_lora.errors import EchoCheckpointError
-from echo_lora.export import adapter_hash, model_card, refuse_existing, save_verified
+from echo_lora.export import adapter_hash, model_card, refuse_existing, save_verified, write_file
 from echo_lora.model import EchoModel, get_echo_model
 from echo_lora.progress import TrainingProgress, stage
-from echo_lora.recipe import Recipe
+from echo_lora.schema import Recipe
 from echo_lora.rows import join, prepare_part
 from echo_lora.sft import EchoSFTTrainer
 
 RUN_FILE = "run.json"
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -98,9 +92,9 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
         with stage("Saving the adapter and reading it back"):
             card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
             save_verified(model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True)
-            _write(output / "loss.png", lambda path: plot_losses(result.history, path))
+            write_file(output / "loss.png", lambda path: plot_losses(result.history, path))
             record = json.dumps(dataclasses.asdict(result), indent=2)
-            _write(output / RUN_FILE, lambda path: path.write_text(record, encoding="utf-8"))
+            write_file(output / RUN_FILE, lambda path: path.write_text(record, encoding="utf-8"))
     finally:
         _tidy(output, checkpoints)
     return result
@@ -151,7 +145,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optimizer,
-        gradient_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing=training.gradient_checkpointing,
         bf16=training.bf16,
         save_steps=training.save_every,
         save_total_limit=training.keep_checkpoints,
@@ -207,7 +201,7 @@ def _train(recipe: Recipe, checkpoints: Path, resume: bool) -> tuple[RunResult, 
     assert trainer.initial_adapter_hash is not None
     result = RunResult(
         output=str(checkpoints.parent),
-        recipe=recipe.model_dump(mode="json"),
+        recipe=recipe.to_dict(),
         versions=versions(),
         device=str(model.device),
         rows=[line for data in prepared["train"] for line in data.summary()],
@@ -223,25 +217,6 @@ def _train(recipe: Recipe, checkpoints: Path, resume: bool) -> tuple[RunResult, 
         history=history,
     )
     return result, model, tokenizer
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    found = {name: version(name) for name in PACKAGES}
-    return {"echo_lora": echo_lora.__version__, "python": platform.python_version()} | found
-
-
-def peak_memory() -> int:
-    """Bytes: what torch's tensors took at most on a GPU, what the process took at most on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would give the parent's peak where that was higher
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def plot_losses(history: list[dict[str, float]], path: Path) -> None:
@@ -276,7 +251,9 @@ def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
             hint = "To go on with its training, resume (--resume). " if has_checkpoints else ""
             raise EchoCheckpointError(f"{error} {hint}The recipe's key is output.") from None
     elif (output / RUN_FILE).exists():
-        raise EchoCheckpointError(f"{output} holds a finished run; there is nothing to resume. Its adapter is in adapter/.")
+        raise EchoCheckpointError(
+            f"{output} holds a finished run; there is nothing to resume. Its adapter is in adapter/."
+        )
     else:
         last_complete_checkpoint(checkpoints)
 
@@ -289,21 +266,6 @@ def _tidy(output: Path, checkpoints: Path) -> None:
     for folder in (checkpoints, output):
         if folder.is_dir() and not any(os.scandir(folder)):
             folder.rmdir()
-
-
-def _write(path: Path, write: Any) -> None:
-    """Write a file under a temporary name, then rename it: the file is complete or absent."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise EchoCheckpointError(f"{path} could not be written: {error}. Free some space, then resume.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,149 @@
+"""Loading an adapter onto its base, and merging it into the base's weights, each with its proof.
+
+PEFT loads an adapter whose keys don't match with a warning at most, and scales a merge in whatever the weights'
+type is. Here a key that does not match is an error that names the module, and a merge is compared, logit by logit,
+with the model that it stands for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from echo_lora.base_models import load_base_model, load_config, load_tokenizer
+from echo_lora.errors import EchoCheckpointError, EchoModelError
+from echo_lora.export import new_folder, probe_ids, read_adapter, read_adapter_config, refuse_existing
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Largest difference of logits after merging, relative to the largest logit: W + s·BA is rounded to the weights' type.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged model and how far its logits are from those of base and adapter."""
+
+    output: Path
+    dtype: str
+    max_difference: float  # of logits, on a short probe
+    largest_logit: float
+    tolerance: float  # of max_difference / largest_logit
+    reloaded_difference: float | None  # the same, of the folder as it reads back; None if not verified
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: Dtype = "auto",
+    verify: bool = False,
+    trust_remote_code: bool = False,
+) -> MergeResult:
+    """Write the base with the adapter merged into its weights, and its tokenizer, as a model of its own.
+
+    base: by default the one that the adapter names. dtype: type in which to load, merge and write; "auto" is the
+    type in which the base is stored. verify: read the written folder back and compare it too. Raises
+    EchoCheckpointError if the logits differ by more than the type's rounding, EchoModelError for a quantised base.
+    """
+    refuse_existing(output)
+    config = read_adapter_config(adapter)
+    reference = base if base is not None else config.get("base_model_name_or_path")
+    if not reference:
+        raise EchoCheckpointError(f"{adapter} names no base model. Name it with --base.")
+    _refuse_quantised(reference, load_config(reference, trust_remote_code))
+    model = load_adapter(load_base_model(reference, dtype, trust_remote_code=trust_remote_code), adapter, reference)
+    probe = probe_ids(model)
+    with torch.no_grad():
+        before = model(input_ids=probe).logits.float()
+        try:
+            merged = model.merge_and_unload(safe_merge=True)
+        except ValueError as error:  # weights that are not finite
+            raise EchoCheckpointError(f"{adapter} can't be merged: {error}. Don't use this adapter.") from error
+        difference = _compare(merged, before, probe, f"{adapter}: merging")
+        reread = None
+        with new_folder(output) as temporary:
+            merged.save_pretrained(temporary)
+            tokenizer_folder = adapter if (Path(adapter) / "tokenizer_config.json").is_file() else reference
+            load_tokenizer(tokenizer_folder, trust_remote_code).save_pretrained(temporary)
+            if verify:
+                again = AutoModelForCausalLM.from_pretrained(
+                    temporary, dtype=merged.dtype, trust_remote_code=trust_remote_code
+                )
+                reread = _compare(again.eval(), before, probe, f"{output}: the merged model as it reads back")
+    return MergeResult(
+        output=Path(output),
+        dtype=str(merged.dtype).removeprefix("torch."),
+        max_difference=difference,
+        largest_logit=before.abs().max().item(),
+        tolerance=TOLERANCE.get(merged.dtype, TOLERANCE[torch.bfloat16]),
+        reloaded_difference=reread,
+    )
+
+
+def load_adapter(base: PreTrainedModel, folder: str | Path, reference: str | Path | None = None) -> PeftModel:
+    """The base with the adapter of a folder, in eval mode, as stock PEFT loads it.
+
+    reference: how errors name the base. Raises EchoCheckpointError if the adapter is corrupted or does not fit the
+    base, naming the first module where it does not.
+    """
+    folder, name = Path(folder), str(reference or base.name_or_path)
+    saved = read_adapter(folder)
+    made_for = read_adapter_config(folder).get("base_model_name_or_path")
+    advice = f"The adapter was made for {made_for or 'a base that it does not name'}. Name its own base."
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
+    except ValueError as error:  # none of its target modules is there
+        raise EchoCheckpointError(f"{folder} does not fit {name}: {error}. {advice}") from error
+    expected = get_peft_model_state_dict(model)
+    for key in sorted(expected.keys() | saved.keys()):
+        problem = _misfit(key, expected.get(key), saved.get(key))
+        if problem:
+            raise EchoCheckpointError(f"{folder} does not fit {name}: {_module(key)} {problem} ({key}). {advice}")
+    return model.eval()
+
+
+def _misfit(key: str, expected: Tensor | None, saved: Tensor | None) -> str | None:
+    if saved is None:
+        return "has no weights in the adapter"
+    if expected is None:
+        return "is not a module of this base that the adapter could change"
+    if expected.shape != saved.shape:
+        return f"needs the shape {tuple(expected.shape)}, but the adapter holds {tuple(saved.shape)}"
+    return None
+
+
+def _module(key: str) -> str:
+    return key.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
+def _refuse_quantised(reference: str | Path, config: Any) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
+        raise EchoModelError(
+            f"{reference} is quantised ({method}): merging would round the adapter's update away with the weights. "
+            "Merge into the base from which it was quantised: name it with --base. Or don't merge: load the adapter "
+            "beside the quantised base with peft.PeftModel.from_pretrained."
+        )
+
+
+def _compare(model: nn.Module, before: Tensor, probe: Tensor, what: str) -> float:
+    """The largest difference of logits. Raises EchoCheckpointError if the weights' type does not explain it."""
+    dtype = next(model.parameters()).dtype
+    after = model(input_ids=probe).logits.float()
+    difference, largest = (after - before).abs().max().item(), before.abs().max().item()
+    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    if not difference <= tolerance * largest:  # also where it is not a number
+        raise EchoCheckpointError(
+            f"{what} changes logits by {difference:.3g}, of at most {largest:.3g}; {dtype} explains up to "
+            f"{tolerance * largest:.3g}. Nothing was written. Merge in a wider type: --dtype float32."
+        )
+    return difference

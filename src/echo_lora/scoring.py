@@ -1,0 +1,86 @@
+"""From a recipe to scores: its base, its adapter, or both on its evaluation tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from echo_lora.base_models import load_base_model, load_tokenizer
+from echo_lora.errors import EchoCheckpointError
+from echo_lora.evaluate import TaskResult, score
+from echo_lora.export import CONFIG_FILE, write_file
+from echo_lora.merge import load_adapter
+from echo_lora.progress import stage
+from echo_lora.recipe import load_recipe, recipe_of_run
+from echo_lora.rows import evaluation_rows
+from echo_lora.run import RUN_FILE
+from echo_lora.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model got right."""
+
+    model: str  # "base", or the adapter's folder
+    results: list[TaskResult]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model": self.model, "results": [result.to_dict() for result in self.results]}
+
+
+def resolve(
+    target: str, overrides: Sequence[str] = (), adapter: str | Path | None = None
+) -> tuple[Recipe, Path | None]:
+    """The recipe and the adapter that `eval` means.
+
+    target: a recipe (its adapter is the one of its output folder, if it has been trained), the output folder of a
+    run, or an adapter folder inside one. Raises EchoConfigError or EchoCheckpointError.
+    """
+    folder = Path(target)
+    if not folder.is_dir():
+        recipe = load_recipe(target, overrides)
+        trained = Path(recipe.output) / "adapter"
+        return recipe, Path(adapter) if adapter is not None else trained if trained.is_dir() else None
+    is_adapter = (folder / CONFIG_FILE).is_file()
+    run = folder.resolve().parent if is_adapter else folder
+    if not (run / RUN_FILE).is_file():
+        raise EchoCheckpointError(
+            f"{folder} has no {RUN_FILE} {'beside' if is_adapter else 'in'} it, so nothing says what to score it on. "
+            "Name a recipe, and the adapter with --adapter."
+        )
+    own = folder if is_adapter else folder / "adapter"
+    return recipe_of_run(run / RUN_FILE, overrides), Path(adapter) if adapter is not None else own
+
+
+def score_recipe(recipe: Recipe, adapter: Path | None, *, with_base: bool) -> list[Scores]:
+    """Score the adapter on the recipe's evaluation tasks, the base before it if asked for or if there is no adapter.
+
+    Raises EchoCheckpointError if the adapter does not fit the recipe's model.
+    """
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    with stage("Rendering the rows of the evaluation"):
+        tasks = evaluation_rows(recipe, tokenizer)
+    with stage(f"Loading {recipe.model}"):
+        base: Any = load_base_model(
+            recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
+        )
+        model = base.eval() if adapter is None else load_adapter(base, adapter, recipe.model)
+    scores = []
+    for name in ("base", "adapter"):
+        if (name == "adapter" and adapter is None) or (name == "base" and adapter is not None and not with_base):
+            continue
+        plain = model.disable_adapter() if name == "base" and adapter is not None else nullcontext()
+        with stage(f"Scoring {name if name == 'base' else adapter}", has_bar=True), plain:
+            results = score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)
+        scores.append(Scores(name if name == "base" else str(adapter), results))
+    return scores
+
+
+def write_scores(scores: list[Scores], path: str | Path) -> None:
+    """Write the scores with every prediction as JSON. Raises EchoCheckpointError if the disk refuses."""
+    text = json.dumps([one.to_dict() for one in scores], indent=2, ensure_ascii=False)
+    write_file(Path(path), lambda file: file.write_text(text, encoding="utf-8"))

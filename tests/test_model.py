@@ -1,0 +1,286 @@
+"""EchoModel is the PEFT model that it is, and the echo can learn."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from safetensors.torch import load_file
+
+from architectures import ARCHITECTURES, VOCAB, collate, lora_config, random_row, tiny_base, tiny_echo_model
+from echo_lora import EchoConfig, EchoOutput, get_echo_model
+from echo_lora.echo import EchoNetworks, apply_control, echo_representation
+from echo_lora.errors import EchoConfigError, EchoDataError, EchoModelError
+
+
+def batch_of(*shapes, seed=0, side="right"):
+    g = torch.Generator().manual_seed(seed)
+    return collate([random_row(g, *shape) for shape in shapes], side)
+
+
+BATCH = ((8, 3), (5, 4))
+
+
+# ------------------------------------------------------------ a PEFT model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("state", ["eval", "no labels", "echo off", "adapter disabled", "another adapter"])
+def test_where_the_echo_does_not_apply_it_is_the_plain_model(name, state):
+    model = tiny_echo_model(name)
+    plain = peft.get_peft_model(tiny_base(name), lora_config(name, init_lora_weights=False))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    batch = batch_of(*BATCH)
+    if state == "another adapter":
+        model.add_adapter("other", lora_config(name))
+        model.set_adapter("other")
+        with plain.disable_adapter():  # a fresh adapter does nothing
+            expected = plain.train()(**batch)
+    elif state == "adapter disabled":
+        with plain.disable_adapter():
+            expected = plain.train()(**batch)
+    else:
+        plain.train(state != "eval")
+        expected = plain(**{k: v for k, v in batch.items() if k != "labels" or state != "no labels"})
+    if state == "eval":
+        model.eval()
+    if state == "echo off":
+        model.echo_enabled = False
+    inputs = {k: v for k, v in batch.items() if k != "labels" or state != "no labels"}
+    if state == "adapter disabled":
+        with model.disable_adapter():
+            output = model(**inputs)
+    else:
+        output = model(**inputs)
+    assert not isinstance(output, EchoOutput)
+    assert torch.equal(output.logits, expected.logits)
+    if "labels" in inputs:
+        assert torch.equal(output.loss, expected.loss)
+
+
+def test_it_is_a_peft_model_that_trains_by_its_forward():
+    model = tiny_echo_model()
+    assert isinstance(model, PeftModelForCausalLM)
+    output = model(**batch_of(*BATCH))
+    assert isinstance(output, EchoOutput)
+    assert output.routed
+    assert all(torch.isfinite(output[name]).all() for name in output)
+    assert model.eval().generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_the_saved_adapter_is_one_without_echo(tmp_path, name, method):
+    torch.manual_seed(1)
+    plain = peft.get_peft_model(tiny_base(name), lora_config(name, method=method))
+    torch.manual_seed(1)
+    echo = get_echo_model(tiny_base(name), lora_config(name, method=method), EchoConfig(target_layers=[0]))
+    plain.save_pretrained(tmp_path / "plain")
+    echo.save_pretrained(tmp_path / "echo")
+    files = [sorted(p.name for p in (tmp_path / kind).iterdir()) for kind in ("plain", "echo")]
+    assert files[0] == files[1]
+    configs = [json.loads((tmp_path / k / "adapter_config.json").read_text()) for k in ("plain", "echo")]
+    assert configs[0] == configs[1]
+    tensors = [load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("plain", "echo")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(v, tensors[1][k]) for k, v in tensors[0].items())  # the same start, and the same shapes
+
+
+def test_a_random_state_is_not_advanced_by_the_echo():
+    states = []
+    for wrap in (peft.get_peft_model, get_echo_model):
+        torch.manual_seed(1)
+        wrap(tiny_base(), lora_config())
+        states.append(torch.random.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_merged_and_unloaded_the_echo_is_gone():
+    model = tiny_echo_model(injection_site="output")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not any("echo" in name or "lora" in name for name in merged.state_dict())
+
+
+def test_a_second_adapter_gets_no_echo():
+    model = tiny_echo_model()
+    model.add_adapter("other", lora_config(init_lora_weights=False))
+    batch = batch_of(*BATCH)
+    with_echo = model(**batch)
+    assert isinstance(with_echo, EchoOutput)
+    model.set_adapter("other")
+    assert not isinstance(model(**batch), EchoOutput)
+    model.set_adapter("default")
+    again = model(**batch)
+    assert torch.equal(again.loss, with_echo.loss)
+
+
+def test_a_named_adapter_carries_the_echo():
+    model = get_echo_model(tiny_base(), lora_config(), EchoConfig(target_layers=[0]), adapter_name="mine").train()
+    model.set_routing_clock(0, 10)
+    assert isinstance(model(**batch_of(*BATCH)), EchoOutput)
+    assert model.echo_adapter == "mine"
+
+
+# ----------------------------------------------------------------- the echo
+
+
+def test_an_untrained_echo_is_neutral():
+    model = tiny_echo_model(started=False)
+    output = model(**batch_of(*BATCH))
+    assert output.echo_norm == 0
+    torch.testing.assert_close(output.ce_on, output.ce_off)
+    assert output.distillation.abs() < 1e-6
+
+
+@pytest.mark.parametrize("site", ["lora_input", "output"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_every_echo_parameter_gets_a_gradient_within_the_first_steps(site, method):
+    torch.manual_seed(1)
+    config = EchoConfig(source_layers=[2], target_layers=[0, 1], bottleneck=8, injection_site=site)
+    model = get_echo_model(tiny_base(), lora_config(method=method), config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    touched: set[str] = set()
+    for step in range(4):
+        model.echo_losses(**batch_of(*BATCH, seed=step), is_routed=True).loss.backward()
+        touched |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        optimizer.step()
+        optimizer.zero_grad()
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any(n.startswith("echo.") for n in trainable)
+    assert trainable - touched == set()
+
+
+def test_the_echo_alone_lowers_ce_on_below_ce_off():
+    """With the LoRA weights frozen, on a task whose answer is readable from the deep boundary state.
+
+    Four prompts that differ in their first token only, each with an answer of its own; the frozen random model
+    can't know the pairing, so CE(off) stays near log V, and only what z carries into the on pass can lower CE(on).
+    """
+    model = tiny_echo_model(started=False, bottleneck=16)
+    g = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(False)
+        if "lora_B" in name:
+            parameter.data.normal_(generator=g)
+    model.get_output_embeddings().weight.data.mul_(4)  # a random head alone could not make any answer likely
+    pairs = {5: 40, 6: 41, 7: 42, 8: 43}
+    rows = [([first, 9, 10, answer], [-100, -100, -100, answer]) for first, answer in pairs.items()]
+    batch = collate(rows)
+    optimizer = torch.optim.AdamW(model.echo.parameters(), lr=3e-2)
+    before = model.echo_losses(**batch, is_routed=True)
+    for _ in range(250):
+        model.echo_losses(**batch, is_routed=True).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model.echo_losses(**batch, is_routed=True)
+    torch.testing.assert_close(after.ce_off, before.ce_off)
+    assert after.ce_on < 0.25 * after.ce_off
+    model.echo_config = EchoConfig(**model.echo_config.to_dict() | {"echo_kind": "shuffled"})
+    assert model.echo_losses(**batch, is_routed=True).ce_on > after.ce_off  # it was the row's own z that did it
+
+
+def test_representation_is_the_normalised_mean_without_gradient():
+    hidden = [torch.randn(3, 16, requires_grad=True) * 5 + 2 for _ in range(2)]
+    z = echo_representation(hidden)
+    assert z.shape == (3, 16)
+    assert z.dtype == torch.float32
+    assert not z.requires_grad
+    torch.testing.assert_close(z.mean(-1), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(z.var(-1, unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_controls():
+    z = echo_representation([torch.randn(4, 16)])
+    assert torch.equal(apply_control(z, "real"), z)
+    assert torch.equal(apply_control(z, "shallow"), z)
+    assert not apply_control(z, "zero").any()
+    noise = apply_control(z, "noise")
+    torch.testing.assert_close(noise.norm(dim=-1), z.norm(dim=-1), rtol=1e-3, atol=0)
+    assert not torch.allclose(noise, z)
+    shuffled = apply_control(z, "shuffled")
+    assert all(not torch.equal(a, b) for a, b in zip(z, shuffled, strict=True))
+    assert sorted(z.sum(-1).tolist()) == sorted(shuffled.sum(-1).tolist())
+    with pytest.raises(EchoDataError, match="single row"):
+        apply_control(z[:1], "shuffled")
+
+
+def test_networks_shapes_and_start():
+    config = EchoConfig(bottleneck=5, scale_init=0.3, gate_bias_init=-1.0)
+    echo = EchoNetworks(16, {"a.b": 7, "a.c": 9}, config)
+    deltas, norm, gate = echo(torch.randn(3, 16))
+    assert {name: tuple(delta.shape) for name, delta in deltas.items()} == {"a.b": (3, 7), "a.c": (3, 9)}
+    assert norm == 0
+    assert gate == pytest.approx(torch.sigmoid(torch.tensor(-1.0)).item())
+    for branch in echo.branches.values():
+        assert branch.scale.item() == pytest.approx(0.3)
+        assert branch.W1.weight.any()
+        assert branch.U1.weight.any()
+        assert not branch.W2.weight.any()
+
+
+# -------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [
+        (LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"), EchoModelError, "SEQ_CLS"),
+        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), EchoModelError, "IA3Config"),
+        (
+            LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", layers_to_transform=[3]),
+            EchoModelError,
+            r"target layer 0 \(model\.layers\.0\) holds no LoRA linear module",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_carry_the_echo(config, error, words):
+    with pytest.raises(error, match=words):
+        get_echo_model(tiny_base(), config, EchoConfig())
+
+
+def test_an_unknown_layer():
+    with pytest.raises(EchoConfigError, match="source_layers names layer 9"):
+        get_echo_model(tiny_base(), lora_config(), EchoConfig(source_layers=[9]))
+
+
+def test_a_base_with_an_adapter():
+    with pytest.raises(EchoModelError, match="carries a PEFT adapter already"):
+        get_echo_model(peft.get_peft_model(tiny_base(), lora_config()), lora_config())
+
+
+def test_an_encoder_decoder():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    base = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=VOCAB))
+    with pytest.raises(EchoModelError, match="encoder-decoder"):
+        get_echo_model(base, LoraConfig(target_modules=["q"]))
+
+
+def test_a_routing_clock_that_was_never_set():
+    model = get_echo_model(tiny_base(), lora_config()).train()
+    with pytest.raises(EchoModelError, match="set_routing_clock"):
+        model(**batch_of(*BATCH))
+    model.set_routing_clock(0, 10)
+    assert model(**batch_of(*BATCH)).routed
+
+
+def test_reentrant_checkpointing():
+    with pytest.raises(EchoModelError, match="use_reentrant"):
+        tiny_echo_model().gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_takes_its_own_forward(name):
+    """No argument of the step is one that an architecture does not know."""
+    model = tiny_echo_model(name)
+    output = model(**batch_of((3, 2)))
+    assert isinstance(model, PeftModel)
+    assert torch.isfinite(output.loss)

@@ -1,0 +1,191 @@
+"""Alignment, masks, the shared prefix and what the step refuses."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from architectures import collate, random_row, tiny_base, tiny_echo_model
+from echo_lora import step
+from echo_lora.errors import EchoDataError, EchoModelError
+from echo_lora.step import align_rows, boundary_positions, injection_mask
+
+
+def rows_of(*shapes, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [random_row(g, *shape) for shape in shapes]
+
+
+def test_boundary_is_the_last_token_before_the_answer():
+    labels = torch.tensor([[-100, -100, 5, 6], [-100, 7, -100, 8]])
+    assert boundary_positions(labels).tolist() == [1, 0]
+
+
+def test_a_row_without_answer_is_refused_with_its_number():
+    with pytest.raises(EchoDataError, match="row 1 of the batch has no answer"):
+        boundary_positions(torch.tensor([[-100, 5], [-100, -100]]))
+
+
+def test_a_row_without_prompt_is_refused_with_its_number():
+    with pytest.raises(EchoDataError, match="row 1 of the batch has no prompt"):
+        boundary_positions(torch.tensor([[-100, 5], [4, 5]]))
+
+
+shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes=shapes, side=st.sampled_from(["right", "left", "both"]))
+def test_alignment_keeps_every_token_that_a_loss_depends_on(shapes, side):
+    rows = rows_of(*shapes)
+    aligned = align_rows(**collate(rows, side))
+    width = aligned.prefix_length + aligned.targets.shape[1]
+    assert aligned.input_ids.shape == aligned.attention_mask.shape == aligned.position_ids.shape == (len(rows), width)
+    for b, ((ids, labels), (prompt, answer)) in enumerate(zip(rows, shapes, strict=True)):
+        inside = aligned.attention_mask[b].bool()
+        kept = int(inside.sum())
+        assert kept >= len(ids) - 1  # the last token predicts nothing, and is not run where no other row needs it
+        assert aligned.input_ids[b][inside].tolist() == ids[:kept]
+        assert aligned.position_ids[b][inside].tolist() == list(range(kept))
+        targets = aligned.targets[b]
+        assert targets[targets != -100].tolist() == labels[prompt:]
+        assert aligned.input_ids[b, aligned.prefix_length] == ids[prompt - 1]  # the boundary's column
+
+
+def test_padding_without_mask_is_taken_for_tokens():
+    ids = torch.tensor([[5, 6, 7, 8]])
+    aligned = align_rows(ids, None, torch.tensor([[-100, -100, 7, 8]]))
+    assert aligned.input_ids.tolist() == [[5, 6, 7]]
+    assert aligned.prefix_length == 1
+
+
+def test_tokens_after_the_last_answer_are_not_run():
+    ids = torch.arange(1, 9)[None]
+    labels = torch.tensor([[-100, -100, 3, 4, -100, -100, -100, -100]])
+    assert align_rows(ids, None, labels).input_ids.tolist() == [[1, 2, 3]]
+
+
+def test_injection_masks():
+    targets = torch.tensor([[5, 6, -100, 7, -100]])  # columns P-1 … predict the tokens after them
+    assert injection_mask(targets, "predictive").int().tolist() == [[1, 1, 0, 1, 0]]
+    assert injection_mask(targets, "answer").int().tolist() == [[0, 1, 1, 0, 1]]
+
+
+def test_prefix_states_are_shared_not_detached():
+    """The echo-on pass must send gradient through the prefix's keys and values into the LoRA weights."""
+    model = tiny_echo_model(echo_step="shared_prefix")
+    batch = collate(rows_of((8, 3), (6, 2)))
+
+    def gradient(detach):
+        seen = []
+        forget = step._forget_suffix
+
+        def cut(cache, rows):
+            forget(cache, rows)
+            for layer in cache.layers:
+                seen.append(layer.keys.requires_grad)
+                if detach:
+                    layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+        step._forget_suffix = cut
+        try:
+            model.echo_losses(**batch, is_routed=True).loss.backward()
+        finally:
+            step._forget_suffix = forget
+        grads = torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "lora_" in n])
+        model.zero_grad()
+        return grads, seen
+
+    whole, seen = gradient(detach=False)
+    assert len(seen) == 4
+    assert all(seen[1:])  # the first layer's keys come from frozen weights only
+    cut, _ = gradient(detach=True)
+    assert (whole - cut).norm() > 0.01 * whole.norm()
+
+
+def test_the_on_pass_runs_the_answer_columns_only():
+    model = tiny_echo_model()
+    widths = []
+    model.get_base_model().model.embed_tokens.register_forward_pre_hook(
+        lambda _m, args: widths.append(args[0].shape[1])
+    )
+    model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True)
+    assert widths == [10, 3]
+
+
+def test_logits_at_predicting_positions_only():
+    model = tiny_echo_model()
+    shapes = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _args, out: shapes.append(tuple(out.shape[:2])))
+    model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True)
+    assert shapes == [(2, 3), (2, 3)]
+
+
+def test_an_unrouted_step_is_one_pass():
+    model = tiny_echo_model()
+    calls = []
+    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    output = model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=False)
+    assert calls == [1]
+    assert not output.routed
+    assert output.ce_on == output.distillation == output.echo_norm == 0
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda base: base.activation_checkpointing_enable(), "gradient checkpointing"),
+        (lambda base: setattr(base.config, "layer_types", ["full_attention", "linear_attention"]), "linear_attention"),
+        (lambda base: setattr(base, "_is_stateful", True), "recurrent state"),
+        (lambda base: setattr(base.config, "_attn_implementation_internal", "flash_attention_2"), "flash_attention_2"),
+    ],
+)
+def test_where_sharing_is_not_exact_the_pass_is_full_and_says_so_once(break_it, reason, caplog, monkeypatch):
+    model = tiny_echo_model()
+    base = model.get_base_model()
+    break_it(base)
+    assert reason in step.why_full(base)
+    with caplog.at_level(logging.WARNING):
+        assert not model._shares_prefix(base)
+        assert not model._shares_prefix(base)
+    assert len(caplog.records) == 1
+    assert reason in caplog.text
+    forced = tiny_echo_model(echo_step="shared_prefix")
+    break_it(forced.get_base_model())
+    with pytest.raises(EchoModelError, match=reason):
+        forced._shares_prefix(forced.get_base_model())
+
+
+def test_checkpointing_in_eval_mode_shares_again():
+    base = tiny_base()
+    base.activation_checkpointing_enable()
+    assert step.why_full(base.train()) is not None
+    assert step.why_full(base.eval()) is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "attention_mask": None}, "position_ids restart"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, "cu_seq_lens_q"),
+        ({"attention_mask": torch.ones(1, 1, 5, 5)}, r"shape \(1, 1, 5, 5\)"),
+    ],
+)
+def test_packed_rows_are_refused(extra, words):
+    model = tiny_echo_model()
+    batch = {"input_ids": torch.tensor([[3, 4, 5, 6, 7]]), "labels": torch.tensor([[-100, 4, -100, 6, 7]])}
+    with pytest.raises(EchoDataError, match=words):
+        model(**batch | extra)
+
+
+def test_mixture_of_experts_keeps_its_auxiliary_loss():
+    model = tiny_echo_model("mixtral")
+    batch = collate(rows_of((5, 2), (3, 3)))
+    plain = model.echo_losses(**batch, is_routed=False).loss
+    config = model.get_base_model().config
+    config.output_router_logits, config.router_aux_loss_coef = True, 0.5
+    assert model.echo_losses(**batch, is_routed=False).loss > plain + 0.1
