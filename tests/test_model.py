@@ -184,7 +184,8 @@ def test_the_echo_alone_lowers_ce_on_below_ce_off():
     torch.testing.assert_close(after.ce_off, before.ce_off)
     assert after.ce_on < 0.25 * after.ce_off
     model.echo_config = EchoConfig(**model.echo_config.to_dict() | {"echo_kind": "shuffled"})
-    assert model.echo_losses(**batch, is_routed=True).ce_on > after.ce_off  # it was the row's own z that did it
+    # another row's z points to another answer: it was the row's own that did it
+    assert model.echo_losses(**batch, is_routed=True).ce_on > 10 * after.ce_on
 
 
 def test_representation_is_the_normalised_mean_without_gradient():

@@ -23,10 +23,10 @@ from echo_lora.environment import peak_memory
 from echo_lora.errors import EchoModelError
 from echo_lora.inject import decoder_layers, target_modules
 from echo_lora.model import EchoModel
-from echo_lora.schema import Recipe
 from echo_lora.routing import routing_probability
 from echo_lora.rows import prepare_part
 from echo_lora.run import add_adapter, parameter_counts
+from echo_lora.schema import Recipe
 from echo_lora.step import why_full
 
 # Bytes per trainable parameter: float32 weight and gradient, and Adam's two moments or what stands for them.
@@ -57,7 +57,7 @@ class Plan:
     method: str
     echo_kind: str | None  # None without the echo
     source_layers: list[str]
-    target_modules: list[str]
+    target_layers: dict[str, list[str]]  # the modules in each that receive the echo
     base_parameters: int
     deployed_parameters: int  # of the adapter: what is saved
     echo_parameters: int  # trained beside it and thrown away
@@ -102,7 +102,7 @@ def plan(recipe: Recipe) -> Plan:
     prepare_part(recipe, tokenizer, "validation")  # its rows are checked too
     base, model = _on_meta(recipe)
     config = recipe.build_echo_config()
-    sources, targets = _named_layers(base, model, config) if isinstance(model, EchoModel) else ([], [])
+    sources, targets = _named_layers(base, model, config) if isinstance(model, EchoModel) else ([], {})
     steps = _steps(recipe, sum(len(data.rows) for data in prepared))
     mean_routing = sum(routing_probability(config, step, steps) for step in range(steps)) / steps
     reason = "echo_config.echo_step is full" if config.echo_step == "full" else why_full(base)
@@ -112,7 +112,7 @@ def plan(recipe: Recipe) -> Plan:
         method=recipe.method,
         echo_kind=config.echo_kind if recipe.echo else None,
         source_layers=sources,
-        target_modules=targets,
+        target_layers=targets,
         base_parameters=_base_parameters(model),
         deployed_parameters=deployed,
         echo_parameters=echo,
@@ -144,11 +144,17 @@ def _on_meta(recipe: Recipe) -> tuple[PreTrainedModel, PeftModel]:
     return base, model
 
 
-def _named_layers(base: PreTrainedModel, model: EchoModel, config: EchoConfig) -> tuple[list[str], list[str]]:
+def _named_layers(
+    base: PreTrainedModel, model: EchoModel, config: EchoConfig
+) -> tuple[list[str], dict[str, list[str]]]:
     prefix, layers = decoder_layers(base)
     sources = [f"{prefix}.{index}" for index in config.resolve_source_layers(len(layers))]
-    targets = target_modules(base, config.resolve_target_layers(len(layers)), model.echo_adapter)
-    return sources, list(targets)
+    targets: dict[str, list[str]] = {}
+    for index in config.resolve_target_layers(len(layers)):
+        layer = f"{prefix}.{index}"
+        names = target_modules(base, [index], model.echo_adapter)
+        targets[layer] = [name.removeprefix(f"{layer}.") for name in names]
+    return sources, targets
 
 
 def _base_parameters(model: PeftModel) -> int:

@@ -94,7 +94,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
+def _parse(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
     """The tree, which knows lines, and the document. Raises EchoConfigError with file and line."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))

@@ -35,8 +35,8 @@ from echo_lora.errors import EchoCheckpointError
 from echo_lora.export import adapter_hash, model_card, refuse_existing, save_verified, write_file
 from echo_lora.model import EchoModel, get_echo_model
 from echo_lora.progress import TrainingProgress, stage
-from echo_lora.schema import Recipe
 from echo_lora.rows import join, prepare_part
+from echo_lora.schema import Recipe
 from echo_lora.sft import EchoSFTTrainer
 
 RUN_FILE = "run.json"

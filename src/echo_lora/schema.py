@@ -39,9 +39,9 @@ class LoraSection(Section):
     target_modules: str | list[str] = _option("all-linear", "modules that get an adapter, by the end of their names")
 
 
-class _NoSeed(Section):
+class _EchoChecks(Section):
     @model_validator(mode="after")
-    def _is_an_echo_config(self) -> _NoSeed:
+    def _is_an_echo_config(self) -> _EchoChecks:
         if "routing_seed" in self.model_fields_set:
             raise ValueError("routing_seed is given by seeds.routing; move it there")
         self.build(0)
@@ -53,14 +53,11 @@ class _NoSeed(Section):
 
 
 # One definition per field: those of EchoConfig become the keys of this section.
-EchoSection: Any = create_model(
-    "EchoSection",
-    __base__=_NoSeed,
-    **{
-        f.name: (get_type_hints(EchoConfig)[f.name], Field(f.default, description=f.metadata["help"]))
-        for f in dataclasses.fields(EchoConfig)
-    },
-)
+_ECHO_FIELDS: dict[str, Any] = {
+    f.name: (get_type_hints(EchoConfig)[f.name], Field(f.default, description=f.metadata["help"]))
+    for f in dataclasses.fields(EchoConfig)
+}
+EchoSection: Any = create_model("EchoSection", __base__=_EchoChecks, **_ECHO_FIELDS)
 
 # -------------------------------------------------------------------- the data
 
@@ -185,14 +182,13 @@ class SeedSection(Section):
 
 # -------------------------------------------------------------- the evaluation
 
-_EVAL_TASK: Any = create_model(
-    "_EVAL_TASK",
-    __base__=Section,
-    **{name: (field.annotation, field) for name, field in EvalTask.model_fields.items() if name != "file"},
-)
+_TASK_FIELDS: dict[str, Any] = {
+    name: (field.annotation, field) for name, field in EvalTask.model_fields.items() if name != "file"
+}
+_TaskSection: Any = create_model("_TaskSection", __base__=Section, **_TASK_FIELDS)
 
 
-class EvaluationTask(_EVAL_TASK):  # type: ignore[misc, valid-type]
+class EvaluationTask(_TaskSection):
     data: Sources | None = _option(None, "rows to score; default: data.test")
 
     _one_or_many = field_validator("data", mode="before")(lambda value: None if value is None else _as_list(value))

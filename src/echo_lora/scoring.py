@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from echo_lora.base_models import load_base_model, load_tokenizer
 from echo_lora.errors import EchoCheckpointError
@@ -25,11 +25,12 @@ from echo_lora.schema import Recipe
 class Scores:
     """What one model got right."""
 
-    model: str  # "base", or the adapter's folder
+    model: Literal["base", "adapter"]
+    adapter: str | None  # its folder
     results: list[TaskResult]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model": self.model, "results": [result.to_dict() for result in self.results]}
+        return {"model": self.model, "adapter": self.adapter, "results": [result.to_dict() for result in self.results]}
 
 
 def resolve(
@@ -70,13 +71,13 @@ def score_recipe(recipe: Recipe, adapter: Path | None, *, with_base: bool) -> li
         )
         model = base.eval() if adapter is None else load_adapter(base, adapter, recipe.model)
     scores = []
-    for name in ("base", "adapter"):
-        if (name == "adapter" and adapter is None) or (name == "base" and adapter is not None and not with_base):
-            continue
-        plain = model.disable_adapter() if name == "base" and adapter is not None else nullcontext()
-        with stage(f"Scoring {name if name == 'base' else adapter}", has_bar=True), plain:
+    if adapter is None or with_base:
+        with stage("Scoring the base", has_bar=True), nullcontext() if adapter is None else model.disable_adapter():
+            scores.append(Scores("base", None, score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)))
+    if adapter is not None:
+        with stage("Scoring the adapter", has_bar=True):
             results = score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)
-        scores.append(Scores(name if name == "base" else str(adapter), results))
+        scores.append(Scores("adapter", str(adapter), results))
     return scores
 
 

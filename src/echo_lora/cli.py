@@ -1,0 +1,342 @@
+"""The command `echo-lora`: parse, call one function, print.
+
+What a command needs is imported inside it: torch and transformers take seconds, and `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from echo_lora import __version__
+from echo_lora.errors import EchoError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from echo_lora.data import Segment
+
+STYLES = {"prompt": "none", "boundary": "black on yellow", "answer": "green", "ignored": "dim"}
+
+
+class _Group(TyperGroup):
+    """Reports an EchoError as its message and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        _calm_libraries()
+        try:
+            return super().invoke(ctx)
+        except EchoError as error:
+            if ctx.meta.get("traceback"):
+                raise
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+def _remember(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta["traceback"] = ctx.meta.get("traceback", False) or value  # meta is shared with the group's context
+    return value
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"echo-lora {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=_Group,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: echo-lora train tiny",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe; repeatable")
+]
+TracebackOption = Annotated[
+    bool, typer.Option("--traceback", callback=_remember, help="show where in the program an error arose")
+]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """Train LoRA and DoRA adapters with an echo of deep hidden states; deploy plain adapters."""
+
+
+@app.command(epilog="Example: echo-lora train tiny --set training.steps=8 --set output=runs/first")
+def train(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest complete checkpoint")] = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Train the recipe's adapter. It is read back and proved before it gets its name."""
+    from echo_lora.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from echo_lora.run import run
+
+    result = run(loaded, resume=resume)
+    _print_pairs(
+        {
+            "adapter": str(result.adapter),
+            "steps": f"{result.steps} in {result.seconds:.0f} s, peak memory {_gigabytes(result.peak_memory)}",
+            "parameters": f"{result.deployed_parameters:,} saved, {result.echo_parameters:,} of the echo discarded",
+            "last losses": ", ".join(
+                f"{name} {result.final[name]:.4g}"
+                for name in ("ce_off", "ce_on", "distillation", "loss", "eval_loss")
+                if name in result.final
+            ),
+            "score it": f"echo-lora eval {result.output} --base",
+        }
+    )
+
+
+@app.command(epilog="Example: echo-lora preview tiny --rows 2")
+def preview(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="rows to show of each source")] = 3,
+    traceback: TracebackOption = False,
+) -> None:
+    """Show training rows token by token. Prompt, boundary, answer and ignored tokens are told apart."""
+    from echo_lora.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from echo_lora.plan import preview as preview_recipe
+
+    shown = preview_recipe(loaded, rows)
+    console = _console()
+    if console.is_terminal:
+        console.print("Legend: ", *(f"[{style}] {name} [/]" for name, style in STYLES.items()))
+    for where, segments in shown.rows:
+        console.print(f"\n{where}", markup=False)
+        _print_segments(console, segments)
+    console.print()
+    for line in shown.summary:
+        console.print(line, markup=False)
+
+
+@app.command(epilog="Example: echo-lora plan tiny --set method=dora")
+def plan(recipe: RecipeArgument, overrides: SetOption = None, traceback: TracebackOption = False) -> None:
+    """Show what training would do. A dry run: layers, parameters, steps, estimates of memory and cost; no weights."""
+    from echo_lora.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from echo_lora.plan import plan as plan_recipe
+
+    planned = plan_recipe(loaded)
+    memory = planned.memory
+    activations = "unknown" if memory.activations is None else _gigabytes(memory.activations)
+    parts = f"base {_gigabytes(memory.base)}, trained {_gigabytes(memory.states)}, activations {activations}"
+    process = f", libraries {_gigabytes(memory.process)}" if memory.process else ""
+    echo = "off" if planned.echo_kind is None else planned.echo_kind
+    _print_pairs({"model": planned.model, "method": f"{planned.method}, echo {echo}"})
+    if planned.echo_kind is not None:
+        _print_pairs(
+            {
+                "source layers": ", ".join(planned.source_layers),
+                "target layers": "\n".join(
+                    f"{layer}: {', '.join(names)}" for layer, names in planned.target_layers.items()
+                ),
+                "echo-on pass": (planned.why_full and f"in full: {planned.why_full}") or "on the answer only",
+            }
+        )
+    _print_pairs(
+        {
+            "trainable": f"{planned.trainable_parameters:,} parameters, beside {planned.base_parameters:,} frozen",
+            "of the echo": f"{planned.echo_parameters:,}, discarded after training",
+            "deployed": f"{planned.deployed_parameters:,}",
+            "rows": "\n".join(planned.rows),
+            "steps": f"{planned.steps}, {planned.mean_routing:.0%} of them routed"
+            if planned.echo_kind
+            else str(planned.steps),
+            "peak memory": f"about {_gigabytes(memory.total)} (an estimate)\n{parts}{process}",
+            "cost": f"{planned.cost:.2f} x the arithmetic of the same adapter without echo (an estimate)",
+        }
+    )
+
+
+@app.command("eval", epilog="Example: echo-lora eval tiny --set data.limit=16")
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_ADAPTER", help="recipe, output folder of a run, or adapter in one")
+    ],
+    overrides: SetOption = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="adapter to score; default: the one in the recipe's output folder")
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="score the base too")] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="write scores and predictions as JSON")] = None,
+    traceback: TracebackOption = False,
+) -> None:
+    """Score adapter and base on the recipe's tasks. Without an adapter, the base alone."""
+    from echo_lora.scoring import resolve, score_recipe, write_scores
+
+    recipe, found = resolve(target, overrides or (), adapter)
+    scores = score_recipe(recipe, found, with_base=base)
+    if found is not None:
+        _print_pairs({"adapter": str(found)})
+    _print_table(
+        ["model", "task", "rows", "correct", "95 % interval", "unreadable"],
+        [
+            [
+                one.model,
+                result.task,
+                str(result.total),
+                f"{result.accuracy:.1%}",
+                f"{result.low:.1%} to {result.high:.1%}",
+                f"{result.unreadable:.1%}",
+            ]
+            for one in scores
+            for result in one.results
+        ],
+    )
+    if output is not None:
+        write_scores(scores, output)
+        typer.echo(f"Written to {output}")
+
+
+@app.command(epilog="Example, after `echo-lora train tiny`: echo-lora merge runs/tiny/adapter runs/merged --verify")
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="folder of the adapter")],
+    output: Annotated[Path, typer.Argument(help="folder for the merged model; must not exist")],
+    base: Annotated[str | None, typer.Option("--base", help="base model; default: the one the adapter names")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="type to merge and write in; auto: as the base is stored"),
+    ] = "auto",
+    verify: Annotated[bool, typer.Option("--verify", help="read the folder back and compare its logits too")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the base")
+    ] = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Merge an adapter into its base. Logits are compared before anything is written."""
+    from echo_lora.merge import merge as merge_adapter
+
+    done = merge_adapter(adapter, output, base=base, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code)
+    allowed = (
+        f"{done.tolerance * done.largest_logit:.3g} allowed in {done.dtype}, largest logit {done.largest_logit:.3g}"
+    )
+    pairs = {"merged model": str(done.output), "logit difference": f"{done.max_difference:.3g} ({allowed})"}
+    if done.reloaded_difference is not None:
+        pairs["read back"] = f"{done.reloaded_difference:.3g}"
+    _print_pairs(pairs)
+
+
+@app.command(epilog="Example: echo-lora doctor")
+def doctor(
+    adapter: Annotated[Path | None, typer.Argument(help="folder of an adapter to look into")] = None,
+    traceback: TracebackOption = False,
+) -> None:
+    """Show versions and devices. With a folder: what the adapter in it is, and who can load it."""
+    from echo_lora.environment import OPTIONAL, devices, installed, versions
+
+    report = None
+    if adapter is not None:
+        from echo_lora.export import inspect_adapter
+
+        report = inspect_adapter(adapter)
+    _print_pairs(versions())
+    _print_pairs({name: installed(name) or f"not installed ({use})" for name, use in OPTIONAL.items()})
+    _print_pairs({"devices": "\n".join(devices())})
+    if report is None:
+        return
+    typer.echo()
+    _print_pairs(
+        {
+            "adapter": str(report.folder),
+            "method": f"{report.method}, rank {report.rank}, alpha {report.alpha:g}",
+            "made for": report.base or "a base that it does not name",
+            "changes": f"{report.layers} modules: {', '.join(report.modules)}",
+            "parameters": f"{report.parameters:,} in {', '.join(report.dtypes)}",
+            "files": ", ".join(report.files),
+            "chat template": "yes" if report.has_chat_template else "no",
+            "problems": "\n".join(report.problems) or "none",
+            "loaded by": "\n".join(report.readers) or "nobody, as long as it has problems",
+        }
+    )
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="echo-lora")
+
+
+# ------------------------------------------------------------------- printing
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _print_pairs(pairs: dict[str, str]) -> None:
+    """Two columns, 80 characters wide but for words that are longer."""
+    from textwrap import wrap
+
+    for name, value in pairs.items():
+        lines = [
+            part
+            for line in value.split("\n")
+            for part in wrap(line, 63, break_long_words=False, break_on_hyphens=False) or [""]
+        ]
+        for i, line in enumerate(lines):
+            typer.echo(f"{name if i == 0 else '':16} {line}".rstrip())
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_segments(console: Console, segments: list[Segment]) -> None:
+    """In colours on a terminal, else each run of one kind as a quoted text."""
+    import json
+    from itertools import groupby
+
+    from rich.text import Text
+
+    if console.is_terminal:
+        text = Text()
+        for piece, kind in segments:
+            text.append(piece.replace("\n", "⏎\n") or "·", STYLES[kind])
+        console.print(text)
+        return
+    for kind, group in groupby(segments, key=lambda segment: segment[1]):
+        pieces = [piece for piece, _ in group]
+        quoted = json.dumps("".join(pieces), ensure_ascii=False)
+        console.print(f"{kind:9} {len(pieces):4}  {quoted}", markup=False)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _calm_libraries() -> None:
+    """Warnings and errors only, and no bars but our own."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    if not sys.warnoptions:
+        for category in (FutureWarning, DeprecationWarning):  # of the libraries about each other
+            warnings.simplefilter("ignore", category)
