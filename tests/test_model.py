@@ -68,7 +68,9 @@ def test_it_is_a_peft_model_that_trains_by_its_forward():
     assert isinstance(output, EchoOutput)
     assert output.routed
     assert all(torch.isfinite(output[name]).all() for name in output)
-    assert model.eval().generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (1, 5)
+    assert model.eval().generate(
+        torch.tensor([[3, 4, 5]]), max_new_tokens=2, min_new_tokens=2, do_sample=False
+    ).shape == (1, 5)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora"])

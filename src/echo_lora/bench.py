@@ -126,7 +126,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     base = load_base_model(args.model, dtype="float32")
     targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM", use_dora=args.method == "dora")
+    lora = LoraConfig(
+        r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM", use_dora=args.method == "dora"
+    )
     model = get_echo_model(base, lora, EchoConfig()).train()
     input_ids = torch.randint(100, base.config.vocab_size, (args.rows, args.prompt + args.answer))
     labels = input_ids.clone()
@@ -139,7 +141,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print(f"{args.rows} rows of {args.prompt}+{args.answer} tokens, {args.method}, {args.rounds} rounds")
     print(f"{'variant':14} {'seconds':>8} {'over plain (quartiles)':>26} {'over three_pass':>26}")
     for name, times in seconds.items():
-        cells = [f"{r[name]['median']:.3f} ({r[name]['low']:.3f}-{r[name]['high']:.3f})" for r in (to_plain, to_literal)]
+        cells = [
+            f"{r[name]['median']:.3f} ({r[name]['low']:.3f}-{r[name]['high']:.3f})" for r in (to_plain, to_literal)
+        ]
         print(f"{name:14} {statistics.median(times):8.3f} {cells[0]:>26} {cells[1]:>26}")
     report = {
         "command": "python -m echo_lora.bench " + " ".join(argv or []),

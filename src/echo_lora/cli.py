@@ -89,7 +89,8 @@ def train(
     from echo_lora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from echo_lora.run import run
+    with _starting():
+        from echo_lora.run import run
 
     result = run(loaded, resume=resume)
     _print_pairs(
@@ -118,7 +119,8 @@ def preview(
     from echo_lora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from echo_lora.plan import preview as preview_recipe
+    with _starting():
+        from echo_lora.plan import preview as preview_recipe
 
     shown = preview_recipe(loaded, rows)
     console = _console()
@@ -138,7 +140,8 @@ def plan(recipe: RecipeArgument, overrides: SetOption = None, traceback: Traceba
     from echo_lora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from echo_lora.plan import plan as plan_recipe
+    with _starting():
+        from echo_lora.plan import plan as plan_recipe
 
     planned = plan_recipe(loaded)
     memory = planned.memory
@@ -186,7 +189,8 @@ def evaluate(
     traceback: TracebackOption = False,
 ) -> None:
     """Score adapter and base on the recipe's tasks. Without an adapter, the base alone."""
-    from echo_lora.scoring import resolve, score_recipe, write_scores
+    with _starting():
+        from echo_lora.scoring import resolve, score_recipe, write_scores
 
     recipe, found = resolve(target, overrides or (), adapter)
     scores = score_recipe(recipe, found, with_base=base)
@@ -208,7 +212,7 @@ def evaluate(
         ],
     )
     if output is not None:
-        write_scores(scores, output)
+        write_scores(recipe, scores, output)
         typer.echo(f"Written to {output}")
 
 
@@ -228,7 +232,8 @@ def merge(
     traceback: TracebackOption = False,
 ) -> None:
     """Merge an adapter into its base. Logits are compared before anything is written."""
-    from echo_lora.merge import merge as merge_adapter
+    with _starting():
+        from echo_lora.merge import merge as merge_adapter
 
     done = merge_adapter(adapter, output, base=base, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code)
     allowed = (
@@ -280,6 +285,13 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------- printing
+
+
+def _starting() -> Any:
+    """A bar for the seconds that importing torch and transformers takes."""
+    from echo_lora.progress import stage
+
+    return stage("Starting", line=False)
 
 
 def _console() -> Console:

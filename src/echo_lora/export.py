@@ -28,6 +28,8 @@ from echo_lora.errors import EchoCheckpointError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+METHODS = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
+CARD_METRICS = ("loss", "eval_loss", "ce_off", "ce_on", "distillation", "mean_token_accuracy", "echo_norm", "gate_mean")
 _PROOF = "echo-proof"  # name of the second adapter during the proof
 PROBE_TOKENS = 16
 
@@ -52,8 +54,13 @@ def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
     environment = Environment(
         loader=PackageLoader("echo_lora"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.get_template("model_card.md.j2")
-    return template.render(**run, echo_config=None if echo_config is None else echo_config.to_dict())
+    return environment.get_template("model_card.md.j2").render(
+        **run,
+        echo_config=None if echo_config is None else echo_config.to_dict(),
+        method=METHODS[run["recipe"]["method"]],
+        packaged=run["recipe"]["model"].startswith("packaged:"),
+        shown=CARD_METRICS,
+    )
 
 
 def read_adapter(folder: str | Path) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from echo_lora.base_models import load_base_model, load_config, load_tokenizer
 from echo_lora.errors import EchoCheckpointError, EchoModelError
-from echo_lora.export import new_folder, probe_ids, read_adapter, read_adapter_config, refuse_existing
+from echo_lora.export import CONFIG_FILE, new_folder, probe_ids, read_adapter, read_adapter_config, refuse_existing
+from echo_lora.progress import stage
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -59,7 +60,8 @@ def merge(
     if not reference:
         raise EchoCheckpointError(f"{adapter} names no base model. Name it with --base.")
     _refuse_quantised(reference, load_config(reference, trust_remote_code))
-    model = load_adapter(load_base_model(reference, dtype, trust_remote_code=trust_remote_code), adapter, reference)
+    with stage(f"Loading {reference} and the adapter"):
+        model = load_adapter(load_base_model(reference, dtype, trust_remote_code=trust_remote_code), adapter)
     probe = probe_ids(model)
     with torch.no_grad():
         before = model(input_ids=probe).logits.float()
@@ -69,7 +71,7 @@ def merge(
             raise EchoCheckpointError(f"{adapter} can't be merged: {error}. Don't use this adapter.") from error
         difference = _compare(merged, before, probe, f"{adapter}: merging")
         reread = None
-        with new_folder(output) as temporary:
+        with new_folder(output) as temporary, stage("Writing" + " and reading back" * verify):
             merged.save_pretrained(temporary)
             tokenizer_folder = adapter if (Path(adapter) / "tokenizer_config.json").is_file() else reference
             load_tokenizer(tokenizer_folder, trust_remote_code).save_pretrained(temporary)
@@ -88,16 +90,21 @@ def merge(
     )
 
 
-def load_adapter(base: PreTrainedModel, folder: str | Path, reference: str | Path | None = None) -> PeftModel:
+def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_named_alike: bool = False) -> PeftModel:
     """The base with the adapter of a folder, in eval mode, as stock PEFT loads it.
 
-    reference: how errors name the base. Raises EchoCheckpointError if the adapter is corrupted or does not fit the
-    base, naming the first module where it does not.
+    is_named_alike: demand that the base is called as the adapter says, but for the folders above it. Raises
+    EchoCheckpointError if the adapter is corrupted or does not fit the base, naming the first module where it doesn't.
     """
-    folder, name = Path(folder), str(reference or base.name_or_path)
+    folder, name = Path(folder), base.name_or_path
     saved = read_adapter(folder)
     made_for = read_adapter_config(folder).get("base_model_name_or_path")
     advice = f"The adapter was made for {made_for or 'a base that it does not name'}. Name its own base."
+    if is_named_alike and made_for and Path(made_for).name != Path(name).name:
+        raise EchoCheckpointError(
+            f"{folder} was made for {made_for}, not for {name}. Name that base as the recipe's model; or, if the two "
+            f"are the same, correct base_model_name_or_path in {folder / CONFIG_FILE}."
+        )
     try:
         model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
     except ValueError as error:  # none of its target modules is there

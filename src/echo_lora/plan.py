@@ -23,6 +23,7 @@ from echo_lora.environment import peak_memory
 from echo_lora.errors import EchoModelError
 from echo_lora.inject import decoder_layers, target_modules
 from echo_lora.model import EchoModel
+from echo_lora.progress import stage
 from echo_lora.routing import routing_probability
 from echo_lora.rows import prepare_part
 from echo_lora.run import add_adapter, parameter_counts
@@ -84,7 +85,8 @@ class Preview:
 def preview(recipe: Recipe, count: int = 3) -> Preview:
     """The first `count` training rows of each source. Raises EchoDataError for a row that can't be trained on."""
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-    prepared = prepare_part(recipe, tokenizer, "train")
+    with stage("Reading rows", line=False):
+        prepared = prepare_part(recipe, tokenizer, "train")
     return Preview(
         rows=[
             (f"{data.source}: row {row.row}", preview_segments(row, tokenizer))
@@ -98,8 +100,9 @@ def preview(recipe: Recipe, count: int = 3) -> Preview:
 def plan(recipe: Recipe) -> Plan:
     """The dry run. Raises what training would raise before its first step."""
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-    prepared = prepare_part(recipe, tokenizer, "train")
-    prepare_part(recipe, tokenizer, "validation")  # its rows are checked too
+    with stage("Reading rows", line=False):
+        prepared = prepare_part(recipe, tokenizer, "train")
+        prepare_part(recipe, tokenizer, "validation")  # its rows are checked too
     base, model = _on_meta(recipe)
     config = recipe.build_echo_config()
     sources, targets = _named_layers(base, model, config) if isinstance(model, EchoModel) else ([], {})

@@ -82,10 +82,11 @@ class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number (as in YAML 1.2) and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
+        seen = set()
         for key, _ in node.value:
-            if keys.count(key.value) > 1:
+            if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -144,9 +145,11 @@ def _override(text: str) -> tuple[list[str], Any]:
 
 def _set(document: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
     for depth, key in enumerate(keys[:-1]):
-        document = document.setdefault(key, {})
-        if not isinstance(document, dict):
+        section = document.get(key) or {}
+        if not isinstance(section, dict):
             raise EchoConfigError(f"--set {text}: {'.'.join(keys[: depth + 1])} is not a section. Set it as a whole.")
+        document[key] = dict(section)  # a copy: YAML's anchors make one section stand in two places
+        document = document[key]
     document[keys[-1]] = value
 
 
@@ -161,7 +164,7 @@ def _explain(
     for problem in error.errors():
         path = _written_path(problem["loc"], document)
         shown = ".".join(map(str, path))
-        message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        message = re.sub(r"^(Input|String|List) should", "must", problem["msg"].removeprefix("Value error, "))
         if problem["type"] == "extra_forbidden":
             message = f"unknown key {shown}.{nearest(str(path[-1]), _keys(problem['loc'][:-1]))}"
         elif problem["type"] == "missing":

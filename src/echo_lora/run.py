@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -23,23 +24,32 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
 from echo_lora.base_models import load_base_model, load_tokenizer
 from echo_lora.checkpoint import SEAL, last_complete_checkpoint
 from echo_lora.environment import peak_memory, versions
-from echo_lora.errors import EchoCheckpointError
+from echo_lora.errors import EchoCheckpointError, EchoConfigError
 from echo_lora.export import adapter_hash, model_card, refuse_existing, save_verified, write_file
 from echo_lora.model import EchoModel, get_echo_model
-from echo_lora.progress import TrainingProgress, stage
+from echo_lora.progress import progress_console, stage
 from echo_lora.rows import join, prepare_part
 from echo_lora.schema import Recipe
 from echo_lora.sft import EchoSFTTrainer
 
 RUN_FILE = "run.json"
+SHOWN_METRICS = ("loss", "ce_off", "ce_on", "distillation", "routing_p", "eval_loss", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,10 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
     resume: go on from the newest complete checkpoint in the output folder; the recipe must be the same.
     Raises an EchoError, and then leaves nothing behind but complete checkpoints.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EchoConfigError(
+            "a recipe trains in one process, but WORLD_SIZE is above 1. Use EchoSFTTrainer in a script."
+        )
     output = Path(recipe.output)
     checkpoints = output / "checkpoints"
     _claim(output, checkpoints, resume)
@@ -158,7 +172,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         data_seed=recipe.seeds.data_order,
         max_length=None,  # rows are checked before they come here
         dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,  # TrainingProgress shows what there is to see
+        disable_tqdm=True,  # _Progress shows what there is to see
     )
 
 
@@ -171,7 +185,7 @@ def _train(recipe: Recipe, checkpoints: Path, resume: bool) -> tuple[RunResult, 
             recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
         )
     model = add_adapter(recipe, base)
-    progress = TrainingProgress()
+    progress = _Progress()
     trainer = EchoSFTTrainer(
         model=model,
         args=training_arguments(recipe, checkpoints),
@@ -186,8 +200,8 @@ def _train(recipe: Recipe, checkpoints: Path, resume: bool) -> tuple[RunResult, 
     try:
         trainer.train(resume_from_checkpoint=resume or None)
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its file writer
-        if isinstance(error, RuntimeError) and "file" not in str(error).split(":")[0].lower():
+        # torch's file writer reports a full disk as a RuntimeError that names its source file
+        if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
             raise
         raise EchoCheckpointError(
             f"{checkpoints} could not be written at step {trainer.state.global_step}: {error}. Free some space, then "
@@ -259,14 +273,63 @@ def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
 
 
 def _tidy(output: Path, checkpoints: Path) -> None:
-    """Remove what an interruption left: checkpoints that were not finished, then folders that are empty."""
-    for folder in checkpoints.glob("checkpoint-*"):
-        if not (folder / SEAL).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-    for folder in (checkpoints, output):
-        if folder.is_dir() and not any(os.scandir(folder)):
-            folder.rmdir()
+    """Remove what an interruption left: checkpoints that were not finished, and folders without a finished one."""
+    folders = list(checkpoints.glob("checkpoint-*"))
+    unfinished = [folder for folder in folders if not (folder / SEAL).is_file()]
+    for folder in unfinished if len(unfinished) < len(folders) else [checkpoints]:
+        shutil.rmtree(folder, ignore_errors=True)
+    if output.is_dir() and not any(os.scandir(output)):
+        output.rmdir()
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+
+
+class _Progress(TrainerCallback):
+    """Steps and metrics of a training run."""
+
+    def __init__(self) -> None:
+        self.console = progress_console()
+        self.bar: Progress | None = None
+        self.started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = time.perf_counter()
+        if self.console.is_terminal:
+            columns = (TextColumn("Training"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(
+                *columns, TextColumn("{task.description}"), console=self.console, transient=True, refresh_per_second=4
+            )
+            self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if logs and name in logs]
+        if not shown or (logs and "train_runtime" in logs):
+            return
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], description=" ".join(shown[:3]))
+        else:
+            seconds = time.perf_counter() - self.started
+            line = f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  {seconds:.0f} s"
+            self.console.print(line, markup=False)
+
+    def close(self) -> None:
+        """Remove the bar; also after an error, which no event of the trainer tells of."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

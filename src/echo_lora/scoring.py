@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echo_lora.base_models import load_base_model, load_tokenizer
+from echo_lora.environment import versions
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.evaluate import TaskResult, score
 from echo_lora.export import CONFIG_FILE, write_file
@@ -69,19 +70,23 @@ def score_recipe(recipe: Recipe, adapter: Path | None, *, with_base: bool) -> li
         base: Any = load_base_model(
             recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
         )
-        model = base.eval() if adapter is None else load_adapter(base, adapter, recipe.model)
+        model = base.eval() if adapter is None else load_adapter(base, adapter, is_named_alike=True)
     scores = []
     if adapter is None or with_base:
-        with stage("Scoring the base", has_bar=True), nullcontext() if adapter is None else model.disable_adapter():
+        with stage("Scoring the base", bar=False), nullcontext() if adapter is None else model.disable_adapter():
             scores.append(Scores("base", None, score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)))
     if adapter is not None:
-        with stage("Scoring the adapter", has_bar=True):
+        with stage("Scoring the adapter", bar=False):
             results = score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)
         scores.append(Scores("adapter", str(adapter), results))
     return scores
 
 
-def write_scores(scores: list[Scores], path: str | Path) -> None:
-    """Write the scores with every prediction as JSON. Raises EchoCheckpointError if the disk refuses."""
-    text = json.dumps([one.to_dict() for one in scores], indent=2, ensure_ascii=False)
+def write_scores(recipe: Recipe, scores: list[Scores], path: str | Path) -> None:
+    """Write recipe, versions and scores with every prediction as JSON.
+
+    Raises EchoCheckpointError if the disk refuses.
+    """
+    record = {"recipe": recipe.to_dict(), "versions": versions(), "models": [one.to_dict() for one in scores]}
+    text = json.dumps(record, indent=2, ensure_ascii=False)
     write_file(Path(path), lambda file: file.write_text(text, encoding="utf-8"))
