@@ -152,6 +152,25 @@ def test_an_output_folder_with_files_is_left_alone(tmp_path):
     assert files(tmp_path / "run") == {"mine.txt"}
 
 
+def test_checkpoints_of_others_are_left_alone(tmp_path):
+    foreign = tmp_path / "run" / "checkpoints" / "checkpoint-5"
+    foreign.mkdir(parents=True)
+    (foreign / "adapter_model.safetensors").write_text("theirs")
+    with pytest.raises(EchoCheckpointError, match="exists and is not empty") as caught:
+        run(loaded(tmp_path))
+    assert "resume" not in str(caught.value)
+    assert (foreign / "adapter_model.safetensors").read_text() == "theirs"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+    unfinished = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    unfinished.mkdir(parents=True)
+    (unfinished / "adapter_model.safetensors").write_text("half")
+    (tmp_path / "run" / "checkpoints" / "started.json").write_text("{}")
+    assert run(loaded(tmp_path)).resumed_at == 0
+    assert not unfinished.exists()
+
+
 def test_a_run_that_dies_before_its_first_checkpoint_leaves_nothing(tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 2)
     with pytest.raises(EchoTrainingError):

@@ -15,10 +15,12 @@ The variants differ in the step only: the same model, adapter, rows, losses and 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -26,9 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from echo_lora.base_models import PACKAGED, load_base_model
 from echo_lora.config import EchoConfig
+from echo_lora.echo import echo_representation
 from echo_lora.inject import Injection
 from echo_lora.losses import loss_terms
 from echo_lora.model import EchoModel, get_echo_model
@@ -38,10 +42,10 @@ from echo_lora.step import align_rows, boundary_positions, injection_mask
 def variants(model: EchoModel, batch: dict[str, torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
     """The loss of one step of each variant, with gradient."""
 
-    def echo(kind: str, is_routed: bool) -> Callable[[], torch.Tensor]:
+    def echo(kind: Any, is_routed: bool) -> Callable[[], torch.Tensor]:
         def step() -> torch.Tensor:
-            object.__setattr__(model.echo_config, "echo_step", kind)
-            return model.echo_losses(**batch, is_routed=is_routed).loss
+            model.echo_config = dataclasses.replace(model.echo_config, echo_step=kind)
+            return model.echo_losses(**batch, is_routed=is_routed)["loss"]
 
         return step
 
@@ -71,8 +75,6 @@ def three_pass(model: EchoModel, batch: dict[str, torch.Tensor]) -> torch.Tensor
         states = model(**inputs, output_hidden_states=True).hidden_states
     depth = len(states) - 1
     hidden = [states[s + 1][rows, boundary] for s in model.echo_config.resolve_source_layers(depth)]
-    from echo_lora.echo import echo_representation
-
     deltas, _, _ = model.echo(echo_representation(hidden))
     targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)  # (B, T), shifted
     off = model(**inputs).logits
@@ -120,8 +122,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
 
-    from peft import LoraConfig
-
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     base = load_base_model(args.model, dtype="float32")
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ]
         print(f"{name:14} {statistics.median(times):8.3f} {cells[0]:>26} {cells[1]:>26}")
     report = {
-        "command": "python -m echo_lora.bench " + " ".join(argv or []),
+        "command": "python -m echo_lora.bench " + " ".join(sys.argv[1:] if argv is None else argv),
         "arguments": {k: str(v) for k, v in vars(args).items()},
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},

@@ -68,6 +68,11 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path:
     raise EchoCheckpointError(f"{output_dir} holds no complete checkpoint to resume from. Start without resuming.")
 
 
+def has_complete_checkpoint(output_dir: str | Path) -> bool:
+    """Whether there is anything to resume from."""
+    return any(Path(output_dir).glob(f"checkpoint-*/{SEAL}"))
+
+
 def compare_configuration(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises EchoCheckpointError with the differences, if there are any."""
     current = _plain(current)

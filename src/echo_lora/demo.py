@@ -58,7 +58,7 @@ def run_demo(output: str | Path) -> list[Line]:
             f"the arms in {output} did not start from the same initial adapter, so they can't be compared. "
             "Remove the folder and run the demonstration again."
         )
-    lines = []
+    lines: list[Line] = []
     for name, run in runs.items():
         recipe = load_recipe(RECIPE, [f"output={run.output}"])
         scores = score_recipe(recipe, run.adapter, with_base=not lines)

@@ -38,9 +38,9 @@ from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
 from echo_lora.base_models import load_base_model, load_tokenizer
-from echo_lora.checkpoint import SEAL, last_complete_checkpoint
+from echo_lora.checkpoint import SEAL, has_complete_checkpoint, last_complete_checkpoint
 from echo_lora.environment import peak_memory, versions
-from echo_lora.errors import EchoCheckpointError, EchoConfigError
+from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoModelError
 from echo_lora.export import adapter_hash, model_card, refuse_existing, save_verified, write_file
 from echo_lora.model import EchoModel, get_echo_model
 from echo_lora.progress import progress_console, stage
@@ -49,6 +49,7 @@ from echo_lora.schema import Recipe
 from echo_lora.sft import EchoSFTTrainer
 
 RUN_FILE = "run.json"
+STARTED = "started.json"  # in checkpoints/, the recipe: the folder is a run's own, and may be tidied
 SHOWN_METRICS = ("loss", "ce_off", "ce_on", "distillation", "routing_p", "eval_loss", "learning_rate")
 
 
@@ -102,6 +103,9 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
     checkpoints = output / "checkpoints"
     _claim(output, checkpoints, resume)
     try:
+        if not resume:
+            started = json.dumps(recipe.to_dict(), indent=2)
+            write_file(checkpoints / STARTED, lambda path: path.write_text(started, encoding="utf-8"))
         result, model, tokenizer = _train(recipe, checkpoints, resume)
         with stage("Saving the adapter and reading it back"):
             card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
@@ -128,11 +132,22 @@ def lora_config(recipe: Recipe) -> LoraConfig:
 
 
 def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
-    """The base with the recipe's adapter, freshly initialised, and with the echo if the recipe wants it."""
+    """The base with the recipe's adapter, freshly initialised, and with the echo if the recipe wants it.
+
+    Raises EchoModelError if the base can't carry it.
+    """
     set_seed(recipe.seeds.initialisation)
-    if recipe.echo:
-        return get_echo_model(base, lora_config(recipe), recipe.build_echo_config())
-    return get_peft_model(base, lora_config(recipe))
+    try:
+        if recipe.echo:
+            return get_echo_model(base, lora_config(recipe), recipe.build_echo_config())
+        return get_peft_model(base, lora_config(recipe))
+    except ValueError as error:  # PEFT's, for modules that are not there or can't carry an adapter
+        if isinstance(error, EchoError):
+            raise
+        raise EchoModelError(
+            f"lora.target_modules = {recipe.lora.target_modules} does not fit {recipe.model}: {error} "
+            "Name linear modules of this model, or use all-linear."
+        ) from error
 
 
 def parameter_counts(model: PeftModel) -> tuple[int, int]:
@@ -255,29 +270,34 @@ def plot_losses(history: list[dict[str, float]], path: Path) -> None:
 
 
 def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
-    """Raises EchoCheckpointError if the output folder is not free, or holds nothing to resume."""
-    _tidy(output, checkpoints)
-    if not resume:
-        try:
-            refuse_existing(output)
-        except EchoCheckpointError as error:
-            has_checkpoints = checkpoints.is_dir() and not (output / RUN_FILE).exists()
-            hint = "To go on with its training, resume (--resume). " if has_checkpoints else ""
-            raise EchoCheckpointError(f"{error} {hint}The recipe's key is output.") from None
-    elif (output / RUN_FILE).exists():
-        raise EchoCheckpointError(
-            f"{output} holds a finished run; there is nothing to resume. Its adapter is in adapter/."
-        )
-    else:
+    """Make the output folder this run's own.
+
+    Raises EchoCheckpointError if it is not free, or holds nothing to resume.
+    """
+    if resume:
+        if (output / RUN_FILE).exists():
+            raise EchoCheckpointError(
+                f"{output} holds a finished run; there is nothing to resume. Its adapter is in adapter/."
+            )
         last_complete_checkpoint(checkpoints)
+        return
+    is_run = (checkpoints / STARTED).is_file() and not (output / RUN_FILE).exists()
+    if is_run and not has_complete_checkpoint(checkpoints):  # killed before it had anything to resume from
+        shutil.rmtree(output)
+    try:
+        refuse_existing(output)
+    except EchoCheckpointError as error:
+        hint = "To go on with its training, resume (--resume). " if is_run else ""
+        raise EchoCheckpointError(f"{error} {hint}The recipe's key is output.") from None
 
 
 def _tidy(output: Path, checkpoints: Path) -> None:
-    """Remove what an interruption left: checkpoints that were not finished, and folders without a finished one."""
-    folders = list(checkpoints.glob("checkpoint-*"))
-    unfinished = [folder for folder in folders if not (folder / SEAL).is_file()]
-    for folder in unfinished if len(unfinished) < len(folders) else [checkpoints]:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove what an interruption left in this run's folder: all that is unfinished, and folders without more."""
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not (folder / SEAL).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+    if not has_complete_checkpoint(checkpoints):
+        shutil.rmtree(checkpoints, ignore_errors=True)
     if output.is_dir() and not any(os.scandir(output)):
         output.rmdir()
 

@@ -1,0 +1,262 @@
+"""The command line: what it prints, how it exits, and that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from echo_lora import __version__
+from echo_lora.cli import app
+from echo_lora.errors import EchoConfigError
+from echo_lora.run import RunResult, run
+from tiny_recipe import ROWS, tiny_folder, tiny_recipe, write_rows
+
+COMMANDS = ["train", "preview", "plan", "eval", "merge", "doctor", "demo"]
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "lm_eval", "scipy", "matplotlib"}
+
+
+def invoke(*args: object, code: int = 0):
+    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    assert "\x1b" not in result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a recipe that has been trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    from echo_lora.recipe import load_recipe
+
+    run(load_recipe(tiny_recipe(folder)))
+    return folder
+
+
+# ------------------------------------------------------------------------- help
+
+
+def heavy_modules_after(code: str) -> set[str]:
+    program = f"{code}\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    return HEAVY & set(done.stdout.split())
+
+
+def test_help_imports_nothing_heavy():
+    assert heavy_modules_after("import echo_lora.cli") == set()
+
+
+def test_the_check_above_does_see_torch():
+    assert "torch" in heavy_modules_after("import echo_lora.cli, torch")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["echo-lora", *COMMANDS])
+def test_help_is_plain_fits_80_columns_and_ends_in_an_example(command):
+    lines = invoke(*command, "--help").output.rstrip().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert re.search(r"Example[^:]*:", " ".join(lines[-2:]))
+    assert "echo-lora" in lines[-1] or "echo-lora" in lines[-2]
+
+
+def test_the_list_of_commands_is_the_one_tested_here():
+    listed = invoke("--help").output.partition("Commands:")[2]
+    assert re.findall(r"^  (\w+)  ", listed, re.MULTILINE) == COMMANDS
+
+
+def test_version():
+    assert invoke("--version").output == f"echo-lora {__version__}\n"
+
+
+# ----------------------------------------------------------------------- commands
+
+
+def test_train_then_score_merge_and_look_into_it(tmp_path):
+    path = tiny_recipe(tmp_path)
+    result = invoke("train", path, "--set", "training.steps=3", "--set", "seeds.routing=2")
+    record = RunResult.read(tmp_path / "run")
+    assert record.steps == 3
+    assert record.recipe["seeds"]["routing"] == 2
+    assert f"{record.deployed_parameters:,} saved" in result.output
+    assert "step 3/3" in result.stderr
+    assert str(record.adapter) in result.stdout
+
+    scores = tmp_path / "scores.json"
+    result = invoke("eval", path, "--base", "--output", scores)
+    assert re.search(r"base +test +4 +\d+\.\d% +\d+\.\d% to \d+\.\d% +\d+\.\d%", result.output)
+    assert re.search(r"adapter +test +4 ", result.output)
+    written = json.loads(scores.read_text())
+    assert [model["model"] for model in written["models"]] == ["base", "adapter"]
+    assert len(written["models"][0]["results"][0]["predictions"]) == 4
+    assert written["recipe"]["model"] == str(tmp_path / "base")
+
+    result = invoke("merge", record.adapter, tmp_path / "merged", "--verify")
+    assert re.search(r"logit difference +\S+ \(\S+ allowed in float32", result.output)
+    assert re.search(r"read back +\S+", result.output)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+    result = invoke("doctor", record.adapter)
+    assert "lora, rank 4, alpha 8" in result.output
+    assert re.search(r"problems +none", result.output)
+
+
+def test_preview_marks_tokens_in_words_where_there_is_no_terminal(tmp_path):
+    output = invoke("preview", tiny_recipe(tmp_path), "--rows", 1).stdout
+    assert re.search(r'^prompt +\d+  "Count the words', output, re.MULTILINE)
+    assert re.search(r'^boundary +1  "\."$', output, re.MULTILINE)
+    assert re.search(r'^answer +\d+  " 1 words.*</s>"$', output, re.MULTILINE)
+    assert "12 rows kept" in output
+
+
+def test_plan_prints_layers_counts_and_estimates(tmp_path):
+    path = tiny_recipe(tmp_path)
+    output = invoke("plan", path).stdout
+    for expected in (
+        r"source layers +model\.layers\.1, model\.layers\.2",
+        r"target layers +model\.layers\.0: self_attn\.q_proj",
+        r"trainable +[\d,]+ parameters",
+        r"steps +4, 60% of them routed",
+        r"peak memory +about \d+\.\d\d GB \(an estimate\)",
+        r"cost +1\.\d\d x",
+    ):
+        assert re.search(expected, output), expected
+    plain = invoke("plan", path, "--set", "echo=false").stdout
+    assert "source layers" not in plain
+    assert "echo off" in plain
+
+
+@pytest.mark.parametrize("target", ["recipe.yaml", "run", "run/adapter"])
+def test_eval_takes_a_recipe_a_run_or_its_adapter(trained, target):
+    output = invoke("eval", trained / target, "--set", "data.limit=2").stdout
+    assert re.search(r"adapter +test +2 ", output)
+    assert not re.search(r"^base ", output, re.MULTILINE)
+
+
+def test_eval_of_an_untrained_recipe_scores_the_base(tmp_path):
+    assert re.search(r"base +test +4 ", invoke("eval", tiny_recipe(tmp_path)).stdout)
+
+
+def test_resume_goes_on(tmp_path, monkeypatch):
+    from test_run import interrupt_at
+
+    path = tiny_recipe(tmp_path)
+    with monkeypatch.context() as dying:
+        interrupt_at(dying, 4)
+        assert "stopped at step 4" in invoke("train", path, "--set", "training.save_every=2", code=1).stderr
+    invoke("train", path, "--set", "training.save_every=2", "--resume")
+    assert RunResult.read(tmp_path / "run").resumed_at == 2
+
+
+# ------------------------------------------------------------------- exit statuses
+
+
+def test_wrong_use_exits_with_2():
+    assert "Missing argument" in invoke("train", code=2).output
+    assert "No such option" in invoke("plan", "tiny", "--steps", "3", code=2).output
+    assert "No such command" in invoke("trian", code=2).output
+    assert "'float64' is not one of" in invoke("merge", "a", "b", "--dtype", "float64", code=2).output
+
+
+def broken_line(folder: Path) -> None:
+    (folder / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+
+
+def wrong_columns(folder: Path) -> None:
+    write_rows(folder / "train.jsonl", [{"question": "a", "answer": "b"}])
+
+
+def row_without_prompt(folder: Path) -> None:
+    write_rows(folder / "train.jsonl", [*ROWS[:3], {"prompt": "", "completion": " x"}])
+
+
+def full_folder(folder: Path) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "mine.txt").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("damage", "override", "expected"),
+    [
+        (None, "training.stepps=3", "--set training.stepps=3: unknown key training.stepps. Did you mean 'steps'?"),
+        (broken_line, None, "train.jsonl:2: not JSON"),
+        (wrong_columns, None, "train.jsonl:1: row 0 has no prompt. Present: question, answer"),
+        (row_without_prompt, None, "train.jsonl:4: row 3 has an empty prompt"),
+        (full_folder, None, "run exists and is not empty"),
+        (None, "model=./nowhere", "there is no such folder"),
+        (None, "data.train=none.jsonl", "none.jsonl: there is no such file"),
+        (None, "echo_config.target_layers=[7]", "target_layers names layer 7, but the model has 4"),
+        (None, "lora.target_modules=[embed]", "lora.target_modules = ['embed'] does not fit"),
+    ],
+)
+def test_bad_input_exits_with_1_one_message_and_nothing_half_written(tmp_path, damage, override, expected):
+    path = tiny_recipe(tmp_path)
+    if damage is not None:
+        damage(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    result = invoke("train", path, *(["--set", override] if override else []), code=1)
+    assert expected in result.stderr
+    assert "Error: " in result.stderr
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_adapter_for_another_base_is_refused_by_eval(trained, tmp_path):
+    tiny_folder(tmp_path / "other", width=16)
+    path = tiny_recipe(tmp_path, model="./other")
+    result = invoke("eval", path, "--adapter", trained / "run" / "adapter", code=1)
+    assert re.search(r"adapter was made for .*base, not for .*other", result.stderr)
+
+
+def test_a_folder_that_is_no_run_can_not_be_scored(tmp_path):
+    assert "has no run.json in it" in invoke("eval", tmp_path, code=1).stderr
+
+
+def test_doctor_refuses_a_corrupted_adapter(trained, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for path in (trained / "run" / "adapter").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "adapter_model.safetensors can't be read" in invoke("doctor", folder, code=1).stderr
+
+
+def test_traceback_shows_where_an_error_arose(tmp_path):
+    args = [str(tiny_recipe(tmp_path)), "--set", "lora.q=1"]
+    with pytest.raises(EchoConfigError, match="unknown key"):
+        CliRunner().invoke(app, ["plan", *args, "--traceback"], catch_exceptions=False)
+    assert "Traceback" not in invoke("plan", *args, code=1).output
+
+
+# --------------------------------------------------------------------- real processes
+
+
+def test_the_installed_command_exits_with_the_status_of_the_error(tmp_path):
+    command = [sys.executable, "-m", "echo_lora.cli", "plan", "nothing-of-this-name"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: nothing-of-this-name: there is no such file")
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
+def test_every_example_of_the_help_works_as_it_stands(tmp_path):
+    """In the order of a first visit; the demonstration has a test of its own."""
+    examples = []
+    for command in [[], *([name] for name in COMMANDS if name != "demo")]:
+        text = " ".join(invoke(*command, "--help").output.split())
+        examples.append(text.rpartition("Example")[2].rpartition(": ")[2])
+    assert len(examples) == 7
+    for example in examples:
+        program, *args = shlex.split(example)
+        assert program == "echo-lora"
+        done = subprocess.run(
+            [sys.executable, "-m", "echo_lora.cli", *args], cwd=tmp_path, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, f"{example}\n{done.stderr}"
+        assert "Warning" not in done.stderr, example

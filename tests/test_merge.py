@@ -1,0 +1,238 @@
+"""Merging: the same logits as base and adapter, or nothing at all; and adapters that don't fit their base."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from echo_lora import merge as merge_module
+from echo_lora.errors import EchoCheckpointError, EchoModelError
+from echo_lora.export import ADAPTER_FILE, CONFIG_FILE, inspect_adapter
+from echo_lora.merge import load_adapter, merge
+from echo_lora.recipe import load_recipe
+from echo_lora.run import add_adapter
+from tiny import tiny_tokenizer
+from tiny_recipe import tiny_folder, tiny_recipe
+
+IDS = torch.tensor([[5, 60, 200, 7]])
+
+
+@pytest.fixture(params=["lora"])
+def adapter(tmp_path, request) -> Path:
+    """The folder of an adapter that changes its base, with a tokenizer beside it."""
+    recipe = load_recipe(tiny_recipe(tmp_path), [f"method={request.param}", "echo=false"])
+    model = add_adapter(recipe, AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+def base_of(adapter: Path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(adapter.parent / "base", **kwargs)
+
+
+def nothing_was_written(adapter: Path) -> bool:
+    return not [path for path in adapter.parent.iterdir() if "merged" in path.name]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "rslora"], indirect=True)
+def test_the_merged_model_has_the_logits_of_base_and_adapter(adapter, tmp_path):
+    base = logits(base_of(adapter))
+    expected = logits(PeftModel.from_pretrained(base_of(adapter), adapter))
+    done = merge(adapter, tmp_path / "merged", verify=True)
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+    assert (base - expected).abs().max() > 100 * 1e-5
+    assert done.dtype == "float32"
+    assert done.max_difference < 1e-4
+    assert done.reloaded_difference == pytest.approx(done.max_difference, abs=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+
+
+def test_the_base_may_be_named_and_the_type_chosen(adapter, tmp_path):
+    (tmp_path / "base").rename(tmp_path / "moved")
+    done = merge(adapter, tmp_path / "merged", base=tmp_path / "moved", dtype="bfloat16")
+    assert done.dtype == "bfloat16"
+    assert done.reloaded_difference is None
+    assert 0 < done.max_difference <= done.tolerance * done.largest_logit
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+# --------------------------------------------------------------------- refusals
+
+
+def test_a_merge_that_changes_logits_is_not_written(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **kwargs: self.unload())  # forgets the adapter
+    with pytest.raises(EchoCheckpointError, match=r"merging changes logits by .* torch\.float32 explains up to"):
+        merge(adapter, tmp_path / "merged")
+    assert nothing_was_written(adapter)
+
+
+def test_a_folder_that_reads_back_differently_is_not_left(adapter, tmp_path, monkeypatch):
+    original = merge_module.load_tokenizer
+
+    def damages_the_model(*args, **kwargs):
+        [folder] = [path for path in tmp_path.iterdir() if path.name.startswith(".merged")]
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.self_attn.q_proj.weight"].mul_(5.0)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(merge_module, "load_tokenizer", damages_the_model)
+    with pytest.raises(EchoCheckpointError, match="as it reads back changes logits"):
+        merge(adapter, tmp_path / "merged", verify=True)
+    assert nothing_was_written(adapter)
+
+
+def test_a_quantised_base_is_refused_with_what_to_do(adapter, tmp_path):
+    path = tmp_path / "base" / "config.json"
+    quantised = json.loads(path.read_text()) | {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    }
+    path.write_text(json.dumps(quantised))
+    with pytest.raises(EchoModelError, match=r"base is quantised \(bitsandbytes\).*--base"):
+        merge(adapter, tmp_path / "merged")
+    assert nothing_was_written(adapter)
+
+
+def test_an_output_folder_with_files_is_left_alone(adapter, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(EchoCheckpointError, match="out exists and is not empty"):
+        merge(adapter, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_leaves_nothing(adapter, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(merge_module, "load_tokenizer", full)  # the last thing before the folder gets its name
+    with pytest.raises(EchoCheckpointError, match=r"merged could not be written: .*No space left"):
+        merge(adapter, tmp_path / "merged")
+    assert nothing_was_written(adapter)
+
+
+@pytest.mark.parametrize("name", [ADAPTER_FILE, CONFIG_FILE])
+@pytest.mark.parametrize("kind", ["cut off", "missing"])
+def test_a_damaged_adapter_is_named(adapter, tmp_path, name, kind):
+    path = adapter / name
+    if kind == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(EchoCheckpointError, match=rf"adapter/{name} (can't be read|is missing)"):
+        merge(adapter, tmp_path / "merged")
+    assert nothing_was_written(adapter)
+
+
+def test_an_adapter_with_values_that_are_not_finite_is_not_merged(adapter, tmp_path):
+    tensors = load_file(adapter / ADAPTER_FILE)
+    name = next(name for name in sorted(tensors) if "lora_B" in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, adapter / ADAPTER_FILE)
+    with pytest.raises(EchoCheckpointError, match="adapter can't be merged"):
+        merge(adapter, tmp_path / "merged")
+    assert nothing_was_written(adapter)
+
+
+def test_a_base_that_nobody_names_is_asked_for(adapter, tmp_path):
+    config = json.loads((adapter / CONFIG_FILE).read_text()) | {"base_model_name_or_path": None}
+    (adapter / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(EchoCheckpointError, match=r"names no base model\. Name it with --base"):
+        merge(adapter, tmp_path / "merged")
+
+
+# ------------------------------------------------------- adapters for other bases
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ({"width": 16}, r"model\.layers\.0\.mlp\.up_proj needs the shape \(4, 16\), but the adapter holds \(4, 32\)"),
+        ({"layers": 3}, r"model\.layers\.3\.mlp\.up_proj is not a module of this base"),
+        ({"layers": 5}, r"model\.layers\.4\.mlp\.up_proj has no weights in the adapter"),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused_with_the_module(adapter, tmp_path, shape, expected):
+    other = tiny_folder(tmp_path / "other", **shape)
+    with pytest.raises(EchoCheckpointError, match=expected) as caught:
+        merge(adapter, tmp_path / "merged", base=other)
+    assert f"made for {tmp_path / 'base'}" in str(caught.value)
+    assert nothing_was_written(adapter)
+
+
+def test_an_adapter_for_another_architecture_is_refused(adapter, tmp_path):
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=4, n_head=4, n_positions=64))
+    other.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(EchoCheckpointError, match=r"does not fit .*gpt2: .*not found in the base model"):
+        merge(adapter, tmp_path / "merged", base=tmp_path / "gpt2")
+
+
+def test_a_base_of_another_name_is_refused_where_names_must_agree(adapter, tmp_path):
+    tiny_folder(tmp_path / "other", seed=1)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    with pytest.raises(EchoCheckpointError, match=r"was made for .*base, not for .*other"):
+        load_adapter(base, adapter, is_named_alike=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "base").rename(tmp_path / "elsewhere" / "base")
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere" / "base")
+    assert not load_adapter(moved, adapter, is_named_alike=True).training
+
+
+# ---------------------------------------------------------------------- inspection
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "rslora"], indirect=True)
+def test_a_sound_adapter_is_described(adapter, request):
+    report = inspect_adapter(adapter)
+    assert report.method == request.node.callspec.params["adapter"]
+    assert (report.rank, report.alpha) == (4, 8)
+    assert report.modules == ["q_proj", "up_proj", "v_proj"]
+    assert report.layers == 12
+    assert report.base == str(adapter.parent / "base")
+    assert report.parameters == sum(t.numel() for t in load_file(adapter / ADAPTER_FILE).values())
+    assert report.has_chat_template
+    assert report.problems == []
+    assert any("PEFT" in reader for reader in report.readers)
+    assert any("vLLM" in reader for reader in report.readers) == (report.method == "dora")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda name, t: t.fill_(float("inf")) if name.endswith("lora_B.weight") else t, "not finite"),
+        (lambda name, t: t.zero_() if "lora_B" in name else t, "every lora_B is zero"),
+    ],
+    ids=["infinite", "zero"],
+)
+def test_an_adapter_with_a_problem_is_loaded_by_nobody(adapter, change, expected):
+    tensors = {name: change(name, tensor) for name, tensor in load_file(adapter / ADAPTER_FILE).items()}
+    save_file(tensors, adapter / ADAPTER_FILE)
+    report = inspect_adapter(adapter)
+    assert expected in " ".join(report.problems)
+    assert report.readers == []
+
+
+def test_foreign_keys_are_a_problem(adapter):
+    tensors = load_file(adapter / ADAPTER_FILE) | {"echo.branches.W1.weight": torch.zeros(2)}
+    save_file(tensors, adapter / ADAPTER_FILE)
+    assert "echo.branches.W1.weight is not a key of PEFT (1 such keys)" in inspect_adapter(adapter).problems
