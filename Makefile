@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Threads that wait by spinning make a shared machine several times slower.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test slow check format clean
 

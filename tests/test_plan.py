@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
+from echo_lora import run as run_module
 from echo_lora.data import tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoModelError
 from echo_lora.plan import _kept_bytes, plan, preview
@@ -155,6 +156,16 @@ def test_other_architectures_can_be_planned(tmp_path, kind):
 def test_the_dry_run_refuses_what_training_would(tmp_path, overrides, error, message):
     with pytest.raises(error, match=message):
         plan(loaded(tmp_path, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "package"),
+    [("training.report_to=[mlflow]", "mlflow"), ("training.optimizer=adamw_bnb_8bit", "bitsandbytes")],
+)
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, override, package):
+    monkeypatch.setattr(run_module, "find_spec", lambda name: None)
+    with pytest.raises(EchoConfigError, match=f"needs the package {package}"):
+        plan(loaded(tmp_path, override))
 
 
 # -------------------------------------------------------------------- preview

@@ -26,7 +26,7 @@ from echo_lora.model import EchoModel
 from echo_lora.progress import stage
 from echo_lora.routing import routing_probability
 from echo_lora.rows import prepare_part
-from echo_lora.run import add_adapter, parameter_counts
+from echo_lora.run import add_adapter, parameter_counts, require_packages
 from echo_lora.schema import Recipe
 from echo_lora.step import why_full
 
@@ -99,6 +99,7 @@ def preview(recipe: Recipe, count: int = 3) -> Preview:
 
 def plan(recipe: Recipe) -> Plan:
     """The dry run. Raises what training would raise before its first step."""
+    require_packages(recipe)
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     with stage("Reading rows", line=False):
         prepared = prepare_part(recipe, tokenizer, "train")

@@ -19,6 +19,7 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
         raise EchoConfigError(
             "a recipe trains in one process, but WORLD_SIZE is above 1. Use EchoSFTTrainer in a script."
         )
+    require_packages(recipe)
     output = Path(recipe.output)
     checkpoints = output / "checkpoints"
     _claim(output, checkpoints, resume)
@@ -116,6 +118,16 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
     finally:
         _tidy(output, checkpoints)
     return result
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Raises EchoConfigError if the recipe asks for a package that is not installed."""
+    needs: dict[str, str] = {f"training.report_to = {name}": name for name in recipe.training.report_to}
+    if "8bit" in recipe.training.optimizer:
+        needs[f"training.optimizer = {recipe.training.optimizer}"] = "bitsandbytes"
+    for key, package in needs.items():
+        if find_spec(package) is None:
+            raise EchoConfigError(f"{key} needs the package {package}. Run `pip install {package}`, or leave it out.")
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:
@@ -200,10 +212,14 @@ def _train(recipe: Recipe, checkpoints: Path, resume: bool) -> tuple[RunResult, 
             recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
         )
     model = add_adapter(recipe, base)
+    try:
+        arguments = training_arguments(recipe, checkpoints)
+    except ValueError as error:  # bf16 on hardware without it, for example
+        raise EchoConfigError(f"transformers refuses the recipe's training: {error} Correct the key.") from error
     progress = _Progress()
     trainer = EchoSFTTrainer(
         model=model,
-        args=training_arguments(recipe, checkpoints),
+        args=arguments,
         train_dataset=join(prepared["train"]),
         eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
         processing_class=tokenizer,

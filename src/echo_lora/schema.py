@@ -163,7 +163,9 @@ class TrainingSection(Section):
     keep_checkpoints: int = _option(2, "number of newest checkpoints to keep", ge=1)
     log_every: int = _option(10, "steps between lines of metrics", ge=1)
     evaluate_every: int | None = _option(None, "steps between losses on data.validation; default: never", ge=1)
-    report_to: list[str] = _option([], "experiment trackers, by their names in transformers, as in [tensorboard]")
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = _option(
+        [], "experiment trackers to send the metrics to; each needs its package"
+    )
 
     @model_validator(mode="after")
     def _agrees(self) -> TrainingSection:
