@@ -34,11 +34,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "open gate, x10": {"scale_init": 1.0, "gate_bias_init": 0.0, "echo_lr_multiplier": 10.0},
     "zero (no echo), x10": {"scale_init": 1.0, "gate_bias_init": 0.0, "echo_lr_multiplier": 10.0, "echo_kind": "zero"},
     "output, open gate, x3": {
-        "scale_init": 1.0, "gate_bias_init": 0.0, "echo_lr_multiplier": 3.0,
+        "scale_init": 1.0,
+        "gate_bias_init": 0.0,
+        "echo_lr_multiplier": 3.0,
         "injection_site": "output",
     },
     "output, open gate, x10": {
-        "scale_init": 1.0, "gate_bias_init": 0.0, "echo_lr_multiplier": 10.0,
+        "scale_init": 1.0,
+        "gate_bias_init": 0.0,
+        "echo_lr_multiplier": 10.0,
         "injection_site": "output",
     },
 }

@@ -52,7 +52,7 @@ def test_json_round_trip():
 
 
 def test_an_unknown_field_is_refused_with_the_nearest_name():
-    with pytest.raises(EchoConfigError, match="'target_layer'.*Did you mean 'target_layers'"):
+    with pytest.raises(EchoConfigError, match=r"'target_layer'.*Did you mean 'target_layers'"):
         EchoConfig.from_dict({"target_layer": [1]})
 
 

@@ -132,9 +132,13 @@ def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypat
 
 
 def test_new_folder_vanishes_when_its_block_fails(tmp_path):
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a" / "b") as folder:
-        (folder / "half").write_text("x")
-        raise ZeroDivisionError
+    def fail_half_way():
+        with new_folder(tmp_path / "a" / "b") as folder:
+            (folder / "half").write_text("x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     assert list((tmp_path / "a").iterdir()) == []
 
 

@@ -45,7 +45,7 @@ def test_alignment_keeps_every_token_that_a_loss_depends_on(shapes, side):
     aligned = align_rows(**collate(rows, side))
     width = aligned.prefix_length + aligned.targets.shape[1]
     assert aligned.input_ids.shape == aligned.attention_mask.shape == aligned.position_ids.shape == (len(rows), width)
-    for b, ((ids, labels), (prompt, answer)) in enumerate(zip(rows, shapes, strict=True)):
+    for b, ((ids, labels), (prompt, _)) in enumerate(zip(rows, shapes, strict=True)):
         inside = aligned.attention_mask[b].bool()
         kept = int(inside.sum())
         assert kept >= len(ids) - 1  # the last token predicts nothing, and is not run where no other row needs it

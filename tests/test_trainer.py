@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 
 import peft
@@ -297,7 +298,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rows_and_term(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_with_its_name(tmp_path):
     model = echo_model()
-    name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad and "lora_B" in n)
+    parameter = next(p for n, p in model.named_parameters() if p.requires_grad and "lora_B" in n)
     parameter.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(EchoTrainingError, match=r"gradient of .* is not finite .* at step 1, rows"):
         trainer_of(tmp_path, model).train()
@@ -373,7 +374,7 @@ def test_sft_multi_turn(tmp_path):
     trainer = sft_trainer(tmp_path, {"messages": [turns] * 4}, assistant_only_loss=True)
     labels = trainer.train_dataset[0]["labels"]
     supervised = [label != -100 for label in labels]
-    changes = sum(a != b for a, b in zip(supervised, supervised[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(supervised))
     assert changes >= 3  # two answers, with unsupervised tokens between them
     trainer.train()
 

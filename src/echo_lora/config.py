@@ -54,7 +54,7 @@ class EchoConfig:
     )
     routing_start: float = _option(1.0, "probability of an echo-on pass at the first step")
     routing_end: float = _option(0.2, "probability of an echo-on pass at the last step")
-    routing_seed: int = _option(0, "seed of the routing draws and of the noise control")
+    routing_seed: int = _option(0, "seed of the routing draws")
     distillation_weight: float = _option(1.0, "weight of the masked distillation term")
     distillation_temperature: float = _option(2.0, "temperature of both distributions in the distillation")
     distillation_direction: Literal["on_to_off", "off_to_on"] = _option(

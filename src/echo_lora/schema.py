@@ -179,7 +179,7 @@ class TrainingSection(Section):
 class SeedSection(Section):
     initialisation: int = _option(0, "seed of the adapter's and the echo's initial weights, and of dropout", ge=0)
     data_order: int = _option(0, "seed of the order of the rows", ge=0)
-    routing: int = _option(0, "seed of the routing draws and of the noise control", ge=0)
+    routing: int = _option(0, "seed of the routing draws", ge=0)
 
 
 # -------------------------------------------------------------- the evaluation
