@@ -21,8 +21,9 @@ from peft import LoraConfig
 
 from echo_lora import EchoConfig, get_echo_model
 from echo_lora.base_models import PACKAGED, load_base_model, load_tokenizer
-from echo_lora.data import TokenizedRow, reasoning_gym_splits, tokenize_row
+from echo_lora.data import TokenizedRow, tokenize_row
 from echo_lora.export import adapter_hash
+from echo_lora.sources import reasoning_gym_splits
 
 TASKS = {
     "chain_sum": {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2},

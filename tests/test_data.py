@@ -19,13 +19,11 @@ from echo_lora.data import (
     end_token_ids,
     prepare_rows,
     preview_segments,
-    read_rows,
-    reasoning_gym_rows,
-    reasoning_gym_splits,
     render_prompt,
     tokenize_row,
 )
 from echo_lora.errors import EchoDataError
+from echo_lora.sources import read_rows, reasoning_gym_rows, reasoning_gym_splits
 from tiny import UNMARKED_CHAT_TEMPLATE, tiny_tokenizer
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"

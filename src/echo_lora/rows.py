@@ -14,13 +14,12 @@ from echo_lora.data import (
     PreparedData,
     end_token_ids,
     prepare_rows,
-    read_rows,
-    reasoning_gym_splits,
     render_prompt,
 )
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.evaluate.tasks import EvalTask
 from echo_lora.schema import PARTS, EvaluationTask, Recipe, Source
+from echo_lora.sources import read_rows, reasoning_gym_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset

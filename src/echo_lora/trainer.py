@@ -256,11 +256,9 @@ class EchoTrainerMixin(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
-        peft_model = self.accelerator.unwrap_model(self.model)
         if self._echo_model is not None:
             save_file(self._echo_model.echo.state_dict(), folder / ECHO_STATE)
-        if isinstance(peft_model, PeftModel) and not self.is_fsdp_enabled:  # shards can't run a forward on one rank
-            verify_adapter(peft_model, folder, peft_model.active_adapters[0], trained=self.state.global_step > 1)
+        self._prove(folder)
         seal_checkpoint(folder, configuration=self.configuration(), initial_adapter_sha256=self.initial_adapter_hash)
         rotate_checkpoints(
             output_dir=run_dir,
@@ -268,6 +266,20 @@ class EchoTrainerMixin(Trainer):
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=True,
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer.save_model, and read back. Raises EchoCheckpointError if the folder does not hold the adapter."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.should_save:
+            self._prove(Path(output_dir or self.args.output_dir))
+
+    def _prove(self, folder: Path) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel) or self.is_fsdp_enabled:  # shards can't run a forward on one rank
+            return
+        name = model.active_adapters[0]
+        # with a warm-up, the first step has a learning rate of 0 and leaves lora_B at zero
+        verify_adapter(model, folder if name == "default" else folder / name, name, trained=self.state.global_step > 1)
 
     def configuration(self) -> dict[str, Any]:
         """What decides the result of this run; a resume must agree on all of it."""
