@@ -54,9 +54,8 @@ def main() -> None:
                 "share_that_varies": ((z - z.mean(0)).pow(2).sum() / energy).item(),
                 "share_in_two_coordinates": (largest[:2].sum() / largest.sum()).item(),
             }
-    print(
-        "| rows, z read from | layers | mean cosine | share that varies | share in two coordinates |\n|---|---|---|---|---|"
-    )
+    print("| rows, z read from | layers | mean cosine | share that varies | share in two coordinates |")
+    print("|---|---|---|---|---|")
     for name, f in found.items():
         figures = f"{f['mean_cosine']:.4f} | {f['share_that_varies']:.4f} | {f['share_in_two_coordinates']:.3f}"
         print(f"| {name} | {f['layers']} | {figures} |")
