@@ -1,7 +1,8 @@
 """Every choice of the method as a named, validated field.
 
 [P] marks what the abstract of arXiv:2605.08177 states, [R] what a public third-party attempt does,
-[O] our own decision; `docs/method.md` gives the reasons and `results/` the measurements.
+[O] our own decision; `docs/method.md` gives the reasons. The defaults of injection_site, scale_init, gate_bias_init and
+echo_lr_multiplier were chosen by measurement: `results/echo_defaults.md`.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ class EchoConfig:
     target_layers: list[int] | None = _option(
         None, "decoder layers whose LoRA modules receive the echo; default: 4-7 of 32, scaled"
     )
-    injection_site: Literal["lora_input", "output"] = _option(
-        "lora_input", "add the echo to the input of lora_A, or to the output of the wrapped module"
+    injection_site: Literal["output", "lora_input"] = _option(
+        "output", "add the echo to the output of the wrapped module, or to the input of lora_A"
     )
     injection_mask: Literal["predictive", "answer"] = _option(
         "predictive", "inject where logits predict answer tokens, or at the answer tokens themselves"
     )
     bottleneck: int = _option(64, "width of the projection and gate networks")
-    scale_init: float = _option(0.1, "start of the learned scale of each target module")
-    gate_bias_init: float = _option(-2.0, "start of the gate's bias; the gate opens with sigmoid of it")
+    scale_init: float = _option(1.0, "start of the learned scale of each target module")
+    gate_bias_init: float = _option(0.0, "start of the gate's bias; the gate opens with sigmoid of it")
     routing_schedule: Literal["linear", "constant"] = _option(
         "linear", "how the probability of an echo-on pass goes from routing_start to routing_end"
     )
@@ -60,7 +61,7 @@ class EchoConfig:
     distillation_direction: Literal["on_to_off", "off_to_on"] = _option(
         "on_to_off", "which pass teaches: on_to_off teaches the deployed, echo-off pass"
     )
-    echo_lr_multiplier: float = _option(1.0, "learning rate of the echo networks relative to the adapter's")
+    echo_lr_multiplier: float = _option(10.0, "learning rate of the echo networks relative to the adapter's")
     echo_kind: Literal["real", "zero", "noise", "shuffled", "shallow"] = _option(
         "real", "the echo itself, or a control: no echo, random, another row's, the target layers' own"
     )
