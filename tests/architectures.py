@@ -77,7 +77,7 @@ def tiny_base(name: str = "llama", *, seed: int = 0, attention: str | None = Non
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4.0)
+                parameter.mul_(3.0)
     return model
 
 
@@ -115,8 +115,8 @@ def tiny_echo_model(
     model = get_echo_model(tiny_base(name, attention=attention), peft_config, echo_config)
     if started:
         for branch in model.echo.branches.values():
-            nn.init.normal_(branch.W2.weight)
-            nn.init.normal_(branch.U2.weight)
+            nn.init.normal_(branch.W2.weight, std=0.1)
+            nn.init.normal_(branch.U2.weight, std=0.1)
     return model.train()
 
 

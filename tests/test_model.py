@@ -287,3 +287,21 @@ def test_every_architecture_takes_its_own_forward(name):
     output = model(**batch_of((3, 2)))
     assert isinstance(model, PeftModel)
     assert torch.isfinite(output.loss)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"), [({"bias": "all"}, "bias is 'all'"), ({"init_lora_weights": "pissa"}, "'pissa'")]
+)
+def test_adapters_that_could_not_be_saved_plainly(extra, words):
+    with pytest.raises(EchoModelError, match=words):
+        get_echo_model(tiny_base(), lora_config(**extra))
+
+
+@pytest.mark.parametrize("extra", ["position_ids", "pixel_values", "nonsense"])
+def test_inputs_that_would_be_lost_are_refused(extra):
+    with pytest.raises(EchoDataError, match=extra):
+        tiny_echo_model()(**batch_of(*BATCH), **{extra: torch.zeros(2, 11)})
+
+
+def test_a_model_cast_as_a_whole_still_trains():
+    assert torch.isfinite(tiny_echo_model().bfloat16()(**batch_of(*BATCH)).loss)

@@ -20,7 +20,7 @@ from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
 from echo_lora.routing import is_routed
 from tiny import tiny_tokenizer
 
-ROUTED = EchoConfig(source_layers=[2], target_layers=[0, 1], bottleneck=8, scale_init=1.0)
+ROUTED = EchoConfig(source_layers=[2], target_layers=[0, 1], bottleneck=8, echo_lr_multiplier=1.0)
 
 
 def rows(count: int = 12, seed: int = 0) -> Dataset:
@@ -258,7 +258,7 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     with pytest.raises(EchoCheckpointError, match="interrupted"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     trainer_of(tmp_path).train(resume_from_checkpoint=True)
-    assert not (tmp_path / "checkpoint-6").exists()
+    assert (tmp_path / "checkpoint-6").exists()  # it may be somebody else's
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
@@ -465,3 +465,89 @@ def test_sft_sends_no_telemetry(tmp_path, monkeypatch):
     monkeypatch.setenv("ECHO_LORA_TELEMETRY", "1")
     sft_trainer(tmp_path, DATASETS["conversational"])
     assert len(sent) == 1
+
+
+# ------------------------------------------------------------- edges found by use
+
+
+def test_terms_are_right_over_windows_of_unequal_length(tmp_path):
+    """12 rows in batches of 2, 5 batches a step: a step of 5 that is routed, then one of 1 that is not."""
+    model = echo_model(routing_start=1.0, routing_end=0.0)
+    args = {"max_steps": 2, "logging_steps": 2, "gradient_accumulation_steps": 5, "learning_rate": 1e-9}
+    trainer = trainer_of(tmp_path, model, **args)
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["routed"] == 0.5
+    assert log["ce_on"] == pytest.approx(log["ce_off"], rel=0.1)  # a neutral echo; dropout and other rows differ
+
+
+def test_another_adapter_trains_without_echo(tmp_path):
+    model = echo_model()
+    model.add_adapter("other", lora_config())
+    model.set_adapter("other")
+    trainer = trainer_of(tmp_path, model)
+    trainer.train()
+    assert "ce_off" not in trainer.state.log_history[0]
+
+
+def test_an_optimizer_that_was_given_is_left_alone(tmp_path):
+    model = echo_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    trainer = EchoTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=rows(),
+        data_collator=collator,
+        optimizers=(optimizer, scheduler),
+    )
+    trainer.train()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_the_parameter_whose_gradient_broke_is_named(tmp_path):
+    model = echo_model()
+    name, parameter = next((n, p) for n, p in model.named_parameters() if "layers.3" in n and "lora_B" in n)
+    parameter.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(EchoTrainingError, match=rf"gradient of {name} is not finite \(1 of"):
+        trainer_of(tmp_path, model).train()
+
+
+def test_save_model_is_proved(tmp_path):
+    model = echo_model()
+    trainer = trainer_of(tmp_path, model)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "good"))
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.fill_(float("nan"))
+    with pytest.raises(EchoCheckpointError, match="not finite"):
+        trainer.save_model(str(tmp_path / "bad"))
+
+
+def test_resuming_beside_strange_checkpoints_deletes_nothing(tmp_path):
+    plain = peft.get_peft_model(tiny_base(), lora_config())
+    trainer_of(tmp_path, plain, Trainer, save_strategy="steps", save_steps=3).train()
+    with pytest.raises(EchoCheckpointError, match="holds no complete checkpoint"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_bfloat16_adapter_is_proved(tmp_path):
+    torch.manual_seed(5)
+    model = get_echo_model(tiny_base().bfloat16(), lora_config(), ROUTED, autocast_adapter_dtype=False)
+    trainer_of(tmp_path, model, save_strategy="steps", save_steps=3).train()
+    assert load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+
+
+def test_a_stream_with_max_length_is_refused(tmp_path):
+    base, tokenizer = sft_base()
+    with pytest.raises(EchoConfigError, match="is a stream"):
+        EchoSFTTrainer(
+            model=base,
+            args=sft_arguments(tmp_path),
+            train_dataset=Dataset.from_dict(DATASETS["conversational"]).to_iterable_dataset(),
+            processing_class=tokenizer,
+            peft_config=lora_config(),
+            echo_config=ROUTED,
+        )

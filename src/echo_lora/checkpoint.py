@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path:
-    """The newest sealed checkpoint; newer ones that were interrupted are removed, with a line that says so.
+    """The newest sealed checkpoint; newer ones without a seal are passed over, with a line that says so.
 
     Raises EchoCheckpointError if there is none.
     """
@@ -63,8 +62,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path:
     for folder in map(Path, reversed(found)):
         if (folder / SEAL).is_file():
             return folder
-        logger.warning("%s was not finished when the run stopped; removing it.", folder)
-        shutil.rmtree(folder)
+        logger.warning("%s was not finished, or is of another program; passing over it.", folder)
     raise EchoCheckpointError(f"{output_dir} holds no complete checkpoint to resume from. Start without resuming.")
 
 

@@ -282,7 +282,7 @@ def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
 
 def probe_ids(model: PeftModel) -> Tensor:
     """(1, 16) ids from the middle of the vocabulary: ordinary tokens in every tokenizer."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     return (torch.arange(PROBE_TOKENS, device=model.device) * 7 + vocabulary // 3)[None] % vocabulary
 
 
@@ -302,6 +302,10 @@ def _second_adapter(model: PeftModel, folder: Path, adapter_name: str) -> Iterat
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     with torch.random.fork_rng():  # PEFT draws initial weights before it loads the file's
         model.load_adapter(str(folder), _PROOF)
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():  # PEFT loads adapters in float32 even where the trained one is not
+        if f".{_PROOF}" in name:
+            parameter.data = parameter.data.to(named[name.replace(f".{_PROOF}", f".{adapter_name}")].dtype)
     try:
         model.set_adapter(_PROOF)
         yield

@@ -26,6 +26,9 @@ from echo_lora.step import EchoOutput, align_rows, training_step, why_full
 
 logger = logging.getLogger(__name__)
 
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")  # initialisations that read or rewrite the base
+IGNORED_INPUTS = {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits"}
+
 
 def get_echo_model(
     model: PreTrainedModel,
@@ -53,6 +56,16 @@ def get_echo_model(
     if peft_config.alora_invocation_tokens:
         raise EchoModelError(
             "activated LoRA (alora_invocation_tokens) chooses its own positions; it can't be combined with the echo."
+        )
+    if peft_config.bias != "none":
+        raise EchoModelError(
+            f"LoraConfig.bias is {peft_config.bias!r}: PEFT would save the echo's biases with the adapter, and can't "
+            "load a second adapter to prove a save. Use bias='none'."
+        )
+    if str(peft_config.init_lora_weights).startswith(CHANGES_BASE):
+        raise EchoModelError(
+            f"LoraConfig.init_lora_weights is {peft_config.init_lora_weights!r}, which changes the base's weights: the "
+            "saved adapter would not fit the base that others load. Use True, 'gaussian' or 'orthogonal'."
         )
     if hasattr(model, "peft_config"):
         raise EchoModelError(
@@ -111,7 +124,7 @@ class EchoModel(PeftModelForCausalLM):
         Raises EchoDataError for rows without prompt or answer and for packed rows, EchoModelError if the
         routing clock is not set or a forced `echo_step` is impossible.
         """
-        if not self._echo_applies(kwargs.get("labels")):
+        if not self.applies(kwargs.get("labels")):
             return super().forward(*args, **kwargs)
         step, total = self._clock()
         return self.echo_losses(*args, is_routed=is_routed(self.echo_config, step, total), **kwargs)
@@ -130,6 +143,12 @@ class EchoModel(PeftModelForCausalLM):
         if input_ids is None or labels is None:
             raise EchoDataError("the echo needs input_ids and labels; inputs_embeds can't be aligned at the boundary.")
         _refuse_packed(attention_mask, kwargs)
+        unknown = [key for key, value in kwargs.items() if value is not None and key not in IGNORED_INPUTS]
+        if unknown:
+            raise EchoDataError(
+                f"the echo's step takes input_ids, attention_mask and labels, but was given {', '.join(unknown)} too, "
+                "which would be lost when rows are aligned. Leave them out of the batch."
+            )
         base = self.get_base_model()
         return training_step(
             self._plain_forward,
@@ -162,7 +181,8 @@ class EchoModel(PeftModelForCausalLM):
             "model.set_routing_clock(step, total_steps) before each step."
         )
 
-    def _echo_applies(self, labels: Tensor | None) -> bool:
+    def applies(self, labels: Tensor | None) -> bool:
+        """Whether a forward with these labels would be a step of Echo-LoRA, not the plain model's."""
         return (
             self.training
             and self.echo_enabled

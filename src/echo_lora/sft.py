@@ -82,6 +82,12 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
                 tokenize_row(row, self._tokenizer)
             raise
         if isinstance(prepared, IterableDataset):
+            if args.max_length is not None:
+                raise EchoConfigError(
+                    f"max_length={args.max_length} can't be kept for the {dataset_name} data, which is a stream: its "
+                    "rows are not known before training, and an answer must not be cut. Set max_length=None, or load "
+                    "the data whole."
+                )
             logger.warning("The %s data is a stream: its rows are checked as they come, not before.", dataset_name)
             return prepared
         prepared, counts = check_tokenized_dataset(

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
-from echo_lora.checkpoint import compare_configuration, last_complete_checkpoint, read_seal, seal_checkpoint
+from echo_lora.checkpoint import SEAL, compare_configuration, last_complete_checkpoint, read_seal, seal_checkpoint
 from echo_lora.errors import EchoConfigError, EchoTrainingError
 from echo_lora.export import adapter_hash, verify_adapter
 from echo_lora.model import EchoModel
@@ -46,6 +46,8 @@ FINGERPRINT = [
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+    *("lr_scheduler_kwargs", "optim_args", "average_tokens_across_devices", "neftune_noise_alpha"),
+    *("dataloader_drop_last", "train_sampling_strategy"),
     *("seed", "data_seed", "bf16", "fp16"),
 ]
 
@@ -77,11 +79,8 @@ class _Watch(EchoCallback):
         super().on_step_begin(args, state, control, model=model)
         self.trainer._rows_of_step.clear()
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._check_gradients()
-
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._meter.optimizer_steps += 1
+        self.trainer._meter.end_step()
 
 
 class _RowCollator:
@@ -109,14 +108,19 @@ class _Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.optimizer_steps = self.batches = self.routed_batches = 0
+        self.optimizer_steps = self.routed_steps = self.routed_batches = 0
+        self.is_routed = False  # of the optimizer step under way
         self.sums: dict[str, Tensor] = {}
 
     def add(self, output: EchoOutput) -> None:
-        self.batches += 1
-        self.routed_batches += bool(output.routed)
+        self.is_routed = bool(output.routed)
+        self.routed_batches += self.is_routed
         for name in (*self.ALWAYS, *self.ROUTED, *self.STATE):
             self.sums[name] = self.sums.get(name, 0.0) + output[name].detach()
+
+    def end_step(self) -> None:
+        self.optimizer_steps += 1
+        self.routed_steps += self.is_routed
 
     def metrics(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
         """Means over tokens and steps; terms of the echo over routed steps only. reduce(x, how) joins the ranks."""
@@ -124,13 +128,11 @@ class _Meter:
             return {}
         total = {name: reduce(value, "sum").item() for name, value in self.sums.items()}
         ranks = reduce(torch.ones((), device=self.sums["ce_off"].device), "sum").item()
-        routed_share = self.routed_batches / self.batches  # the same on every rank
-        routed_steps = self.optimizer_steps * routed_share
         out = {name: total[name] / self.optimizer_steps for name in self.ALWAYS}
         out["mean_token_accuracy"] = out.pop("token_accuracy")  # TRL's name
-        out["routed"] = routed_share
-        if self.routed_batches:
-            out |= {name: total[name] / routed_steps for name in self.ROUTED}
+        out["routed"] = self.routed_steps / self.optimizer_steps  # the same on every rank
+        if self.routed_steps:
+            out |= {name: total[name] / self.routed_steps for name in self.ROUTED}
             out |= {name: total[name] / (self.routed_batches * ranks) for name in self.STATE}
         return out
 
@@ -155,6 +157,15 @@ class EchoTrainerMixin(Trainer):
             self.model_accepts_loss_kwargs = True  # the step reduces by num_items_in_batch whatever the base does
             refuse_arguments(self.args)
             _refuse_lonely_rows(self)
+            if self.compute_loss_func is not None:
+                raise EchoConfigError(
+                    "compute_loss_func can't be combined with the echo: the step computes its own losses."
+                )
+            if self.args.n_gpu > 1:
+                raise EchoConfigError(
+                    f"{self.args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas the echo's hooks "
+                    "don't reach. Launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one GPU."
+                )
 
     @property
     def _echo_model(self) -> EchoModel | None:
@@ -171,7 +182,7 @@ class EchoTrainerMixin(Trainer):
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._rows_of_step += [] if rows is None else rows.tolist()
-        if echo is None or not echo.echo_enabled:
+        if echo is None or not echo.applies(inputs.get("labels")):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_loss({"loss": result[0] if return_outputs else result})
             return result
@@ -189,11 +200,17 @@ class EchoTrainerMixin(Trainer):
             if not torch.isfinite(value.detach()).all():
                 self._stop(f"{name} is {value.item()}")
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._check_gradients()  # before clipping, which spreads one bad gradient to all
+        return super()._clip_grad_norm(model)
+
     def _check_gradients(self) -> None:
         if self.accelerator.scaler is not None:  # fp16 scaling skips such steps itself
             return
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
-        norms = torch.stack([grad.detach().float().norm() for _, grad in named])
+        if not named:  # DeepSpeed keeps gradients elsewhere
+            return
+        norms = torch.stack([grad.detach().float().norm().to(self.args.device) for _, grad in named])
         if not torch.isfinite(norms).all():
             bad = [
                 name
@@ -212,9 +229,10 @@ class EchoTrainerMixin(Trainer):
     # --------------------------------------------------------------- optimizer
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The base's optimizer, with the echo networks in a group of their own."""
+        """The base's optimizer, with the echo networks in a group of their own. One that was given stays as it is."""
+        is_given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if self._echo_model is None or any(group.get("echo") for group in optimizer.param_groups):
+        if self._echo_model is None or is_given:
             return optimizer
         of_echo = {id(p) for p in self._echo_model.echo.parameters()}
         for group in list(optimizer.param_groups):
@@ -246,13 +264,14 @@ class EchoTrainerMixin(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The base's checkpoint and the echo's state, sealed last; older ones are deleted only after that."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / SEAL).unlink(missing_ok=True)  # of an earlier run that reached this step
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        run_dir = self._get_output_dir(trial=trial)
-        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
@@ -261,7 +280,7 @@ class EchoTrainerMixin(Trainer):
         self._prove(folder)
         seal_checkpoint(folder, configuration=self.configuration(), initial_adapter_sha256=self.initial_adapter_hash)
         rotate_checkpoints(
-            output_dir=run_dir,
+            output_dir=str(folder.parent),
             save_total_limit=limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=True,
