@@ -296,12 +296,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_rows_and_term(tmp_path):
     assert not (tmp_path / "checkpoint-6").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_with_its_name(tmp_path):
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_stops_with_its_name(tmp_path, max_grad_norm):
     model = echo_model()
     parameter = next(p for n, p in model.named_parameters() if p.requires_grad and "lora_B" in n)
     parameter.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(EchoTrainingError, match=r"gradient of .* is not finite .* at step 1, rows"):
-        trainer_of(tmp_path, model).train()
+        trainer_of(tmp_path, model, max_grad_norm=max_grad_norm).train()
 
 
 # ------------------------------------------------------------------------ TRL

@@ -79,6 +79,10 @@ class _Watch(EchoCallback):
         super().on_step_begin(args, state, control, model=model)
         self.trainer._rows_of_step.clear()
 
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if not self.trainer.args.max_grad_norm:  # else they were looked at before they were clipped
+            self.trainer._check_gradients()
+
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._meter.end_step()
 
