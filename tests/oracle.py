@@ -31,7 +31,6 @@ def oracle_step(
     config: Any,
     is_routed: bool = True,
     num_items: int | None = None,
-    z_override: Tensor | None = None,
 ) -> OracleLosses:
     """One step for rows of (token ids, labels), without padding; model is an EchoModel, used as a PEFT model."""
     base = model.get_base_model()
@@ -53,7 +52,7 @@ def oracle_step(
     for b in range(B):
         mean = sum(states[s + 1][b, boundary[b]].float() for s in source_layers) / len(source_layers)
         z_rows.append((mean - mean.mean()) / torch.sqrt(mean.var(unbiased=False) + 1e-5))
-    z = torch.stack(z_rows) if z_override is None else z_override
+    z = torch.stack(z_rows)
 
     # pass 2: echo off
     off = base(**inputs).logits

@@ -28,8 +28,8 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer with the echo: the same datasets, arguments and callbacks, and `echo_config=`.
 
     Further arguments of ours: on_overlength, what to do with rows longer than `max_length` (an answer is never
-    cut). Without `echo_config` it trains as SFTTrainer does. The chart of refusals: packing and padding_free (a
-    row needs a boundary of its own), text-only rows (no boundary), losses other than `nll`.
+    cut). Without `echo_config` it trains as SFTTrainer does. Refused are packing and padding_free (a
+    row needs a boundary of its own), text-only rows (no boundary), and losses other than `nll`.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,12 @@ class _Meter:
         self.optimizer_steps += 1
         self.routed_steps += self.is_routed
 
-    def metrics(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
-        """Means over tokens and steps; terms of the echo over routed steps only. reduce(x, how) joins the ranks."""
+    def metrics(self, add_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over tokens and steps; terms of the echo over routed steps only. add_ranks(x) sums over processes."""
         if not self.optimizer_steps or not self.sums:
             return {}
-        total = {name: reduce(value, "sum").item() for name, value in self.sums.items()}
-        ranks = reduce(torch.ones((), device=self.sums["ce_off"].device), "sum").item()
+        total = {name: add_ranks(value).item() for name, value in self.sums.items()}
+        ranks = add_ranks(torch.ones((), device=self.sums["ce_off"].device)).item()
         out = {name: total[name] / self.optimizer_steps for name in self.ALWAYS}
         out["mean_token_accuracy"] = out.pop("token_accuracy")  # TRL's name
         out["routed"] = self.routed_steps / self.optimizer_steps  # the same on every rank
@@ -252,7 +253,7 @@ class EchoTrainerMixin(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._echo_model is not None and "loss" in logs:
-            logs |= self._meter.metrics(lambda x, how: self.accelerator.reduce(x, how))
+            logs |= self._meter.metrics(lambda x: self.accelerator.reduce(x, "sum"))
             logs["routing_p"] = routing_probability(
                 self._echo_model.echo_config, max(self.state.global_step - 1, 0), self.state.max_steps
             )
@@ -314,8 +315,13 @@ class EchoTrainerMixin(Trainer):
             values |= {f"adapter.{key}": value for key, value in adapter.items() if key != "inference_mode"}
         if self._echo_model is not None:
             values |= {f"echo.{key}": value for key, value in self._echo_model.echo_config.to_dict().items()}
-        values["data.sha256"] = _dataset_hash(self.train_dataset)
+        values["data.sha256"] = self._data_hash
         return values
+
+    @cached_property
+    def _data_hash(self) -> str:
+        """Read once: it is asked for at every checkpoint."""
+        return _dataset_hash(self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer.train. True resumes from the last complete checkpoint in output_dir.
