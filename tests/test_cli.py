@@ -18,7 +18,7 @@ from echo_lora.errors import EchoConfigError
 from echo_lora.run import RunResult, run
 from tiny_recipe import ROWS, tiny_folder, tiny_recipe, write_rows
 
-COMMANDS = ["train", "preview", "plan", "eval", "merge", "doctor", "demo"]
+COMMANDS = ["train", "preview", "plan", "eval", "merge", "doctor", "demo", "bench"]
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "lm_eval", "scipy", "matplotlib"}
 
 
@@ -251,7 +251,7 @@ def test_every_example_of_the_help_works_as_it_stands(tmp_path):
     for command in [[], *([name] for name in COMMANDS if name != "demo")]:
         text = " ".join(invoke(*command, "--help").output.split())
         examples.append(text.rpartition("Example")[2].rpartition(": ")[2])
-    assert len(examples) == 7
+    assert len(examples) == 8
     for example in examples:
         program, *args = shlex.split(example)
         assert program == "echo-lora"

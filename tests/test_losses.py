@@ -1,13 +1,14 @@
-"""The loss terms against scipy-like first principles, in chunks and at the edges."""
+"""The loss terms against first principles and against plain autograd, in chunks and at the edges."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from echo_lora import losses
 from echo_lora.config import EchoConfig
-from echo_lora.losses import distillation, loss_terms
+from echo_lora.losses import chunk_terms, distillation, loss_terms
 
 
 @pytest.fixture
@@ -29,33 +30,62 @@ def test_distillation_by_hand():
     torch.testing.assert_close(distillation(teacher_NV=teacher, student_NV=student, temperature=3.0), expected)
 
 
-@pytest.mark.parametrize(("direction", "teacher"), [("on_to_off", 1), ("off_to_on", 0)])
-def test_the_teacher_gets_no_gradient(logits, direction, teacher):
-    off, on, targets = logits
-    config = EchoConfig(distillation_direction=direction)
-    loss_terms(off, on, targets, config).distillation.backward()
-    assert (off, on)[teacher].grad is None
-    assert (off, on)[1 - teacher].grad.abs().sum() > 0
+def test_the_teacher_gets_no_gradient(logits):
+    teacher, student, _ = logits
+    distillation(teacher_NV=teacher, student_NV=student, temperature=2.0).backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
 
 
+class TinyHead(nn.Linear):
+    vocabulary = 7
+
+
+@pytest.fixture
+def states():
+    """Hidden states of two passes, targets, and an output layer that is frozen."""
+    g = torch.Generator().manual_seed(0)
+    off, on = (torch.randn(13, 4, generator=g, requires_grad=True) for _ in range(2))
+    head = TinyHead(4, 7).requires_grad_(False)
+    return off, on, torch.randint(7, (13,), generator=g), head
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, 256])  # 5 and 7 divide neither 13 nor each other
+@pytest.mark.parametrize("direction", ["on_to_off", "off_to_on"])
 @pytest.mark.parametrize("routed", [True, False])
-def test_chunks_change_nothing(logits, routed, monkeypatch):
-    off, on, targets = logits
-    config = EchoConfig()
+def test_chunks_give_the_loss_and_gradient_of_autograd(states, routed, direction, chunk, monkeypatch):
+    off, on, targets, head = states
+    config = EchoConfig(distillation_direction=direction, distillation_weight=0.7)
+    passes = [off, on] if routed else [off]
 
-    def run():
-        terms = loss_terms(off, on if routed else None, targets, config)
-        (terms.ce_off + terms.ce_on + terms.distillation).backward()
-        grads = [t.grad.clone() for t in (off, on) if t.grad is not None]
-        off.grad = on.grad = None
-        return terms, grads
+    expected = chunk_terms([head(x) for x in passes], targets, config)
+    expected_gradients = torch.autograd.grad(expected.loss * 3, passes)
 
-    whole, whole_grads = run()
-    monkeypatch.setattr(losses, "CHUNK", 5)
-    parts, parts_grads = run()
-    torch.testing.assert_close(tuple(parts), tuple(whole))
-    torch.testing.assert_close(parts_grads, whole_grads)
-    assert len(whole_grads) == 1 + routed
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * TinyHead.vocabulary)
+    actual = loss_terms(off, on if routed else None, targets, config, head)
+    gradients = torch.autograd.grad(actual.loss * 3, passes)
+    torch.testing.assert_close(tuple(actual), tuple(expected))
+    torch.testing.assert_close(gradients, expected_gradients)
+    assert not any(term.requires_grad for term in actual[1:])
+
+
+def test_no_tensor_of_the_vocabulary_is_larger_than_a_chunk(states, monkeypatch):
+    off, on, targets, head = states
+    sizes = []
+    head.register_forward_hook(lambda _m, _args, out: sizes.append(len(out)))
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 4 * TinyHead.vocabulary)
+    loss_terms(off, on, targets, EchoConfig(), head).loss.backward()
+    assert sizes == [4, 4, 4, 4, 4, 4, 1, 1]  # neither all at once, nor again in backward
+
+
+def test_nothing_is_differentiated_where_no_gradient_is_wanted(states):
+    off, on, targets, head = states
+    with torch.no_grad():
+        quiet = loss_terms(off, on, targets, EchoConfig(), head)
+    torch.testing.assert_close(
+        tuple(quiet), tuple(x.detach() for x in loss_terms(off, on, targets, EchoConfig(), head))
+    )
+    assert not quiet.loss.requires_grad
 
 
 @pytest.mark.parametrize("routed", [True, False])
@@ -63,9 +93,8 @@ def test_no_supervised_position_gives_zeros_on_the_graph(routed):
     """A rank without answers must still take part in the gradient exchange."""
     off, on = (torch.randn(0, 7, requires_grad=True) for _ in range(2))
     terms = loss_terms(off, on if routed else None, torch.zeros(0, dtype=torch.long), EchoConfig())
-    loss = terms.ce_off + terms.ce_on + terms.distillation
-    assert loss == 0
-    loss.backward()
+    assert terms.loss == 0
+    terms.loss.backward()
     assert off.grad.shape == (0, 7)
     assert (on.grad is not None) == routed
 

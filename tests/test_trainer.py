@@ -423,9 +423,7 @@ def test_sft_with_gradient_checkpointing_matches_without(tmp_path, caplog):
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    said = [r.message for r in caplog.records if "runs in full" in r.message]
-    assert len(said) == 1
-    assert "gradient checkpointing" in said[0]
+    assert "runs in full" not in caplog.text
 
 
 @pytest.mark.parametrize(

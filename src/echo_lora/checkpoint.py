@@ -2,6 +2,8 @@
 
 A run may be killed while it writes. A checkpoint without a seal was interrupted; one whose files differ from
 their seal was damaged. Neither is resumed from, and no older checkpoint is deleted before a newer one is sealed.
+
+Its tensors are whole, however many processes held parts of them, so that any number of processes can go on from it.
 """
 
 from __future__ import annotations
@@ -9,12 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer_utils import sort_checkpoints
 
 from echo_lora.errors import EchoCheckpointError
+from echo_lora.export import whole
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +92,51 @@ def compare_configuration(folder: Path, saved: dict[str, Any], current: dict[str
             + "\n".join(differences)
             + "\nRestore these values, or start anew in another output folder."
         )
+
+
+def fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into those of the same names, of which each process may hold a part.
+
+    Raises EchoCheckpointError if the names differ.
+    """
+    if targets.keys() != values.keys():
+        raise EchoCheckpointError(
+            f"the checkpoint holds other tensors than the model: {sorted(targets.keys() ^ values.keys())[:3]} are in "
+            "one only. Resume from a checkpoint of this run."
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(_part(values[name], target))
+
+
+def whole_optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """`optimizer.state_dict()` with whole tensors; every process has to ask."""
+    saved = optimizer.state_dict()
+    states = {
+        index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        for index, state in saved["state"].items()
+    }
+    return saved | {"state": states}
+
+
+def load_whole_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict()` for parameters of which each process holds a part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = {
+        index: {
+            name: _part(value, parameters[index]) if getattr(value, "shape", None) == parameters[index].shape else value
+            for name, value in state.items()
+        }
+        for index, state in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | {"state": states})
+
+
+def _part(value: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a whole tensor, where `like` is shared out."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _plain(configuration: dict[str, Any]) -> dict[str, Any]:

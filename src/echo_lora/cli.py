@@ -6,6 +6,7 @@ What a command needs is imported inside it: torch and transformers take seconds,
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -308,6 +309,47 @@ def demo(
     _print_pairs({line.name: str(line.run.adapter) for line in lines if line.run is not None})
 
 
+@app.command(epilog="Example: echo-lora bench --quick")
+def bench(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="whose model and rows; default: tiny, on random rows")
+    ] = None,
+    overrides: SetOption = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="PxA", help="random rows of P prompt and A answer tokens; repeatable"),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="rows of a step; default: training.batch_size")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=2, help="timed steps of each kind; default: 7")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="a trial: 2 rows, 3 rounds, one shape")] = False,
+    output: Annotated[Path, typer.Option("--output", help="folder for bench.json, .md and .png")] = Path("runs/bench"),
+    traceback: TracebackOption = False,
+) -> None:
+    """Measure seconds and memory of a training step: Echo-LoRA, LoRA, and TRL's own."""
+    with _starting():
+        from echo_lora.bench import NOTES, run_bench
+
+    command = shlex.join(["echo-lora", *sys.argv[1:]])
+    report = run_bench(
+        recipe,
+        overrides or (),
+        shapes=shape or (),
+        rows=rows,
+        rounds=rounds,
+        quick=quick,
+        output=output,
+        command=command,
+    )
+    for table in report.tables:
+        _print_wide_table(table.title, table.cells())
+    typer.echo("\n".join(NOTES))
+    typer.echo(f"\nWritten to {output}")
+    if report.failures:
+        raise EchoError("\n".join(report.failures))
+
+
 def main() -> None:
     """The entry point."""
     app(prog_name="echo-lora")
@@ -347,6 +389,20 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_wide_table(title: str, rows: list[dict[str, str]]) -> None:
+    """As wide as the terminal allows; each row is a mapping from the heads."""
+    from rich import box
+    from rich.table import Table
+
+    console = _console()
+    if not console.is_terminal:
+        console.width = 140
+    table = Table(*rows[0], title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table, soft_wrap=False)
 
 
 def _print_segments(console: Console, segments: list[Segment]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
+import subprocess
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -35,6 +38,27 @@ def installed(package: str) -> str | None:
         return None
 
 
+def commit() -> str | None:
+    """Commit of this package's source, with `-dirty` if files differ from it; None where it is no checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
+        if tracked.returncode:  # installed into a folder that happens to lie in another checkout
+            return None
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git
+        return None
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def devices() -> list[str]:
     """What torch can compute on, best first; the first is used for training."""
     import torch
@@ -58,3 +82,51 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MemoryWatch:
+    """Bytes at the start and at the peak of a `with` block, counted as `peak_memory` counts.
+
+    On a CPU, what was freed before the block is given back first, and the kernel is asked to forget the peak of what
+    came before; where it can't, a thread looks every millisecond.
+    """
+
+    before: int
+    peak: int
+
+    def __enter__(self) -> MemoryWatch:
+        import torch
+
+        self._sampler: threading.Thread | None = None
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return self
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what is freed
+            libc.malloc_trim(0)
+        self.before = self.peak = _resident()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: proc_pid_clear_refs(5)
+        except OSError:
+            self._ended = threading.Event()
+            self._sampler = threading.Thread(target=self._sample, daemon=True)
+            self._sampler.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._sampler is None:
+            self.peak = peak_memory()
+        else:
+            self._ended.set()
+            self._sampler.join()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(0.001):
+            self.peak = max(self.peak, _resident())
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory."""
+    import psutil  # comes with accelerate
+
+    return psutil.Process().memory_info().rss

@@ -22,6 +22,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from echo_lora.config import EchoConfig
 from echo_lora.errors import EchoCheckpointError
@@ -34,11 +35,21 @@ _PROOF = "echo-proof"  # name of the second adapter during the proof
 PROBE_TOKENS = 16
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, gathered if each process holds a part of it: then all have to ask, in the same order."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def adapter_tensors(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The adapter's tensors, whole, by the names that PEFT saves them under."""
+    return {name: whole(t) for name, t in get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
+
+
 def adapter_hash(model: PeftModel, adapter_name: str = "default") -> str:
     """SHA-256 of the adapter's names, dtypes and bytes: equal exactly if two adapters are."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(get_peft_model_state_dict(model, adapter_name=adapter_name).items()):
-        data = tensor.detach().cpu().contiguous()
+    for name, tensor in sorted(adapter_tensors(model, adapter_name).items()):
+        data = tensor.contiguous()
         digest.update(f"{name}:{data.dtype}:{tuple(data.shape)}".encode())
         digest.update(data.view(torch.uint8).numpy().tobytes() if data.dim() else str(data.item()).encode())
     return digest.hexdigest()
@@ -148,13 +159,30 @@ def verify_adapter(
 ) -> None:
     """Prove that the folder holds the adapter that the model has now.
 
-    Reads the file (same keys, same values, all finite, and with `trained` lora_B not all zero), then loads the
-    folder with PEFT beside the trained adapter and compares the logits on a short probe. Neither the model's
-    weights, nor its active adapter, nor any random state are changed. Raises EchoCheckpointError.
+    Compares the file's tensors (`compare_adapter`), then loads the folder with PEFT beside the trained adapter and
+    compares the logits on a short probe. Neither the model's weights, nor its active adapter, nor any random state
+    are changed. Raises EchoCheckpointError.
     """
     folder = Path(folder)
+    compare_adapter(folder, adapter_tensors(model, adapter_name), trained=trained)
+    with _plain_eval(model), torch.no_grad():
+        probe = probe_ids(model)  # (1, 16)
+        before = model(input_ids=probe).logits
+        with _second_adapter(model, folder, adapter_name):
+            after = model(input_ids=probe).logits
+    if not torch.equal(before, after):
+        raise EchoCheckpointError(
+            f"{folder}: the adapter as PEFT loads it gives other logits than the trained one (largest difference "
+            f"{(before - after).abs().max():.3g}). Check adapter_config.json; don't use this folder."
+        )
+
+
+def compare_adapter(folder: Path, expected: Mapping[str, Tensor], *, trained: bool = True) -> None:
+    """Compare an adapter folder with `adapter_tensors`: same keys, same values, all finite, lora_B trained.
+
+    Raises EchoCheckpointError.
+    """
     saved = read_adapter(folder)
-    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
     missing, extra = expected.keys() - saved.keys(), saved.keys() - expected.keys()
     if missing or extra:
         raise EchoCheckpointError(
@@ -167,23 +195,13 @@ def verify_adapter(
                 f"{folder / ADAPTER_FILE}: {name} holds values that are not finite. Training diverged: go back to an "
                 "earlier checkpoint and lower the learning rate."
             )
-        if not torch.equal(tensor, expected[name].detach().cpu().to(tensor.dtype)):
+        if not torch.equal(tensor, expected[name].to(tensor.dtype)):
             raise EchoCheckpointError(f"{folder / ADAPTER_FILE}: {name} differs from the trained adapter. Save again.")
     lora_B = [tensor for name, tensor in saved.items() if "lora_B" in name]
     if trained and lora_B and not any(tensor.any() for tensor in lora_B):
         raise EchoCheckpointError(
             f"{folder / ADAPTER_FILE}: every lora_B is zero, so the adapter does nothing. It was never trained: check "
             "the learning rate and that the adapter's parameters require gradients."
-        )
-    with _plain_eval(model), torch.no_grad():
-        probe = probe_ids(model)  # (1, 16)
-        before = model(input_ids=probe).logits
-        with _second_adapter(model, folder, adapter_name):
-            after = model(input_ids=probe).logits
-    if not torch.equal(before, after):
-        raise EchoCheckpointError(
-            f"{folder}: the adapter as PEFT loads it gives other logits than the trained one (largest difference "
-            f"{(before - after).abs().max():.3g}). Check adapter_config.json; don't use this folder."
         )
 
 

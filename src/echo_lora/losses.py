@@ -1,72 +1,114 @@
-"""The three loss terms, over the positions that predict answer tokens.                 (equation 7)
+"""The loss terms, over the positions that predict answer tokens, a chunk of positions at a time.   (equation 7)
 
     CE(off)        cross-entropy of the echo-off pass: the model that is deployed
     CE(on)         cross-entropy of the echo-on pass
     distillation   τ² · KL(teacher ‖ student), the teacher without gradient
 
-Every term is a sum over tokens divided by `num_items`, the number of supervised tokens of the whole optimizer
-step, so that any split of a step into micro-batches gives the same gradient.
+Every term is a sum over tokens; the step divides it by the number of supervised tokens of the whole optimizer step,
+so that any split of a step into micro-batches gives the same gradient.
 
-Shapes: `N` supervised positions, `V` vocabulary.
+All terms of a chunk are computed from its hidden states, and so is their gradient, in the same breath: what remains is
+a gradient as large as the hidden states, and neither logits nor the output layer are needed again in backward. The
+result does not depend on the chunk size.
+
+Shapes: `N` supervised positions, `n` of a chunk, `d` hidden width, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from echo_lora.config import EchoConfig
+from echo_lora.head import Head
 
-CHUNK = 1024  # positions whose float32 log-probabilities exist at one time
+CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; about ten of them exist at one time, 32 MiB each in float32
 
 
 class Terms(NamedTuple):
-    """Sums over the supervised positions; float32 scalars."""
+    """Sums over the supervised positions; float32 scalars. Only `loss` carries gradient."""
 
+    loss: Tensor  # CE(off) + CE(on) + μ · distillation
     ce_off: Tensor
     ce_on: Tensor
     distillation: Tensor
-    entropy: Tensor  # of the echo-off distribution, in nats, without gradient
-    correct: Tensor  # positions where the echo-off argmax is the target, without gradient
+    entropy: Tensor  # of the echo-off distribution, in nats
+    correct: Tensor  # positions where the echo-off argmax is the target
 
 
-def loss_terms(off_NV: Tensor, on_NV: Tensor | None, targets_N: Tensor, config: EchoConfig) -> Terms:
+def loss_terms(
+    off_Nd: Tensor,
+    on_Nd: Tensor | None,
+    targets_N: Tensor,
+    config: EchoConfig,
+    head: Head | None = None,
+) -> Terms:
     """Sums of all terms.
 
-    off_NV, on_NV: (N, V) logits of any float dtype; on_NV is None in a step that is not routed, whose
-    CE(on) and distillation are zero. targets_N: (N,) int64, all of them supervised. With N = 0 every term
-    is a zero that is still connected to the logits, so that no rank waits for a gradient.
+    off_Nd, on_Nd: (N, d) hidden states of any float dtype; on_Nd is None in a step that is not routed, whose CE(on)
+    and distillation are zero. targets_N: (N,) int64, all of them supervised. head: makes logits (n, V) of them, with
+    parameters that need no gradient; None where the states are logits already, (N, V). With N = 0 every term is zero,
+    and the loss is still connected to the states, so that no rank waits for a gradient.
     """
+    return Terms(*_ChunkedTerms.apply(off_Nd, on_Nd, targets_N, config, head))
 
-    def chunk_terms(off: Tensor, on: Tensor | None, targets: Tensor) -> Terms:
-        log_off = F.log_softmax(off.float(), dim=-1)  # (n, V)
-        ce_off = F.nll_loss(log_off, targets, reduction="sum")
-        with torch.no_grad():
-            entropy = -(log_off.exp() * log_off).sum()
-            correct = (off.argmax(-1) == targets).sum().float()
-        if on is None:
-            zero = ce_off.new_zeros(())
-            return Terms(ce_off, zero, zero, entropy, correct)
-        ce_on = F.cross_entropy(on.float(), targets, reduction="sum")
-        if config.distillation_direction == "on_to_off":
-            kl = distillation(teacher_NV=on, student_NV=off, temperature=config.distillation_temperature)
-        else:
-            kl = distillation(teacher_NV=off, student_NV=on, temperature=config.distillation_temperature)
-        return Terms(ce_off, ce_on, kl, entropy, correct)
 
-    if len(targets_N) <= CHUNK:
-        return chunk_terms(off_NV, on_NV, targets_N)
-    # Recompute each chunk's float32 tensors in backward rather than keep all of them.
-    chunks = [
-        _recomputed(chunk_terms, off_NV[i : i + CHUNK], None if on_NV is None else on_NV[i : i + CHUNK], t)
-        for i, t in zip(range(0, len(targets_N), CHUNK), targets_N.split(CHUNK), strict=True)
-    ]
-    return Terms(*(torch.stack(term).sum() for term in zip(*chunks, strict=True)))
+class _ChunkedTerms(torch.autograd.Function):
+    """The gradient of the loss is found in forward, chunk by chunk; backward only scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        off_Nd: Tensor,
+        on_Nd: Tensor | None,
+        targets_N: Tensor,
+        config: EchoConfig,
+        head: Head | None,
+    ) -> tuple[Tensor, ...]:
+        states = [off_Nd] if on_Nd is None else [off_Nd, on_Nd]
+        gradients = [torch.empty_like(x) for x in states] if any(ctx.needs_input_grad) else []
+        sums = torch.zeros(len(Terms._fields), device=off_Nd.device)
+        chunk = max(1, CHUNK_ELEMENTS // (off_Nd.shape[-1] if head is None else head.vocabulary))
+        for start in range(0, len(targets_N), chunk):
+            part = slice(start, start + chunk)
+            with torch.set_grad_enabled(bool(gradients)):
+                leaves = [x[part].detach().requires_grad_(bool(gradients)) for x in states]
+                terms = chunk_terms([leaf if head is None else head(leaf) for leaf in leaves], targets_N[part], config)
+            if gradients:
+                for gradient, found in zip(gradients, torch.autograd.grad(terms.loss, leaves), strict=True):
+                    gradient[part] = found
+            sums += torch.stack(terms).detach()
+        ctx.save_for_backward(*gradients)
+        loss, *others = (total.clone() for total in sums)
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # a loss scaled for float16 is beyond its range, and 1/N has no 8 bits
+        of_off, *of_on = ((gradient.float() * grad_loss).to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return of_off, of_on[0] if of_on else None, None, None, None
+
+
+def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) -> Terms:
+    """Terms of some positions. logits_nV: [off] or [off, on], each (n, V)."""
+    off = logits_nV[0].float()
+    log_off = F.log_softmax(off, dim=-1)  # (n, V)
+    ce_off = F.nll_loss(log_off, targets_n, reduction="sum")
+    with torch.no_grad():
+        entropy = -(log_off.exp() * log_off).sum()
+        correct = (off.argmax(-1) == targets_n).sum().float()
+    if len(logits_nV) == 1:
+        zero = ce_off.new_zeros(())
+        return Terms(ce_off, ce_off, zero, zero, entropy, correct)
+    on = logits_nV[1].float()
+    ce_on = F.cross_entropy(on, targets_n, reduction="sum")
+    teacher, student = (on, off) if config.distillation_direction == "on_to_off" else (off, on)
+    kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)
+    return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, entropy, correct)
 
 
 def distillation(*, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:
@@ -77,7 +119,3 @@ def distillation(*, teacher_NV: Tensor, student_NV: Tensor, temperature: float) 
     teacher = F.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)  # stop-gradient: the teacher leads
     student = F.log_softmax(student_NV.float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
-
-
-def _recomputed(function: Callable[..., Terms], *args: Tensor | None) -> Terms:
-    return checkpoint(function, *args, use_reentrant=False)

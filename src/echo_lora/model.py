@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from echo_lora.config import EchoConfig
 from echo_lora.echo import EchoNetworks
 from echo_lora.errors import EchoDataError, EchoModelError
+from echo_lora.head import Head
 from echo_lora.inject import Injector, decoder_layers, target_modules
+from echo_lora.prefix import PrefixSharing
 from echo_lora.routing import is_routed
 from echo_lora.step import EchoOutput, align_rows, training_step, why_full
 
@@ -104,6 +106,9 @@ class EchoModel(PeftModelForCausalLM):
         self.echo_enabled = True
         self._source_layers = [layers[index] for index in source]  # a list, so that they are not registered twice
         self._injector = Injector(modules, adapter_name, echo_config.injection_site)
+        self._sharing = PrefixSharing(list(layers))
+        self._head: Head | None = None
+        self._head_is_known = False
         self._routing_clock: tuple[int, int] | None = None
         self._said: set[str] = set()
         self._forward_parameters = set(inspect.signature(base.forward).parameters)
@@ -150,6 +155,7 @@ class EchoModel(PeftModelForCausalLM):
                 "which would be lost when rows are aligned. Leave them out of the batch."
             )
         base = self.get_base_model()
+        is_checkpointed = self._is_checkpointed(base)
         return training_step(
             self._plain_forward,
             self._source_layers,
@@ -158,7 +164,9 @@ class EchoModel(PeftModelForCausalLM):
             self.echo_config,
             align_rows(input_ids, attention_mask, labels),
             is_routed=is_routed,
-            shares_prefix=is_routed and self._shares_prefix(base),
+            sharing=self._sharing if is_routed and self._shares_prefix(base) else None,
+            head=self._usable_head(base, input_ids),
+            is_checkpointed=is_checkpointed,
             num_items=num_items_in_batch,
             router_aux_loss_coef=_router_aux_loss_coef(base.config),
         )
@@ -198,15 +206,30 @@ class EchoModel(PeftModelForCausalLM):
     def _shares_prefix(self, base: PreTrainedModel) -> bool:
         if self.echo_config.echo_step == "full":
             return False
-        reason = why_full(base)
+        reason = why_full(base) or self._sharing.why_not
         if reason is None:
             return True
         if self.echo_config.echo_step == "shared_prefix":
             raise EchoModelError(f"echo_step='shared_prefix' is impossible: {reason}. Use echo_step='auto'.")
-        if reason not in self._said:
-            self._said.add(reason)
-            logger.warning("The echo-on pass runs in full, not on the answer only: %s.", reason)
+        self._say_once(f"The echo-on pass runs in full, not on the answer only: {reason}.")
         return False
+
+    def _usable_head(self, base: PreTrainedModel, input_ids: Tensor) -> Head | None:
+        """The output layer, if the losses may apply it themselves."""
+        if not self._head_is_known:
+            self._head_is_known = True
+            head = Head(base)
+            reason = head.why_not(self._plain_forward, input_ids[:1, :2])
+            if reason is None:
+                self._head = head
+            else:
+                self._say_once(f"Logits of all answer tokens are made at once, which takes memory: {reason}.")
+        return None if self._head is None or self._head.is_trained else self._head
+
+    def _say_once(self, warning: str) -> None:
+        if warning not in self._said:
+            self._said.add(warning)
+            logger.warning(warning)
 
     # -------------------------------------------------- gradient checkpointing
 
@@ -223,8 +246,27 @@ class EchoModel(PeftModelForCausalLM):
                 "gradient checkpointing with use_reentrant=True would recompute the echo-on pass without its echo. "
                 "Set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        checkpointing["context_fn"] = _compose(checkpointing.get("context_fn"), self._injector.checkpoint_contexts)
+        theirs = [checkpointing["context_fn"]] if checkpointing.get("context_fn") else []
+        checkpointing["context_fn"] = _ContextFn(
+            *theirs, self._injector.checkpoint_contexts, self._sharing.checkpoint_contexts
+        )
         self.get_base_model().activation_checkpointing_enable(checkpointing, **kwargs)
+
+    def _is_checkpointed(self, base: PreTrainedModel) -> bool:
+        """Whether layers are recomputed; one that would forget the pass it belongs to is set right first."""
+        if not base.training:
+            return False
+        functions = [
+            getattr(m, "_gradient_checkpointing_func", None)
+            for m in base.modules()
+            if getattr(m, "gradient_checkpointing", False)
+        ]
+        for function in functions:
+            arguments = dict(getattr(function, "keywords", {}))
+            if not isinstance(arguments.get("context_fn"), _ContextFn):
+                self.gradient_checkpointing_enable(arguments)
+                break
+        return bool(functions)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -236,22 +278,23 @@ class EchoModel(PeftModelForCausalLM):
 ContextFn = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 
-def _compose(theirs: ContextFn | None, ours: ContextFn) -> ContextFn:
-    """A `context_fn` that enters both, for those who bring one, such as selective checkpointing."""
+class _ContextFn:
+    """A `context_fn` that enters ours, and theirs for those who bring one, such as selective checkpointing."""
 
-    @contextmanager
-    def both(*contexts: AbstractContextManager) -> Any:
-        with ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context)
-            yield
+    def __init__(self, *functions: ContextFn) -> None:
+        self.functions = functions
 
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        pairs = [ours()] if theirs is None else [theirs(), ours()]
-        forward, recompute = zip(*pairs, strict=True)
-        return both(*forward), both(*recompute)
+    def __call__(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        forward, recompute = zip(*(function() for function in self.functions), strict=True)
+        return _all_of(*forward), _all_of(*recompute)
 
-    return contexts
+
+@contextmanager
+def _all_of(*contexts: AbstractContextManager) -> Any:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _refuse_packed(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from echo_lora.data import PreparedData, Segment, preview_segments
 from echo_lora.environment import peak_memory
 from echo_lora.errors import EchoModelError
 from echo_lora.inject import decoder_layers, target_modules
+from echo_lora.losses import CHUNK_ELEMENTS
 from echo_lora.model import EchoModel
 from echo_lora.progress import stage
 from echo_lora.routing import routing_probability
@@ -193,9 +194,10 @@ def _memory(recipe: Recipe, model: PeftModel, prepared: list[PreparedData], shar
     passes = (1 + A / (P + A) if shares_prefix else 2.0) if recipe.echo else 1.0
     kept = _kept_bytes(model, B, P + A, A)
     if kept is not None:
-        # float32 log-probabilities of both distributions, and their gradients
-        logits = 4 * 4 * B * A * model.get_input_embeddings().num_embeddings
-        kept = int(passes * (kept + logits))
+        # about ten float32 tensors of a chunk's logits exist at one time
+        logits = 10 * 4 * min(B * A * model.get_input_embeddings().num_embeddings, CHUNK_ELEMENTS)
+        prefix = _prefix_bytes(model.get_base_model(), B, P) if recipe.echo and shares_prefix else 0
+        kept = int(passes * kept + prefix + logits)
     share = QUANTISED_SHARE.get(recipe.quantization or "")
     frozen = [p for p in model.parameters() if not p.requires_grad]
     base = sum(p.numel() * (p.element_size() if share is None else 4 * share) for p in frozen)
@@ -206,6 +208,20 @@ def _memory(recipe: Recipe, model: PeftModel, prepared: list[PreparedData], shar
         activations=kept,
         process=0 if torch.cuda.is_available() else peak_memory(),
     )
+
+
+def _prefix_bytes(base: PreTrainedModel, B: int, P: int) -> int:
+    """Bytes that the prefix's keys and values take beside what the passes keep.
+
+    Without checkpointing the echo-on pass keeps them joined to its own, for each query head; with checkpointing they
+    and, in backward, their gradients are kept for each key head.
+    """
+    config = base.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if base.is_activation_checkpointing:
+        heads = 2 * (getattr(config, "num_key_value_heads", None) or heads)
+    return 2 * B * P * heads * width * base.dtype.itemsize * config.num_hidden_layers
 
 
 def _kept_bytes(model: PeftModel, B: int, T: int, A: int) -> int | None:

@@ -155,9 +155,7 @@ class TrainingSection(Section):
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
         _option("adamw_torch", "optimizer, by its name in transformers; the 8-bit ones need bitsandbytes")
     )
-    gradient_checkpointing: bool = _option(
-        False, "recompute activations: less memory, slower, and the echo-on pass runs in full"
-    )
+    gradient_checkpointing: bool = _option(False, "recompute activations in backward: less memory, slower")
     bf16: bool = _option(False, "compute in bfloat16 (autocast); for hardware that has it")
     save_every: int = _option(100, "steps between checkpoints", ge=1)
     keep_checkpoints: int = _option(2, "number of newest checkpoints to keep", ge=1)
@@ -248,11 +246,6 @@ class Recipe(Section):
             raise ValueError("training.evaluate_every needs rows to evaluate: give data.validation")
         if training.bf16 and self.dtype == "float16":
             raise ValueError("training.bf16 = true contradicts dtype = float16; choose one")
-        if self.echo and training.gradient_checkpointing and self.echo_config.echo_step == "shared_prefix":
-            raise ValueError(
-                "training.gradient_checkpointing = true contradicts echo_config.echo_step = shared_prefix: "
-                "it keeps no keys and values to share; use echo_step = auto"
-            )
         return self
 
     def build_echo_config(self) -> EchoConfig:

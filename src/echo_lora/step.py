@@ -25,21 +25,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from echo_lora.config import EchoConfig
 from echo_lora.echo import EchoNetworks, apply_control, echo_representation
-from echo_lora.errors import EchoDataError, EchoModelError
+from echo_lora.errors import EchoDataError
+from echo_lora.head import Head
 from echo_lora.inject import Injection, Injector
 from echo_lora.losses import loss_terms
+from echo_lora.prefix import PrefixRecorder, PrefixSharing
 
 
 @dataclass
@@ -142,8 +143,6 @@ def injection_mask(targets: Tensor, kind: str) -> Tensor:
 def why_full(base_model: PreTrainedModel) -> str | None:
     """Why the echo-on pass can't share the prefix with the echo-off pass exactly; None if it can."""
     config = base_model.config.get_text_config()
-    if any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules()) and base_model.training:
-        return "gradient checkpointing is on, which keeps no keys and values"
     if getattr(base_model, "_is_stateful", False):
         return f"{type(base_model).__name__} carries a recurrent state"
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
@@ -151,8 +150,7 @@ def why_full(base_model: PreTrainedModel) -> str | None:
         return f"the model has layers of type {', '.join(sorted(others))}"
     if config._attn_implementation not in ("eager", "sdpa"):
         return f"attention {config._attn_implementation!r} has not been shown to agree with and without a prefix"
-    parameters = inspect.signature(base_model.forward).parameters
-    if "past_key_values" not in parameters or "use_cache" not in parameters:
+    if "past_key_values" not in inspect.signature(base_model.forward).parameters:
         return f"{type(base_model).__name__} takes no key-value cache"
     return None
 
@@ -166,26 +164,33 @@ def training_step(
     rows: AlignedRows,
     *,
     is_routed: bool,
-    shares_prefix: bool,
+    sharing: PrefixSharing | None,
+    head: Head | None,
+    is_checkpointed: bool = False,
     num_items: Tensor | int | None = None,
     router_aux_loss_coef: float = 0.0,
 ) -> EchoOutput:
     """Both passes and all losses of one (micro-)batch.
 
-    forward: the plain PEFT model. num_items: supervised tokens of the whole optimizer step; by default those
+    forward: the plain PEFT model. sharing: None runs the echo-on pass in full. head: None leaves the logits to the
+    model, for all answer columns at once. num_items: supervised tokens of the whole optimizer step; by default those
     of this batch. With `is_routed` false this is a plain LoRA step, with logits at predicting positions only.
     """
-    A = rows.targets.shape[1]
     supervised = rows.targets != -100  # (B, A)
     targets_N = rows.targets[supervised]  # (N,)
-    cache = DynamicCache() if is_routed and shares_prefix else None
 
     # echo-off pass
-    with _reading(source_layers, rows.prefix_length) if is_routed else _reading([], 0) as hidden:
-        off = _run(forward, rows, 0, cache)
-    off_NV = off.logits[:, -A:][supervised]  # (N, V)
+    recorder = None
+    if is_routed and sharing is not None:
+        recorder = PrefixRecorder(rows.prefix_length, sharing.depth, is_checkpointed=is_checkpointed)
+    with (
+        _reading(source_layers, rows.prefix_length) if is_routed else _reading([], 0) as hidden,
+        sharing.using(recorder) if sharing is not None else nullcontext(),
+    ):
+        off, off_BAd = _run(forward, head, rows, 0, None)
+    off_Nd = off_BAd[supervised]  # (N, d)
 
-    on_NV, echo_norm, gate_mean = None, None, None
+    on_Nd, echo_norm, gate_mean = None, None, None
     if is_routed:
         # echo
         z = apply_control(echo_representation(hidden), config.echo_kind)  # (B, d)
@@ -193,29 +198,28 @@ def training_step(
         mask_BA = injection_mask(rows.targets, config.injection_mask)
 
         # echo-on pass
-        if cache is not None:
-            _forget_suffix(cache, rows)
-            with injector.injecting(Injection(deltas, mask_BA)):
-                on = _run(forward, rows, rows.prefix_length, cache)
+        if sharing is not None and recorder is not None:
+            prefix = recorder.prefix()
+            with injector.injecting(Injection(deltas, mask_BA)), sharing.using(prefix):
+                _, on_BAd = _run(forward, head, rows, rows.prefix_length, prefix)
         else:
             before = mask_BA.new_zeros(len(mask_BA), rows.prefix_length)
             with injector.injecting(Injection(deltas, torch.cat([before, mask_BA], dim=1))):
-                on = _run(forward, rows, 0, None)
-        on_NV = on.logits[:, -A:][supervised]  # (N, V)
+                _, on_BAd = _run(forward, head, rows, 0, None)
+        on_Nd = on_BAd[supervised]  # (N, d)
 
     # losses
-    terms = loss_terms(off_NV, on_NV, targets_N, config)
-    count = max(len(targets_N), 1) if num_items is None else torch.as_tensor(num_items, device=off_NV.device)
-    ce_off, ce_on, distillation, entropy, correct = (term / count for term in terms)
-    loss = ce_off + ce_on + config.distillation_weight * distillation
+    terms = loss_terms(off_Nd, on_Nd, targets_N, config, head)
+    count = max(len(targets_N), 1) if num_items is None else torch.as_tensor(num_items, device=off_Nd.device)
+    loss, ce_off, ce_on, distillation, entropy, correct = (term / count for term in terms)
     if router_aux_loss_coef:
         loss = loss + router_aux_loss_coef * off.aux_loss  # as the plain model adds it to its own loss
-    zero = loss.new_zeros(())
+    zero = ce_off.new_zeros(())
     return EchoOutput(
         loss=loss,
-        ce_off=ce_off.detach(),
-        ce_on=ce_on.detach(),
-        distillation=distillation.detach(),
+        ce_off=ce_off,
+        ce_on=ce_on,
+        distillation=distillation,
         routed=torch.tensor(is_routed, device=loss.device),
         echo_norm=zero if echo_norm is None else echo_norm,
         gate_mean=zero if gate_mean is None else gate_mean,
@@ -224,28 +228,21 @@ def training_step(
     )
 
 
-def _run(forward: Callable[..., Any], rows: AlignedRows, start: int, cache: DynamicCache | None) -> Any:
-    """The plain model on columns `start` …, with logits at the last A columns."""
-    return forward(
-        input_ids=rows.input_ids[:, start:],
-        attention_mask=rows.attention_mask,
-        position_ids=rows.position_ids[:, start:],
-        past_key_values=cache,
-        use_cache=cache is not None,
-        logits_to_keep=rows.targets.shape[1],
-    )
-
-
-def _forget_suffix(cache: DynamicCache, rows: AlignedRows) -> None:
-    """Leave in the cache the keys and values of the prefix, attached to the echo-off pass's graph."""
-    columns = rows.input_ids.shape[1]
-    whole = [type(layer) is DynamicLayer and layer.get_seq_length() == columns for layer in cache.layers]
-    if not whole or not all(whole):  # checked, not assumed: such a layer can't give back the prefix
-        raise EchoModelError(
-            f"{whole.count(False)} of {len(whole)} cache layers do not hold all {columns} columns of the echo-off "
-            "pass, so its prefix can't be shared. Set echo_step='full'."
+def _run(
+    forward: Callable[..., Any], head: Head | None, rows: AlignedRows, start: int, prefix: Cache | None
+) -> tuple[Any, Tensor]:
+    """The plain model on columns `start` …; its output, and what `head` makes logits of at the last A columns."""
+    A = rows.targets.shape[1]
+    with head.intercepting() if head is not None else nullcontext() as states:
+        output = forward(
+            input_ids=rows.input_ids[:, start:],
+            attention_mask=rows.attention_mask,
+            position_ids=rows.position_ids[:, start:],
+            past_key_values=prefix,
+            use_cache=False,
+            logits_to_keep=A,
         )
-    cache.crop(rows.prefix_length - columns)
+    return output, (output.logits if states is None else states[0])[:, -A:]
 
 
 @contextmanager

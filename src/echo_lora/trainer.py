@@ -2,12 +2,13 @@
 
 `EchoTrainerMixin` adds to either: the routing clock, a learning rate of its own for the echo networks, metrics,
 checkpoints that hold the echo's state and are sealed when complete, a resume that refuses a changed configuration,
-and a stop at the first loss or gradient that is not finite. Given a plain PEFT model it adds what does not concern
-the echo, so that a baseline is the same program.
+and a stop at the first loss or gradient that is not finite. Under FSDP2 checkpoints are those of one process. Given a
+plain PEFT model it adds what does not concern the echo, so that a baseline is the same program.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -28,11 +30,21 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from echo_lora.checkpoint import SEAL, compare_configuration, last_complete_checkpoint, read_seal, seal_checkpoint
+from echo_lora.checkpoint import (
+    SEAL,
+    compare_configuration,
+    fill,
+    last_complete_checkpoint,
+    load_whole_optimizer_state,
+    read_seal,
+    seal_checkpoint,
+    whole_optimizer_state,
+)
 from echo_lora.errors import EchoConfigError, EchoTrainingError
-from echo_lora.export import adapter_hash, verify_adapter
+from echo_lora.export import adapter_hash, adapter_tensors, compare_adapter, read_adapter, verify_adapter, whole
 from echo_lora.model import EchoModel
 from echo_lora.routing import routing_probability
 from echo_lora.step import EchoOutput
@@ -46,7 +58,7 @@ ECHO_STATE = "echo_state.safetensors"
 FINGERPRINT = [
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+    *("max_steps", "num_train_epochs"),
     *("lr_scheduler_kwargs", "optim_args", "average_tokens_across_devices", "neftune_noise_alpha"),
     *("dataloader_drop_last", "train_sampling_strategy"),
     *("seed", "data_seed", "bf16", "fp16"),
@@ -157,11 +169,13 @@ class EchoTrainerMixin(Trainer):
         self._rows_of_step: list[int] = []
         self.initial_adapter_hash: str | None = None
         self.add_callback(_Watch(self))
+        refuse_parallelism(self.accelerator.state, has_echo=self._echo_model is not None)
         if self._echo_model is not None:
             self._echo_model.echo.float()  # TRL casts what is trainable on a quantised base to bf16
             self.model_accepts_loss_kwargs = True  # the step reduces by num_items_in_batch whatever the base does
             refuse_arguments(self.args)
             _refuse_lonely_rows(self)
+            _keep_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
             if self.compute_loss_func is not None:
                 raise EchoConfigError(
                     "compute_loss_func can't be combined with the echo: the step computes its own losses."
@@ -215,7 +229,8 @@ class EchoTrainerMixin(Trainer):
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         if not named:  # DeepSpeed keeps gradients elsewhere
             return
-        norms = torch.stack([grad.detach().float().norm().to(self.args.device) for _, grad in named])
+        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for _, grad in named]
+        norms = torch.stack([grad.detach().float().norm().to(self.args.device) for grad in parts])
         if not torch.isfinite(norms).all():
             bad = [
                 name
@@ -278,11 +293,12 @@ class EchoTrainerMixin(Trainer):
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
+        echo = None if self._echo_model is None else _whole_tensors(self._echo_model.echo)
+        if self.args.should_save and echo is not None:
+            save_file(echo, folder / ECHO_STATE)
+        self._prove(folder)
         if not self.args.should_save:
             return
-        if self._echo_model is not None:
-            save_file(self._echo_model.echo.state_dict(), folder / ECHO_STATE)
-        self._prove(folder)
         seal_checkpoint(folder, configuration=self.configuration(), initial_adapter_sha256=self.initial_adapter_hash)
         rotate_checkpoints(
             output_dir=str(folder.parent),
@@ -293,23 +309,58 @@ class EchoTrainerMixin(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model, and read back. Raises EchoCheckpointError if the folder does not hold the adapter."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.args.should_save:
-            self._prove(Path(output_dir or self.args.output_dir))
+        folder = Path(output_dir or self.args.output_dir)
+        if self._is_sharded:  # transformers would gather the base too
+            self._save(str(folder), state_dict=self._whole_state())
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self._prove(folder)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether each process holds a part of every tensor of the adapter."""
+        return self.is_fsdp_enabled and isinstance(self.model, PeftModel)
+
+    def _whole_state(self) -> dict[str, Tensor]:
+        """Of the model's `state_dict`, what PEFT saves. Every process has to ask."""
+        model = self.model
+        state = model.state_dict()
+        saved = [get_peft_model_state_dict(model, state_dict=state, adapter_name=name) for name in model.peft_config]
+        of_adapters = {id(tensor) for tensors in saved for tensor in tensors.values()}
+        return {name: whole(tensor) for name, tensor in state.items() if id(tensor) in of_adapters}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _prove(self, folder: Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, PeftModel) or self.is_fsdp_enabled:  # shards can't run a forward on one rank
+        if not isinstance(model, PeftModel):
             return
         name = model.active_adapters[0]
         # with a warm-up, the first step has a learning rate of 0 and leaves lora_B at zero
-        verify_adapter(model, folder if name == "default" else folder / name, name, trained=self.state.global_step > 1)
+        trained = self.state.global_step > 1
+        tensors = adapter_tensors(model, name) if self._is_sharded else None
+        if not self.args.should_save:
+            return
+        if tensors is None:
+            verify_adapter(model, _adapter_folder(folder, model), name, trained=trained)
+        else:  # one process can't run a forward
+            compare_adapter(_adapter_folder(folder, model), tensors, trained=trained)
 
     def configuration(self) -> dict[str, Any]:
         """What decides the result of this run; a resume must agree on all of it."""
         model = self.accelerator.unwrap_model(self.model)
         values = {f"training.{name}": getattr(self.args, name) for name in FINGERPRINT}
-        values["training.processes"] = self.accelerator.num_processes
+        values["training.batches"] = self._batches()
         if isinstance(model, PeftModel):
             adapter = model.peft_config[model.active_adapters[0]].to_dict()
             values |= {f"adapter.{key}": value for key, value in adapter.items() if key != "inference_mode"}
@@ -317,6 +368,22 @@ class EchoTrainerMixin(Trainer):
             values |= {f"echo.{key}": value for key, value in self._echo_model.echo_config.to_dict().items()}
         values["data.sha256"] = self._data_hash
         return values
+
+    def _batches(self) -> str:
+        """How rows are shared out; the same text for all ways that train on the same rows in every step."""
+        args, processes = self.args, self.accelerator.num_processes
+        batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        has_order = isinstance(self.train_dataset, Dataset) and args.train_sampling_strategy in ("random", "sequential")
+        # several processes fill the last round of batches up with rows of the first
+        comes_out_even = has_order and len(self.train_dataset) % (processes * batch) == 0
+        is_alone = has_order and processes == 1 and not args.dataloader_drop_last
+        mixes_rows = self._echo_model is not None and self._echo_model.echo_config.echo_kind == "shuffled"
+        if (comes_out_even or is_alone) and not (
+            mixes_rows or self.is_deepspeed_enabled or args.accelerator_config.split_batches
+        ):
+            return f"{processes * batch * accumulation} rows a step"
+        sharing = f"{accumulation} x {batch} rows a step in each of {processes} processes"
+        return f"{sharing}, DeepSpeed" if self.is_deepspeed_enabled else sharing  # its checkpoints are its own
 
     @cached_property
     def _data_hash(self) -> str:
@@ -331,16 +398,41 @@ class EchoTrainerMixin(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
+        if resume_from_checkpoint:
+            seal = read_seal(Path(resume_from_checkpoint))
+            compare_configuration(Path(resume_from_checkpoint), seal["configuration"], self.configuration())
+            self.initial_adapter_hash = seal["initial_adapter_sha256"]
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        seal = read_seal(folder)
-        compare_configuration(folder, seal["configuration"], self.configuration())
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._is_sharded:
+            self._load_adapter(folder)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._echo_model is not None:
-            self._echo_model.echo.load_state_dict(load_file(folder / ECHO_STATE))
-        self.initial_adapter_hash = seal["initial_adapter_sha256"]
+            fill(self._echo_model.echo.state_dict(), load_file(folder / ECHO_STATE))
+
+    def _load_best_model(self) -> None:
+        if self._is_sharded:
+            self._load_adapter(Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _load_adapter(self, folder: Path) -> None:
+        adapter = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapters[0])
+        fill(adapter, read_adapter(_adapter_folder(folder, self.model)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._is_sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        load_whole_optimizer_state(self.optimizer, optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -375,6 +467,47 @@ def refuse_arguments(args: Any) -> None:
             )
     if getattr(args, "loss_type", "nll") != "nll":
         raise EchoConfigError(f"loss_type={args.loss_type!r} can't be combined with the echo. Use 'nll'.")
+
+
+def refuse_parallelism(state: Any, *, has_echo: bool) -> None:
+    """Ways to share a model among processes that would train something else. state: accelerate's.
+
+    Raises EchoConfigError.
+    """
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise EchoConfigError(
+            f"fsdp_version={fsdp.fsdp_version} can't be used: it flattens the adapter's tensors, which then can't be "
+            "saved, checked and loaded by name. Set fsdp_version: 2 in the fsdp_config."
+        )
+    if has_echo and fsdp is not None and fsdp.activation_checkpointing:
+        raise EchoConfigError(
+            "fsdp_activation_checkpointing=True can't be combined with the echo: it would recompute the echo-on pass "
+            "without its echo. Set it to false, and gradient_checkpointing=True in the training arguments."
+        )
+    if has_echo and deepspeed is not None and deepspeed.zero_stage == 3:
+        raise EchoConfigError(
+            "DeepSpeed's zero_optimization.stage=3 can't be combined with the echo: in a step that is not routed it "
+            "applies the echo's gradients of an earlier step again. Use FSDP2, which shares out the same tensors."
+        )
+
+
+def _keep_float32(fsdp: Any) -> None:
+    """Under FSDP2 accelerate's bf16 would round the losses on their way out of the model, and add gradients in bf16."""
+    if fsdp is not None and fsdp.mixed_precision_policy is not None:
+        fsdp.mixed_precision_policy = dataclasses.replace(
+            fsdp.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
+def _adapter_folder(folder: Path, model: PeftModel) -> Path:
+    """Where PEFT puts the active adapter."""
+    name = model.active_adapters[0]
+    return folder if name == "default" else folder / name
+
+
+def _whole_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
 
 def _refuse_lonely_rows(trainer: Any) -> None:

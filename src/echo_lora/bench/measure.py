@@ -1,0 +1,215 @@
+"""Measuring: the memory of each program in a process of its own, then the seconds of all of them in turns.
+
+All programs stand in one process, on one frozen base, and step once in each round, in an order drawn for the round.
+A round's steps share the machine's noise, so what is compared are ratios within rounds. Memory needs processes: what
+one program leaves behind would count for the next.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import platform
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from echo_lora.base_models import load_tokenizer
+from echo_lora.bench.programs import (
+    CASES,
+    Batch,
+    Case,
+    Program,
+    load_base,
+    own_batch,
+    parse_shape,
+    random_batch,
+)
+from echo_lora.bench.report import Memory, Report, Table, table_of, write_report
+from echo_lora.environment import MemoryWatch, commit, devices, processor, versions
+from echo_lora.errors import EchoError, EchoModelError
+from echo_lora.export import refuse_existing
+from echo_lora.progress import progress_console, stage
+from echo_lora.recipe import load_recipe
+from echo_lora.run import require_packages
+from echo_lora.schema import Recipe
+
+RECIPE = "tiny"
+SHAPES = ("96x8", "256x32", "64x192")
+ROUNDS = 7
+QUICK_ROWS, QUICK_ROUNDS = 2, 3
+MEMORY_STEPS = 2  # the second has the optimizer's moments from its start
+
+
+def run_bench(
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    shapes: Sequence[str] = (),
+    rows: int | None = None,
+    rounds: int | None = None,
+    quick: bool = False,
+    output: str | Path = "runs/bench",
+    command: str = "",
+) -> Report:
+    """Measure every case, and write bench.json, bench.md and bench.png into the new folder `output`.
+
+    A shape such as 96x8 stands for random rows; without shapes the batch is the first rows of the recipe's own;
+    without a recipe too it is SHAPES on `tiny`. quick: fewer rows, rounds and shapes, where they are not given.
+
+    Raises an EchoError for what is wrong from the start, and then writes nothing. A case that fails later, for want
+    of memory for example, is in the report with its error.
+    """
+    refuse_existing(output)
+    if recipe is None and not shapes:
+        shapes = SHAPES[:1] if quick else SHAPES
+    prompts_and_answers = [parse_shape(shape) for shape in shapes]
+    loaded = load_recipe(recipe or RECIPE, overrides)
+    require_packages(loaded)
+    rows = rows or (QUICK_ROWS if quick else loaded.training.batch_size)
+    rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
+    with stage(f"Reading rows with the tokenizer of {loaded.model}"):
+        tokenizer = load_tokenizer(loaded.model, loaded.trust_remote_code)
+        batches = [random_batch(loaded, tokenizer, P, A, rows) for P, A in prompts_and_answers]
+        batches = batches or [own_batch(loaded, tokenizer, Path(recipe or RECIPE).stem, rows)]
+    memory = [{case: _memory(case, loaded, batch) for case in CASES} for batch in batches]
+    report = Report(
+        command=command,
+        arguments={"recipe": recipe, "set": [*overrides], "shapes": [*shapes], "rows": rows, "rounds": rounds},
+        recipe=loaded.to_dict(),
+        seed=loaded.seeds.initialisation,
+        versions=versions(),
+        commit=commit(),
+        machine=f"{platform.system()} {platform.machine()}, {processor()}",
+        device=devices()[0],
+        threads=torch.get_num_threads(),
+        tables=_tables(loaded, tokenizer, batches, memory, rounds),
+    )
+    write_report(report, output)
+    return report
+
+
+# --------------------------------------------------------------------- seconds
+
+
+def _tables(
+    recipe: Recipe, tokenizer: Any, batches: list[Batch], memory: list[dict[Case, Memory | str]], rounds: int
+) -> list[Table]:
+    """The cases that had enough memory in a process of their own, timed on each batch."""
+    tables = []
+    with tempfile.TemporaryDirectory() as scratch:
+        with stage(f"Loading {recipe.model}, once for all"):
+            base = load_base(recipe)
+            works = [case for case in CASES if any(isinstance(found[case], Memory) for found in memory)]
+            programs = {case: Program(case, recipe, base, tokenizer, batches[0], scratch) for case in works}
+        for batch, found in zip(batches, memory, strict=True):
+            chosen = {case: program for case, program in programs.items() if isinstance(found[case], Memory)}
+            seconds = time_steps(chosen, batch, rounds, recipe.seeds.initialisation)
+            routed = {case: program.routed for case, program in chosen.items()}
+            tables.append(table_of(batch, seconds, routed, found))
+    return tables
+
+
+def time_steps(programs: dict[Case, Program], batch: Batch, rounds: int, seed: int) -> dict[Case, list[float]]:
+    """Seconds of a step of each program, one figure a round, after a round of warm-up."""
+    inputs = {case: program.inputs_of(batch) for case, program in programs.items()}
+    seconds: dict[Case, list[float]] = {case: [] for case in programs}
+    cases, rng = list(programs), np.random.default_rng(seed)
+    gc.collect()
+    gc.freeze()  # so that the collections between the steps are short, and those within them do not differ
+    for round_ in range(rounds + 1):
+        with stage(f"{batch.name}: " + (f"round {round_} of {rounds}" if round_ else "warm-up")):
+            for case in (cases[index] for index in rng.permutation(len(cases))):
+                gc.collect()
+                start = time.perf_counter()
+                try:
+                    programs[case].step(*inputs[case])
+                except torch.OutOfMemoryError as error:
+                    raise EchoModelError(
+                        f"{case}, {batch.name}: no memory is left beside the adapters of the other programs, which "
+                        f"stay in place to take turns with it: {error} Use fewer --rows or a smaller --shape."
+                    ) from error
+                if round_:
+                    seconds[case].append(time.perf_counter() - start)
+    gc.unfreeze()
+    return seconds
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def _memory(case: Case, recipe: Recipe, batch: Batch) -> Memory | str:
+    """The memory of a case, or the error that it met, which is shown too."""
+    try:
+        with stage(f"{batch.name}: memory of {case}"):
+            return in_own_process(measure_memory, case, recipe, batch)
+    except ChildError as error:
+        progress_console().print(f"{case}: {error}", markup=False)
+        return str(error)
+
+
+def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> Memory:
+    """Memory of a few steps of one case in this process."""
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    with tempfile.TemporaryDirectory() as scratch:
+        program = Program(case, recipe, load_base(recipe), tokenizer, batch, scratch)
+        inputs = program.inputs_of(batch)
+        gc.collect()
+        with MemoryWatch() as watch:
+            for _ in range(MEMORY_STEPS):
+                program.step(*inputs)
+    return Memory(before=watch.before, peak=watch.peak)
+
+
+class ChildError(Exception):
+    """A process of ours ended without an answer; the message says why."""
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, computed by a process that does nothing else.
+
+    Raises the EchoError that it raises, and ChildError for any other end.
+    """
+    # A fork of a process that has imported everything and computed nothing saves the seconds of the imports; CUDA
+    # survives no fork.
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload([__name__])
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(sender, [*warnings.filters], function, args), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        answer, error = receiver.recv()
+    except EOFError:
+        child.join()
+        killed = ", as the system ends a process for want of memory" if child.exitcode == -9 else ""
+        raise ChildError(f"its process ended with status {child.exitcode} and without a word{killed}") from None
+    child.join()
+    if isinstance(error, EchoError):
+        raise error
+    if error is not None:
+        raise ChildError(error)
+    return answer
+
+
+def _answer(sender: Connection, filters: list[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    warnings.filters = filters
+    answer: tuple[Any, Any]
+    try:
+        answer = function(*args), None
+    except EchoError as error:
+        answer = None, error
+    except Exception as error:
+        traceback.print_exc()
+        answer = None, " ".join(f"{type(error).__name__}: {error}".split())
+    with suppress(BrokenPipeError):  # the one who asked was killed
+        sender.send(answer)

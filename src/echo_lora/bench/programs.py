@@ -1,0 +1,284 @@
+"""The programs that are compared, each a trainer that is ready to step, and the rows of a step.
+
+    trl_lora    TRL's SFTTrainer as it comes
+    trl_dora    the same with DoRA
+    lora        EchoSFTTrainer, no step routed: a LoRA step that scores answer tokens only
+    three_pass  EchoSFTTrainer around the literal step, as [R]: a pass without gradient for z, then two full ones
+    echo        EchoSFTTrainer, every step routed
+    echo_dora   the same with DoRA
+
+A step is the body of the trainer's own loop: `training_step` with its metrics, clipping and the optimizer.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from echo_lora.base_models import load_base_model, load_config
+from echo_lora.data import TokenizedRow
+from echo_lora.echo import echo_representation
+from echo_lora.errors import EchoConfigError
+from echo_lora.inject import Injection
+from echo_lora.model import EchoModel
+from echo_lora.rows import prepare_part
+from echo_lora.run import add_adapter, training_arguments
+from echo_lora.schema import Recipe
+from echo_lora.sft import EchoSFTTrainer
+from echo_lora.step import EchoOutput, boundary_positions, injection_mask
+
+# ------------------------------------------------------------- the literal step
+
+
+def three_pass(
+    model: EchoModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    **ignored: Any,
+) -> EchoOutput:
+    """The literal step: z from a pass of its own, nothing shared, logits everywhere; the same losses and gradients.
+
+    input_ids, attention_mask, labels: (B, T), padded on the right.
+    """
+    config = model.echo_config
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)  # (B, T), shifted
+    supervised = targets != -100
+    model.echo_enabled = False  # the plain PEFT forward
+    try:
+        with torch.no_grad():
+            states = model(**inputs, output_hidden_states=True).hidden_states
+        boundary = boundary_positions(labels)
+        rows = torch.arange(len(labels), device=labels.device)
+        hidden = [states[s + 1][rows, boundary] for s in config.resolve_source_layers(len(states) - 1)]
+        deltas, echo_norm, gate_mean = model.echo(echo_representation(hidden))
+        off = model(**inputs).logits
+        with model._injector.injecting(Injection(deltas, injection_mask(targets, config.injection_mask))):
+            on = model(**inputs).logits
+    finally:
+        model.echo_enabled = True
+    log_off, log_on = (F.log_softmax(logits[supervised].float(), dim=-1) for logits in (off, on))  # (N, V)
+    tau, student, teacher = config.distillation_temperature, log_off, log_on.detach()
+    if config.distillation_direction == "off_to_on":
+        student, teacher = log_on, log_off.detach()
+    kl = F.kl_div((student / tau).log_softmax(-1), (teacher / tau).log_softmax(-1), reduction="sum", log_target=True)
+    correct = (log_off.argmax(-1) == targets[supervised]).sum()
+    entropy = -(log_off.exp() * log_off).sum()
+    count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+    ce_off, ce_on = (F.nll_loss(log, targets[supervised], reduction="sum") / count for log in (log_off, log_on))
+    distillation = tau**2 * kl / count
+    return EchoOutput(
+        loss=ce_off + ce_on + config.distillation_weight * distillation,
+        ce_off=ce_off.detach(),
+        ce_on=ce_on.detach(),
+        distillation=distillation.detach(),
+        routed=torch.tensor(True),
+        echo_norm=echo_norm,
+        gate_mean=gate_mean,
+        entropy=entropy.detach() / count,
+        token_accuracy=correct / count,
+    )
+
+
+class ThreePassTrainer(EchoSFTTrainer):
+    """EchoSFTTrainer with the literal step in the place of the model's own."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(partial(three_pass, model), inputs, *args, **kwargs)
+
+
+# --------------------------------------------------------------------- the rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step."""
+
+    name: str
+    rows: list[TokenizedRow]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(row.answer_start for row in self.rows)
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(len(row.labels) - row.answer_start for row in self.rows)
+
+    def floor(self, routed: float) -> float:
+        """(P + (1 + p)·A) / (P + A): tokens that pass through the model, over those of a step without the echo. [O]"""
+        P, A = self.prompt_tokens, self.answer_tokens
+        return (P + (1 + routed) * A) / (P + A)
+
+    def features(self) -> list[dict[str, list[int]]]:
+        """The rows as a collator takes them."""
+        return [{"input_ids": row.input_ids, "labels": row.labels} for row in self.rows]
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """Prompt and answer tokens of `96x8`. Raises EchoConfigError."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise EchoConfigError(
+            f"--shape {text}: write prompt and answer tokens, each at least 1, with an x between them, as in "
+            "--shape 96x8."
+        )
+    return int(match[1]), int(match[2])
+
+
+def random_batch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, prompt: int, answer: int, rows: int) -> Batch:
+    """Rows of random tokens for the recipe's model, all of one shape."""
+    vocabulary = load_config(recipe.model, recipe.trust_remote_code).get_text_config().vocab_size
+    ids = np.random.default_rng(recipe.seeds.initialisation).integers(vocabulary, size=(rows, prompt + answer))
+    if tokenizer.eos_token_id is not None:
+        ids[:, -1] = tokenizer.eos_token_id  # the trainer warns of answers without an end
+    return Batch(f"{prompt}x{answer}", [TokenizedRow(row, [-100] * prompt + row[prompt:]) for row in ids.tolist()])
+
+
+def own_batch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str, rows: int) -> Batch:
+    """The first rows that the recipe trains on."""
+    own = [row for data in prepare_part(recipe, tokenizer, "train") for row in data.rows]
+    return Batch(f"rows of {name}", own[:rows])
+
+
+# ----------------------------------------------------------------- the programs
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take a step."""
+
+    trainer: type[SFTTrainer]
+    is_dora: bool = False
+    routing: float | None = None  # share of steps with an echo-on pass; None without the echo
+
+
+VARIANTS = {
+    "trl_lora": Variant(SFTTrainer),
+    "trl_dora": Variant(SFTTrainer, is_dora=True),
+    "lora": Variant(EchoSFTTrainer, routing=0.0),
+    "three_pass": Variant(ThreePassTrainer, routing=1.0),
+    "echo": Variant(EchoSFTTrainer, routing=1.0),
+    "echo_dora": Variant(EchoSFTTrainer, is_dora=True, routing=1.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant, with gradient checkpointing or without."""
+
+    variant: str
+    checkpointing: bool
+
+    def __str__(self) -> str:
+        return f"{self.variant}, checkpointing {'on' if self.checkpointing else 'off'}"
+
+    @property
+    def trl(self) -> Case:
+        """TRL's step that this one is compared with."""
+        return Case("trl_dora" if VARIANTS[self.variant].is_dora else "trl_lora", self.checkpointing)
+
+    @property
+    def lora(self) -> Case:
+        """The LoRA step of this package."""
+        return Case("lora", self.checkpointing)
+
+
+CASES = [Case(variant, checkpointing) for checkpointing, variant in product((False, True), VARIANTS)]
+
+
+class Program:
+    """The trainer of one case, prepared as its `train` prepares it."""
+
+    def __init__(
+        self,
+        case: Case,
+        recipe: Recipe,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch: Batch,
+        scratch: str,
+    ) -> None:
+        variant = VARIANTS[case.variant]
+        recipe = recipe_of(case, recipe)
+        # a copy that has modules of its own, whose hooks and patches are its own, and the base's tensors
+        shared = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+        self.trainer = variant.trainer(
+            model=add_adapter(recipe, shared),
+            args=training_arguments(recipe, Path(scratch)),
+            train_dataset=Dataset.from_list(batch.features()),
+            processing_class=tokenizer,
+        )
+        if case.checkpointing:
+            self.trainer.model.activation_checkpointing_enable(self.trainer.args.activation_checkpointing_kwargs)
+        self.trainer.create_optimizer()
+        accelerator = self.trainer.accelerator
+        self.model, self.trainer.optimizer = accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        self.trainer.current_gradient_accumulation_steps = 1
+
+    def inputs_of(self, batch: Batch) -> tuple[dict[str, Any], Any]:
+        """The rows as the trainer's collator gives them, and the number of supervised tokens as the trainer counts."""
+        collated = self.trainer.data_collator(batch.features())
+        (inputs,), count = self.trainer.get_batch_samples(iter([collated]), 1, self.trainer.args.device)
+        return inputs, count
+
+    def step(self, inputs: dict[str, Any], num_items: Any) -> None:
+        """One optimizer step, as the body of the trainer's loop, to its end on the device."""
+        trainer = self.trainer
+        args, state, control, callbacks = trainer.args, trainer.state, trainer.control, trainer.callback_handler
+        callbacks.on_step_begin(args, state, control)
+        trainer.training_step(self.model, dict(inputs), num_items)
+        if args.max_grad_norm > 0:
+            trainer._clip_grad_norm(self.model)
+        callbacks.on_pre_optimizer_step(args, state, control)
+        trainer.optimizer.step()
+        callbacks.on_optimizer_step(args, state, control)
+        self.model.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    @property
+    def routed(self) -> float:
+        """Share of the steps so far that had an echo-on pass."""
+        if not isinstance(self.trainer, EchoSFTTrainer):
+            return 0.0
+        meter = self.trainer._meter
+        return meter.routed_steps / max(meter.optimizer_steps, 1)
+
+
+def recipe_of(case: Case, recipe: Recipe) -> Recipe:
+    """The recipe with this case's method, echo and checkpointing, and a step of one batch."""
+    variant = VARIANTS[case.variant]
+    plain = "lora" if recipe.method == "dora" else recipe.method
+    training = {"gradient_checkpointing": case.checkpointing, "gradient_accumulation": 1, "report_to": []}
+    routing = {"routing_schedule": "constant", "routing_start": variant.routing or 0.0}
+    return recipe.model_copy(
+        update={
+            "method": "dora" if variant.is_dora else plain,
+            "echo": variant.routing is not None,
+            "echo_config": recipe.echo_config.model_copy(update=routing),
+            "training": recipe.training.model_copy(update=training),
+        }
+    )
+
+
+def load_base(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's base model."""
+    return load_base_model(
+        recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
+    )

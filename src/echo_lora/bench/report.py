@@ -1,0 +1,236 @@
+"""From seconds and bytes to medians, intervals and ratios, and how they are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from echo_lora.bench.programs import CASES, VARIANTS, Batch, Case
+from echo_lora.export import new_folder
+
+NOTES = (
+    "Medians over the rounds with 95 % bootstrap intervals; a ratio is taken within each round.",
+    "over TRL: over the step of TRL's SFTTrainer with the same method (LoRA or DoRA) and checkpointing.",
+    "over floor: that ratio over the arithmetic floor, (P + (1 + p)·A) / (P + A), with p = 0 for steps without echo.",
+    "over lora: over this package's LoRA step, which scores answer tokens only, with the same checkpointing.",
+    "peak GB: the most memory during a few steps in a process of its own; step GB: what came with the steps.",
+    "Without a GPU, TRL's output layer scores every position, on a GPU with Triton those of answer tokens only.",
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and its 95 % bootstrap interval; a format such as `.2f` is that of each number."""
+
+    median: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        if self.low == self.high:
+            return format(self.median, spec)
+        return f"{self.median:{spec}} ({self.low:{spec}}–{self.high:{spec}})"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: of the process on a CPU, of torch's tensors on a GPU."""
+
+    before: int  # with model, adapter and optimizer made, before the first step
+    peak: int  # during the steps
+
+    @property
+    def step(self) -> int:
+        """What came with the steps."""
+        return self.peak - self.before
+
+
+@dataclass(frozen=True)
+class Line:
+    """One case on one batch. Where it failed it has an error and no figures."""
+
+    variant: str
+    checkpointing: bool
+    error: str | None = None
+    routed: float | None = None  # share of the steps that had an echo-on pass
+    floor: float | None = None  # the arithmetic of the step over that of a step without the echo
+    seconds: list[float] = field(default_factory=list)  # one figure a round
+    step: Interval | None = None  # of the seconds
+    over_trl: Interval | None = None
+    over_floor: Interval | None = None
+    over_lora: Interval | None = None  # none for DoRA
+    memory: Memory | None = None
+    memory_over_trl: float | None = None  # ratio of the peaks
+
+
+@dataclass(frozen=True)
+class Table:
+    """All cases on one batch."""
+
+    name: str
+    rows: int
+    prompt_tokens: int  # of all rows
+    answer_tokens: int
+    floor: float  # of a step with an echo-on pass
+    lines: list[Line]
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.name}: {self.rows} rows, {self.prompt_tokens} prompt and {self.answer_tokens} answer tokens, "
+            f"floor {self.floor:.2f}"
+        )
+
+    def cells(self) -> list[dict[str, str]]:
+        """The lines as texts, by the head of their column."""
+        return [
+            {
+                "step": line.variant,
+                "checkpointing": "on" if line.checkpointing else "off",
+                "seconds": "failed" if line.step is None else f"{line.step:.3g}",
+                "over TRL": _text(line.over_trl, ".2f"),
+                "over floor": "" if line.over_floor is None else f"{line.over_floor.median:.2f}",
+                "over lora": _text(line.over_lora, ".2f"),
+                "peak GB": "" if line.memory is None else f"{line.memory.peak / 1e9:.2f}",
+                "step GB": "" if line.memory is None else f"{line.memory.step / 1e9:.2f}",
+                "peak over TRL": _text(line.memory_over_trl, ".2f"),
+            }
+            for line in self.lines
+        ]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `bench.json` holds."""
+
+    command: str
+    arguments: dict[str, Any]
+    recipe: dict[str, Any]
+    seed: int  # of the adapters' weights, the random rows and the order within the rounds
+    versions: dict[str, str]
+    commit: str | None
+    machine: str
+    device: str
+    threads: int
+    tables: list[Table]
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for each case that has no figures."""
+        return [
+            f"{Case(line.variant, line.checkpointing)}, {table.name}: {line.error}"
+            for table in self.tables
+            for line in table.lines
+            if line.error is not None
+        ]
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The median of two or more values, with its percentile bootstrap interval."""
+    rng = np.random.default_rng(0)
+    found = bootstrap((values,), np.median, confidence_level=0.95, method="percentile", rng=rng).confidence_interval
+    return Interval(float(np.median(values)), float(found.low), float(found.high))
+
+
+def table_of(
+    batch: Batch,
+    seconds: Mapping[Case, list[float]],
+    routed: Mapping[Case, float],
+    memory: Mapping[Case, Memory | str],
+) -> Table:
+    """The figures of all cases; memory holds an error in the place of what could not be measured.
+
+    A round's seconds are divided by those of the same round.
+    """
+    lines = []
+    for case in CASES:
+        figures: dict[str, Any] = {}
+        own, trl = memory[case], memory[case.trl]
+        if isinstance(own, str):
+            figures["error"] = own
+        else:
+            figures["memory"] = own
+            figures["memory_over_trl"] = None if isinstance(trl, str) else own.peak / trl.peak
+        if case in seconds:
+            floor = batch.floor(routed[case])
+            figures |= {"routed": routed[case], "floor": floor, "seconds": seconds[case]}
+            figures |= {"step": interval(seconds[case])}
+            if case.trl in seconds:
+                ratios = _paired(seconds[case], seconds[case.trl])
+                figures |= {"over_trl": interval(ratios), "over_floor": interval([ratio / floor for ratio in ratios])}
+            if case.lora in seconds and not VARIANTS[case.variant].is_dora:
+                figures["over_lora"] = interval(_paired(seconds[case], seconds[case.lora]))
+        lines.append(Line(case.variant, case.checkpointing, **figures))
+    return Table(batch.name, len(batch.rows), batch.prompt_tokens, batch.answer_tokens, batch.floor(1.0), lines)
+
+
+def write_report(report: Report, output: str | Path) -> None:
+    """Write bench.json, bench.md and bench.png into the new folder `output`: all of them or none."""
+    with new_folder(output) as folder:
+        (folder / "bench.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
+        (folder / "bench.md").write_text(to_markdown(report), encoding="utf-8")
+        plot(report, folder / "bench.png")
+
+
+def to_markdown(report: Report) -> str:
+    """The tables, with what they were measured on."""
+    packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    lines = [
+        "# What a step costs",
+        "",
+        f"    {report.command}",
+        "",
+        f"{report.recipe['model']} on {report.device}; {report.machine}.",
+        f"Commit {report.commit or 'unknown'}; {packages}.",
+    ]
+    for table in report.tables:
+        cells = table.cells()
+        lines += ["", f"## {table.title}", ""]
+        for row in ([*cells[0]], ["---" for _ in cells[0]], *([*row.values()] for row in cells)):
+            lines.append(f"| {' | '.join(row)} |")
+    lines += ["", *(f"- {note}" for note in NOTES), *(f"- failed: {failure}" for failure in report.failures)]
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Ratios to TRL's step as points with intervals, a panel for each batch and checkpointing setting; PNG."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in VARIANTS if not name.startswith("trl")]
+    figure = Figure(figsize=(1.5 + 3.6 * len(report.tables), 5.2), layout="constrained")
+    panels = figure.subplots(2, len(report.tables), sharex="col", sharey=True, squeeze=False)
+    for column, table in enumerate(report.tables):
+        for axes, checkpointing in zip(panels[:, column], (False, True), strict=True):
+            ratios = {line.variant: line.over_trl for line in table.lines if line.checkpointing is checkpointing}
+            axes.axvline(1.0, color="0.7", linewidth=1)
+            axes.axvline(table.floor, color="black", linewidth=1, linestyle="--")
+            for y, name in enumerate(names):
+                ratio = ratios[name]
+                if ratio is None:
+                    axes.annotate("failed", (1.0, y), fontsize=8)
+                    continue
+                ends = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+                axes.errorbar(ratio.median, y, xerr=ends, fmt="o", color="black", markersize=5, capsize=4)
+                above: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
+                axes.annotate(f"{ratio.median:.2f}", (ratio.median, y), fontsize=8, **above)
+            axes.set_title(f"{table.name}, checkpointing {'on' if checkpointing else 'off'}", fontsize=9)
+            axes.set_yticks(range(len(names)), names)
+            axes.set_ylim(len(names) - 0.5, -0.8)
+            axes.margins(x=0.15)
+        panels[1, column].set_xlabel("seconds over TRL's step\n(dashed: floor of a step with echo)")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _paired(own: list[float], other: list[float]) -> list[float]:
+    return [a / b for a, b in zip(own, other, strict=True)]
+
+
+def _text(value: Interval | float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
