@@ -116,7 +116,7 @@ def assert_same(expected: Run, got: Run) -> None:
 @pytest.mark.parametrize("plan", ["ddp", "fsdp2"])
 def test_two_processes_give_what_one_does(tmp_path, reference, plan, checkpointing):
     one = reference()
-    two = train(tmp_path, plan, gradient_checkpointing=checkpointing)
+    two = train(tmp_path, plan, activation_checkpointing=checkpointing)
     steps = [log for log in one.logs if "loss" in log]
     assert {log["routed"] for log in steps} == {0.0, 1.0}
     assert steps[2]["distillation"] > 1e-2  # the echo has an effect
@@ -194,6 +194,13 @@ def test_other_rows_in_a_step_are_not_resumed(tmp_path, reference):
     done = launch(tmp_path / "odd", "one", data=[22, 0], resume=True)
     assert done.returncode != 0
     assert "checkpoint '1 x 2 rows a step in each of 2 processes', now '4 rows a step'" in done.stderr
+
+
+def test_the_documentation_names_the_shipped_configurations():
+    page = (CONFIGS.parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    shipped = sorted(path.name for path in CONFIGS.iterdir())
+    assert shipped == ["ddp.yaml", "fsdp2.yaml"]
+    assert sorted(set(re.findall(r"\$configs/([\w.]+)", page))) == shipped
 
 
 def test_ways_to_share_the_same_rows_are_one_configuration(tmp_path):

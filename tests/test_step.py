@@ -55,7 +55,9 @@ def test_alignment_keeps_every_token_that_a_loss_depends_on(shapes, side):
         assert aligned.position_ids[b][inside].tolist() == list(range(kept))
         targets = aligned.targets[b]
         assert targets[targets != -100].tolist() == labels[prompt:]
-        assert aligned.input_ids[b, aligned.prefix_length] == ids[prompt - 1]  # the boundary's column
+        boundary = int(aligned.boundary[b])
+        assert inside[boundary]
+        assert inside[: boundary + 1].sum() == prompt
 
 
 def test_padding_without_mask_is_taken_for_tokens():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from architectures import VOCAB, collate, lora_config, tiny_base
@@ -191,6 +191,20 @@ def test_every_control_trains(tmp_path, kind):
 def test_shuffled_refuses_a_lonely_row(tmp_path):
     with pytest.raises(EchoConfigError, match="batches of 1"):
         trainer_of(tmp_path, echo_model(echo_kind="shuffled"), per_device_train_batch_size=1)
+
+
+def test_rows_that_were_packed_are_refused_before_training(tmp_path):
+    arguments_of = {"model": echo_model(), "args": arguments(tmp_path), "train_dataset": rows(8)}
+    with pytest.raises(EchoDataError, match="DataCollatorWithFlattening"):
+        EchoTrainer(**arguments_of, data_collator=DataCollatorWithFlattening(return_position_ids=False))
+    packed = rows(8).add_column("seq_lengths", [[2, 3]] * 8)
+    with pytest.raises(EchoDataError, match="the column seq_lengths"):
+        EchoTrainer(**arguments_of | {"train_dataset": packed}, data_collator=collator)
+
+
+def test_compiling_with_checkpointing_is_refused(tmp_path):
+    with pytest.raises(EchoConfigError, match="torch_compile=True can't be combined with activation_checkpointing"):
+        trainer_of(tmp_path, echo_model(), torch_compile=True, activation_checkpointing=True)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -261,6 +261,11 @@ class EchoModel(PeftModelForCausalLM):
             for m in base.modules()
             if getattr(m, "gradient_checkpointing", False)
         ]
+        if functions and any(getattr(m, "_compiled_call_impl", None) is not None for m in base.modules()):
+            raise EchoModelError(
+                "torch.compile can't trace gradient checkpointing with a context, which the echo needs. Compile no "
+                "layer, or set gradient_checkpointing=False (activation_checkpointing in newer transformers)."
+            )
         for function in functions:
             arguments = dict(getattr(function, "keywords", {}))
             if not isinstance(arguments.get("context_fn"), _ContextFn):
@@ -309,6 +314,11 @@ def _refuse_packed(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Non
         raise EchoDataError(
             f"the batch is packed ({what}), but each row needs a boundary of its own. Set packing=False and "
             "padding_free=False."
+        )
+    if attention_mask is not None and attention_mask.dim() == 2 and bool((attention_mask > 1).any()):
+        raise EchoDataError(
+            f"the batch is packed (attention_mask numbers the rows up to {int(attention_mask.max())}), but each row "
+            "needs a boundary of its own. Set packing=False, and give a mask with 1 at tokens and 0 at padding."
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise EchoDataError(

@@ -1,6 +1,6 @@
 """One training step of Echo-LoRA: align rows, echo-off pass, echo, echo-on pass, losses.
 
-    rows     prompts left-padded, answers right-padded: all boundaries fall in column P-1
+    rows     prompts left-padded, answers right-padded: all boundaries fall in column P-1 (mostly: see below)
     off      the ordinary pass; source layers are read at the boundary                    (equation 1)
     z, δ     echo representation, projection and gate                                     (equations 2, 3)
     on       the pass again with δ injected                                               (equations 4, 6)
@@ -16,7 +16,9 @@ pass. [O] Where that does not hold (`why_full`), the second pass is run in full.
     │ · · prompt of row 0│β│ answer …      │   off: all columns
     │ prompt of row 1    │β│ answer … · ·  │   on:  the last A columns, from β on
     └────────────────────┴─┴───────────────┘
-Column c predicts the token of column c+1; the last token of a row predicts nothing and is not run.
+Column c predicts the token of column c+1; the last token of a row predicts nothing and is not run. Rows with a long
+prompt beside rows with a long answer would make that wide: where it is cheaper, all rows start in one column instead,
+and the echo-on pass runs from the first boundary on.
 
 Legend: `B` rows, `T` tokens in a row, `P` prompt, `A` answer, `d` hidden width, `V` vocabulary, `L` layers.
 """
@@ -64,13 +66,14 @@ class EchoOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class AlignedRows:
-    """Rows as the step runs them; T = P - 1 + A columns, the boundaries in column P - 1."""
+    """Rows as the step runs them; T = P - 1 + A columns, the first boundary in column P - 1."""
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64, 1 at tokens
     position_ids: Tensor  # (B, T) int64, from 0 at each row's first token
     targets: Tensor  # (B, A) int64: what columns P-1 … P+A-2 predict; -100 where not supervised
-    prefix_length: int  # P - 1: columns before the boundary
+    prefix_length: int  # P - 1: columns before the first boundary
+    boundary: Tensor  # (B,) int64: each row's; P - 1 in all of them, or the rows start in one column
 
 
 def boundary_positions(labels: Tensor) -> Tensor:
@@ -98,7 +101,8 @@ def align_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor)
     """Move padding so that all boundaries fall in one column; drop what no supervised token depends on.
 
     input_ids, labels: (B, T); attention_mask: (B, T) or None, padding on either side. [O]
-    In a row of several turns the prefix ends at the first answer token.
+    In a row of several turns the prefix ends at the first answer token. Where two passes over rows that all start in
+    one column run fewer columns, they do that.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -112,8 +116,12 @@ def align_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor)
     columns = torch.arange(labels.shape[1], device=labels.device)  # (T,)
     length = torch.where(labels != -100, columns, -1).amax(1) + 1  # (B,) up to the last supervised token
     P, A = int(prompt.max()), int((length - prompt).max())
+    longest, shortest = int(length.max()), int(prompt.min())
+    starts = P - prompt  # (B,) column of the first token
+    if 2 * longest - shortest < P + 2 * A:  # columns of both passes
+        P, A, starts = shortest, longest - shortest, torch.zeros_like(prompt)
 
-    position = torch.arange(P + A, device=labels.device)[None] - (P - prompt)[:, None]  # (B, P+A), < 0 is padding
+    position = torch.arange(P + A, device=labels.device)[None] - starts[:, None]  # (B, P+A), < 0 is padding
     inside = (position >= 0) & (position < length[:, None])
     source = position.clamp(0, labels.shape[1] - 1)
     ids = torch.where(inside, input_ids.gather(1, source), input_ids.gather(1, prompt[:, None] - 1))
@@ -121,9 +129,11 @@ def align_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor)
     return AlignedRows(
         input_ids=ids[:, :-1],
         attention_mask=inside[:, :-1].long(),
-        position_ids=position[:, :-1].clamp(min=0),
+        # padding counts no further than its row: position embeddings have an end
+        position_ids=position[:, :-1].clamp(min=0).minimum(length[:, None] - 1),
         targets=targets[:, P:],
         prefix_length=P - 1,
+        boundary=starts + prompt - 1,
     )
 
 
@@ -136,7 +146,7 @@ def injection_mask(targets: Tensor, kind: str) -> Tensor:
     is_predictive = targets != -100
     if kind == "predictive":
         return is_predictive
-    # the token of a column is the one that the column before predicts; the boundary's is never an answer
+    # the token of a column is the one that the column before predicts; the first boundary's is never an answer
     return torch.cat([torch.zeros_like(is_predictive[:, :1]), is_predictive[:, :-1]], dim=1)
 
 
@@ -184,7 +194,7 @@ def training_step(
     if is_routed and sharing is not None:
         recorder = PrefixRecorder(rows.prefix_length, sharing.depth, is_checkpointed=is_checkpointed)
     with (
-        _reading(source_layers, rows.prefix_length) if is_routed else _reading([], 0) as hidden,
+        _reading(source_layers if is_routed else [], rows.boundary) as hidden,
         sharing.using(recorder) if sharing is not None else nullcontext(),
     ):
         off, off_BAd = _run(forward, head, rows, 0, None)
@@ -246,13 +256,15 @@ def _run(
 
 
 @contextmanager
-def _reading(layers: list[nn.Module], column: int) -> Iterator[list[Tensor]]:
-    """Collect each layer's output at `column`, (B, d), during the pass inside."""
+def _reading(layers: list[nn.Module], column_B: Tensor) -> Iterator[list[Tensor]]:
+    """Collect each layer's output at each row's column, (B, d), during the pass inside."""
     states: list[Tensor] = []
 
     def read(module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output  # (B, T, d)
-        states.append(hidden[:, column].detach())  # stop-gradient: see echo_representation
+        rows_B = torch.arange(len(hidden), device=hidden.device)
+        # stop-gradient: see echo_representation
+        states.append(hidden[rows_B, column_B.to(hidden.device)].detach())  # (B, d)
 
     handles = [layer.register_forward_hook(read) for layer in layers]
     try:

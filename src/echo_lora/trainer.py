@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import (
+    DataCollatorWithFlattening,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -43,7 +44,7 @@ from echo_lora.checkpoint import (
     seal_checkpoint,
     whole_optimizer_state,
 )
-from echo_lora.errors import EchoConfigError, EchoTrainingError
+from echo_lora.errors import EchoConfigError, EchoDataError, EchoTrainingError
 from echo_lora.export import adapter_hash, adapter_tensors, compare_adapter, read_adapter, verify_adapter, whole
 from echo_lora.model import EchoModel
 from echo_lora.routing import routing_probability
@@ -174,6 +175,7 @@ class EchoTrainerMixin(Trainer):
             self._echo_model.echo.float()  # TRL casts what is trainable on a quantised base to bf16
             self.model_accepts_loss_kwargs = True  # the step reduces by num_items_in_batch whatever the base does
             refuse_arguments(self.args)
+            _refuse_packed_data(self.train_dataset, self.data_collator.collate)
             _refuse_lonely_rows(self)
             _keep_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
             if self.compute_loss_func is not None:
@@ -427,6 +429,8 @@ class EchoTrainerMixin(Trainer):
         if not self._is_sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        if not (Path(checkpoint) / OPTIMIZER_NAME).is_file():  # save_only_model=True
+            return
         optimizer, scheduler = (
             torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
             for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
@@ -465,8 +469,28 @@ def refuse_arguments(args: Any) -> None:
             raise EchoConfigError(
                 f"{name}={getattr(args, name)} can't be combined with the echo: {reason}. Leave it out."
             )
+    is_checkpointed = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
+    if getattr(args, "torch_compile", None) and is_checkpointed:
+        raise EchoConfigError(
+            f"torch_compile={args.torch_compile} can't be combined with activation_checkpointing and the echo: torch "
+            "can't trace the context that recomputation needs. Set one of them to False."
+        )
     if getattr(args, "loss_type", "nll") != "nll":
         raise EchoConfigError(f"loss_type={args.loss_type!r} can't be combined with the echo. Use 'nll'.")
+
+
+def _refuse_packed_data(dataset: Any, collator: Any) -> None:
+    """Rows that were joined end to end, where a batch would not show it. Raises EchoDataError."""
+    reasons = {
+        "the column seq_lengths of the train data": "seq_lengths" in (getattr(dataset, "column_names", None) or []),
+        "DataCollatorWithFlattening": isinstance(collator, DataCollatorWithFlattening),
+    }
+    for what, is_packed in reasons.items():
+        if is_packed:
+            raise EchoDataError(
+                f"the rows are packed ({what} says so), but each row needs a boundary of its own. Use the rows as they "
+                "were before packing, and a collator that pads."
+            )
 
 
 def refuse_parallelism(state: Any, *, has_echo: bool) -> None:
@@ -483,7 +507,7 @@ def refuse_parallelism(state: Any, *, has_echo: bool) -> None:
     if has_echo and fsdp is not None and fsdp.activation_checkpointing:
         raise EchoConfigError(
             "fsdp_activation_checkpointing=True can't be combined with the echo: it would recompute the echo-on pass "
-            "without its echo. Set it to false, and gradient_checkpointing=True in the training arguments."
+            "without its echo. Set it to false, and activation_checkpointing=True in the training arguments."
         )
     if has_echo and deepspeed is not None and deepspeed.zero_stage == 3:
         raise EchoConfigError(

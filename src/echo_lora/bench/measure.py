@@ -70,6 +70,7 @@ def run_bench(
     of memory for example, is in the report with its error.
     """
     refuse_existing(output)
+    source = commit()  # before anybody edits on
     if recipe is None and not shapes:
         shapes = SHAPES[:1] if quick else SHAPES
     prompts_and_answers = [parse_shape(shape) for shape in shapes]
@@ -88,7 +89,7 @@ def run_bench(
         recipe=loaded.to_dict(),
         seed=loaded.seeds.initialisation,
         versions=versions(),
-        commit=commit(),
+        commit=source,
         machine=f"{platform.system()} {platform.machine()}, {processor()}",
         device=devices()[0],
         threads=torch.get_num_threads(),
