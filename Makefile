@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait by spinning make a shared machine several times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test slow check format clean
+.PHONY: demo test test-slow check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/echo-lora demo
@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: $(INSTALLED)
+test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED)
