@@ -35,10 +35,9 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{ROWS} rows of {P}+{A} tokens, bfloat16 base, float32 adapter, AdamW, {args.tflops:g} TFLOP/s per GPU\n")
     print(
-        "| model | GPUs | checkpointing | weights and states, GB | activations, GB: LoRA | Echo-LoRA | s/step: LoRA |",
-        end="",
+        "| model | GPUs | checkpointing | weights and states | activations, LoRA | Echo-LoRA | step, LoRA | Echo-LoRA |"
     )
-    print(" Echo-LoRA |\n|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         for gpus in (1, 8):
             for is_checkpointed in (False, True):
