@@ -73,6 +73,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         shards = "DTensor" in {type(p.data).__name__ for p in trainer.model.parameters()}
         said = {"type": str(trainer.accelerator.distributed_type), "processes": trainer.accelerator.num_processes}
         (folder / "run.json").write_text(json.dumps(said | {"shards": shards}))
+    trainer.accelerator.end_training()  # gloo's threads may outlive the interpreter otherwise, and abort it
 
 
 if __name__ == "__main__":

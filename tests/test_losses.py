@@ -88,6 +88,14 @@ def test_nothing_is_differentiated_where_no_gradient_is_wanted(states):
     assert not quiet.loss.requires_grad
 
 
+def test_a_second_derivative_is_an_error(states):
+    off, on, targets, head = states
+    loss = loss_terms(off, on, targets, EchoConfig(), head).loss ** 2  # whose own second derivative is not zero
+    (gradient,) = torch.autograd.grad(loss, off, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("routed", [True, False])
 def test_no_supervised_position_gives_zeros_on_the_graph(routed):
     """A rank without answers must still take part in the gradient exchange."""

@@ -230,6 +230,15 @@ def test_checkpointing_switched_on_behind_the_model_still_injects():
         torch.testing.assert_close(p.grad, q.grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_graph_that_is_retained_gives_the_same_gradient_again():
+    model = tiny_echo_model(echo_step="shared_prefix")
+    model.gradient_checkpointing_enable()
+    loss = model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True).loss
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), first)
+
+
 def test_reentrant_checkpointing_switched_on_behind_the_model_is_refused():
     model = tiny_echo_model()
     model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
@@ -263,10 +272,39 @@ def test_packed_rows_are_refused(extra, words):
         model(**batch | extra)
 
 
-def test_mixture_of_experts_keeps_its_auxiliary_loss():
+@pytest.mark.parametrize("is_routed", [True, False])
+def test_mixture_of_experts_keeps_its_auxiliary_loss(is_routed):
     model = tiny_echo_model("mixtral")
     batch = collate(rows_of((5, 2), (3, 3)))
-    plain = model.echo_losses(**batch, is_routed=False).loss
+    plain = model.echo_losses(**batch, is_routed=is_routed).loss
     config = model.get_base_model().config
     config.output_router_logits, config.router_aux_loss_coef = True, 0.5
-    assert model.echo_losses(**batch, is_routed=False).loss > plain + 0.1
+    whole = model.echo_losses(**batch, is_routed=is_routed)
+    assert whole.loss > plain + 0.1
+    # the shares of equal micro-batches add up to the whole
+    halves = [model.echo_losses(**batch, is_routed=is_routed, num_items_in_batch=10).loss for _ in range(2)]
+    torch.testing.assert_close(sum(halves), whole.loss)
+
+
+def test_layers_that_share_keys_and_values_run_the_pass_in_full():
+    model = tiny_echo_model()
+    model.get_base_model().config.num_kv_shared_layers = 2
+    assert "keys and values of others" in step.why_full(model.get_base_model())
+
+
+def test_a_source_layer_that_drops_tokens_is_refused():
+    """Its column would be another token's."""
+    model = tiny_echo_model(echo_step="full", source_layers=[3])
+    model.get_base_model().model.layers[3].register_forward_hook(lambda _m, _args, out: out[:, 1:])
+    with pytest.raises(EchoModelError, match="those of 10 tokens"):
+        model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True)
+
+
+def test_a_model_that_names_no_output_layer_keeps_its_logits(caplog, monkeypatch):
+    model = tiny_echo_model()
+    monkeypatch.setattr(model.get_base_model(), "get_output_embeddings", lambda: None)
+    batch = collate(rows_of((8, 3), (6, 2)))
+    with caplog.at_level(logging.WARNING):
+        loss = model.echo_losses(**batch, is_routed=True).loss
+    assert "names no output layer" in caplog.text
+    torch.testing.assert_close(loss, tiny_echo_model().echo_losses(**batch, is_routed=True).loss)

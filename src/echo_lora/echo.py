@@ -71,7 +71,7 @@ class EchoBranch(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z: (B, d) float32. Returns δ (B, width) and the gate (B, width), in (0, 1)."""
-        z = z.to(self.W1.weight.dtype)  # float32, unless someone has cast the whole model
+        z = z.to(self.W1.weight)  # float32, unless someone has cast the whole model; source layers may be elsewhere
         projection = self.W2(torch.tanh(self.W1(z)))  # (B, width)
         gate = torch.sigmoid(self.U2(torch.tanh(self.U1(z))))  # (B, width), gate in (0, 1)
         return self.scale * gate * projection, gate

@@ -39,7 +39,7 @@ class Head:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return logits.to(hidden.device)
 
     @property
     def is_trained(self) -> bool:
@@ -69,6 +69,6 @@ class Head:
             if len(states) != 1 or states[0].dim() != 3:
                 return f"the output layer {type(self.linear).__name__} was not called once with (rows, tokens, d)"
             ours = self(states[0][:, :1])[:, 0]
-        if ours.shape == own.shape and torch.allclose(ours.float(), own.float(), rtol=1e-2, atol=1e-3):
+        if ours.shape == own.shape and torch.allclose(ours.float().to(own.device), own.float(), rtol=1e-2, atol=1e-3):
             return None
         return "the model does more to its logits than its configuration tells"

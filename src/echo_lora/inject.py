@@ -12,8 +12,7 @@ With gradient checkpointing the layers run again during backward, when no pass i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +76,21 @@ def target_modules(base_model: PreTrainedModel, target_layers: list[int], adapte
     return found
 
 
+class Setting(AbstractContextManager[None]):
+    """Sets `owner.current` inside; entered again by every backward that recomputes a checkpointed layer."""
+
+    def __init__(self, owner: Any, value: Any) -> None:
+        self.owner, self.value = owner, value
+        self.before: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.before.append(self.owner.current)
+        self.owner.current = self.value
+
+    def __exit__(self, *exception: object) -> None:
+        self.owner.current = self.before.pop()
+
+
 class Injector:
     """Owns the hooks on the target modules and the injection under way, if any."""
 
@@ -94,14 +108,9 @@ class Injector:
         """Number of features that δ needs for each module at this site."""
         return {n: m.in_features if site == "lora_input" else m.out_features for n, m in modules.items()}
 
-    @contextmanager
-    def injecting(self, injection: Injection | None) -> Iterator[None]:
+    def injecting(self, injection: Injection | None) -> AbstractContextManager[None]:
         """Add this to every forward inside; None adds nothing."""
-        before, self.current = self.current, injection
-        try:
-            yield
-        finally:
-            self.current = before
+        return Setting(self, injection)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """`context_fn` of torch's checkpoint: the recomputation injects what the forward injected."""

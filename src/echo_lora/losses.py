@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from echo_lora.config import EchoConfig
 from echo_lora.head import Head
@@ -87,6 +88,7 @@ class _ChunkedTerms(torch.autograd.Function):
         return loss, *others
 
     @staticmethod
+    @once_differentiable  # the gradient holds no graph: a second derivative is an error, not a wrong number
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # a loss scaled for float16 is beyond its range, and 1/N has no 8 bits
         of_off, *of_on = ((gradient.float() * grad_loss).to(gradient.dtype) for gradient in ctx.saved_tensors)

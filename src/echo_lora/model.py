@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from peft import LoraConfig, PeftModelForCausalLM, TaskType
@@ -218,11 +218,12 @@ class EchoModel(PeftModelForCausalLM):
         """The output layer, if the losses may apply it themselves."""
         if not self._head_is_known:
             self._head_is_known = True
-            head = Head(base)
-            reason = head.why_not(self._plain_forward, input_ids[:1, :2])
-            if reason is None:
-                self._head = head
-            else:
+            reason: str | None = "the model names no output layer"
+            if base.get_output_embeddings() is not None:
+                head = Head(base)
+                reason = head.why_not(self._plain_forward, input_ids[:1, :2])
+                self._head = head if reason is None else None
+            if reason is not None:
                 self._say_once(f"Logits of all answer tokens are made at once, which takes memory: {reason}.")
         return None if self._head is None or self._head.is_trained else self._head
 
@@ -291,15 +292,24 @@ class _ContextFn:
 
     def __call__(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         forward, recompute = zip(*(function() for function in self.functions), strict=True)
-        return _all_of(*forward), _all_of(*recompute)
+        return _All(forward), _All(recompute)
 
 
-@contextmanager
-def _all_of(*contexts: AbstractContextManager) -> Any:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
+class _All(AbstractContextManager[None]):
+    """Several contexts as one, which may be entered again if they may."""
+
+    def __init__(self, contexts: Iterable[AbstractContextManager]) -> None:
+        self.contexts = list(contexts)
+        self.stacks: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context)
+            self.stacks.append(stack.pop_all())
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stacks.pop().__exit__(*exception)
 
 
 def _refuse_packed(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -111,6 +111,8 @@ def plan(recipe: Recipe) -> Plan:
     steps = _steps(recipe, sum(len(data.rows) for data in prepared))
     mean_routing = sum(routing_probability(config, step, steps) for step in range(steps)) / steps
     reason = "echo_config.echo_step is full" if config.echo_step == "full" else why_full(base)
+    if reason is None and isinstance(model, EchoModel):
+        reason = model._sharing.why_not
     if recipe.echo and config.echo_step == "shared_prefix" and reason is not None:
         raise EchoModelError(f"echo_config.echo_step = shared_prefix is impossible: {reason}. Use auto.")
     deployed, echo = parameter_counts(model)

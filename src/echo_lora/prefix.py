@@ -12,8 +12,7 @@ gradient of its keys and values, or of its output, arrives.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, cat, nn
@@ -21,6 +20,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from echo_lora.errors import EchoModelError
+from echo_lora.inject import Setting
 
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")  # one thing, as different attentions name it
 
@@ -96,14 +96,9 @@ class PrefixSharing:
             module, name = found[0]
             module.register_forward_pre_hook(self._hand_over(name), with_kwargs=True)
 
-    @contextmanager
-    def using(self, cache: Cache | None) -> Iterator[None]:
+    def using(self, cache: Cache | None) -> AbstractContextManager[None]:
         """Give this cache to every attention inside; None leaves them as they are."""
-        before, self.current = self.current, cache
-        try:
-            yield
-        finally:
-            self.current = before
+        return Setting(self, cache)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """`context_fn` of torch's checkpoint: the recomputation uses the cache that the forward used."""

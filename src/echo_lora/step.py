@@ -38,7 +38,7 @@ from transformers.utils import ModelOutput
 
 from echo_lora.config import EchoConfig
 from echo_lora.echo import EchoNetworks, apply_control, echo_representation
-from echo_lora.errors import EchoDataError
+from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.head import Head
 from echo_lora.inject import Injection, Injector
 from echo_lora.losses import loss_terms
@@ -158,6 +158,8 @@ def why_full(base_model: PreTrainedModel) -> str | None:
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if others:
         return f"the model has layers of type {', '.join(sorted(others))}"
+    if getattr(config, "num_kv_shared_layers", 0) or "reuse" in (getattr(config, "kv_sharing_modes", None) or []):
+        return "some layers use the keys and values of others"
     if config._attn_implementation not in ("eager", "sdpa"):
         return f"attention {config._attn_implementation!r} has not been shown to agree with and without a prefix"
     if "past_key_values" not in inspect.signature(base_model.forward).parameters:
@@ -194,7 +196,7 @@ def training_step(
     if is_routed and sharing is not None:
         recorder = PrefixRecorder(rows.prefix_length, sharing.depth, is_checkpointed=is_checkpointed)
     with (
-        _reading(source_layers if is_routed else [], rows.boundary) as hidden,
+        _reading(source_layers if is_routed else [], rows.boundary, rows.input_ids.shape[1]) as hidden,
         sharing.using(recorder) if sharing is not None else nullcontext(),
     ):
         off, off_BAd = _run(forward, head, rows, 0, None)
@@ -223,7 +225,8 @@ def training_step(
     count = max(len(targets_N), 1) if num_items is None else torch.as_tensor(num_items, device=off_Nd.device)
     loss, ce_off, ce_on, distillation, entropy, correct = (term / count for term in terms)
     if router_aux_loss_coef:
-        loss = loss + router_aux_loss_coef * off.aux_loss  # as the plain model adds it to its own loss
+        # a mean over the batch; over the micro-batches of a step these shares add up to 1
+        loss = loss + router_aux_loss_coef * off.aux_loss.to(loss.device) * len(targets_N) / count
     zero = ce_off.new_zeros(())
     return EchoOutput(
         loss=loss,
@@ -251,17 +254,24 @@ def _run(
             past_key_values=prefix,
             use_cache=False,
             logits_to_keep=A,
+            # the auxiliary loss is that of the echo-off pass, and its mask must fit the columns
+            **({"output_router_logits": False} if prefix is not None else {}),
         )
-    return output, (output.logits if states is None else states[0])[:, -A:]
+    return output, (output.logits if states is None else states[0])[:, -A:].to(rows.targets.device)
 
 
 @contextmanager
-def _reading(layers: list[nn.Module], column_B: Tensor) -> Iterator[list[Tensor]]:
+def _reading(layers: list[nn.Module], column_B: Tensor, columns: int) -> Iterator[list[Tensor]]:
     """Collect each layer's output at each row's column, (B, d), during the pass inside."""
     states: list[Tensor] = []
 
     def read(module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output  # (B, T, d)
+        if hidden.dim() != 3 or hidden.shape[1] != columns:
+            raise EchoModelError(
+                f"{type(module).__name__} gives hidden states of shape {tuple(hidden.shape)} where the echo reads "
+                f"those of {columns} tokens in each row. Choose source_layers whose output holds every token."
+            )
         rows_B = torch.arange(len(hidden), device=hidden.device)
         # stop-gradient: see echo_representation
         states.append(hidden[rows_B, column_B.to(hidden.device)].detach())  # (B, d)

@@ -63,6 +63,7 @@ FINGERPRINT = [
     *("lr_scheduler_kwargs", "optim_args", "average_tokens_across_devices", "neftune_noise_alpha"),
     *("dataloader_drop_last", "train_sampling_strategy"),
     *("seed", "data_seed", "bf16", "fp16"),
+    "router_aux_loss_coef",  # SFTConfig's
 ]
 
 
@@ -361,7 +362,7 @@ class EchoTrainerMixin(Trainer):
     def configuration(self) -> dict[str, Any]:
         """What decides the result of this run; a resume must agree on all of it."""
         model = self.accelerator.unwrap_model(self.model)
-        values = {f"training.{name}": getattr(self.args, name) for name in FINGERPRINT}
+        values = {f"training.{name}": getattr(self.args, name, None) for name in FINGERPRINT}
         values["training.batches"] = self._batches()
         if isinstance(model, PeftModel):
             adapter = model.peft_config[model.active_adapters[0]].to_dict()
