@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from architectures import collate, random_row, tiny_echo_model
 from echo_lora import step
 from echo_lora.errors import EchoDataError, EchoModelError
+from echo_lora.inject import Injection
 from echo_lora.prefix import PrefixRecorder
 from echo_lora.step import align_rows, boundary_positions, injection_mask
 
@@ -308,3 +309,15 @@ def test_a_model_that_names_no_output_layer_keeps_its_logits(caplog, monkeypatch
         loss = model.echo_losses(**batch, is_routed=True).loss
     assert "names no output layer" in caplog.text
     torch.testing.assert_close(loss, tiny_echo_model().echo_losses(**batch, is_routed=True).loss)
+
+
+def test_a_target_that_gives_no_tensor_is_named():
+    """A router of experts gives its choice beside its logits."""
+    model = tiny_echo_model(injection_site="output")
+    layer = model.get_base_model().get_submodule("model.layers.0.self_attn.q_proj")
+    (hook,) = [hook for hook in layer._forward_hooks.values() if "add_echo" in hook.__qualname__]
+    with (
+        model._injector.injecting(Injection({}, torch.ones(1, 2))),
+        pytest.raises(EchoModelError, match="gives a tuple"),
+    ):
+        hook(layer, (), (torch.ones(1, 2, 3), torch.ones(1, 2)))

@@ -143,6 +143,11 @@ def _is_weight_probe(x: Tensor) -> bool:
 
 def _add(x: Tensor, injection: Injection, name: str) -> Tensor:
     """x + a_t δ_m, for x of shape (B, T, width), or (B·T, width) in layers that flatten their rows."""
+    if not isinstance(x, Tensor):
+        raise EchoModelError(
+            f"{name} gives a {type(x).__name__}, not a tensor of (rows, tokens, width), as routers of experts do: "
+            "there is nothing to add the echo to. Leave this module out of LoraConfig.target_modules."
+        )
     mask_BT = injection.mask
     if x.shape[:-1] not in (mask_BT.shape, mask_BT.flatten().shape):
         raise EchoModelError(
