@@ -9,10 +9,15 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait by spinning make a shared machine several times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo study-quick test test-slow check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/echo-lora demo
+
+# Killed and called again, it goes on where it was.
+study-quick: $(INSTALLED)
+	test -d runs/quick-lm || $(BIN)/python scripts/pretrain_small.py --output runs/quick-lm --rows 20000 --steps 400
+	$(BIN)/echo-lora compare quick --workers 2
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"

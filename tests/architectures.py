@@ -134,8 +134,11 @@ def random_row(generator: torch.Generator, prompt: int, answer: int, *, gap: tup
     return ids, labels
 
 
-def collate(rows: list[Row], side: str = "right") -> dict[str, torch.Tensor]:
-    """Pad rows on one side, as a data collator does; side "both" gives padding on either."""
+def collate(rows: list[Row], side: str = "right", *, train_on_prompt: bool = False) -> dict[str, torch.Tensor]:
+    """Pad rows on one side, as a data collator does; side "both" gives padding on either.
+
+    train_on_prompt: labels of all tokens, and a completion_mask with 1 where the rows have a label.
+    """
     width = max(len(ids) for ids, _ in rows) + (2 if side == "both" else 0)
     batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for ids, labels in rows:
@@ -145,4 +148,10 @@ def collate(rows: list[Row], side: str = "right") -> dict[str, torch.Tensor]:
         batch["input_ids"].append([0] * left + ids + [0] * right)
         batch["attention_mask"].append([0] * left + [1] * len(ids) + [0] * right)
         batch["labels"].append([-100] * left + labels + [-100] * right)
+    if train_on_prompt:
+        batch["completion_mask"] = [[int(label != -100) for label in labels] for labels in batch["labels"]]
+        batch["labels"] = [
+            [token if inside else -100 for token, inside in zip(ids, mask, strict=True)]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
     return {key: torch.tensor(value) for key, value in batch.items()}

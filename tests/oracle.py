@@ -21,6 +21,7 @@ class OracleLosses:
     ce_on: Tensor
     distillation: Tensor
     z: Tensor
+    ce_prompt: Tensor
 
 
 def oracle_step(
@@ -31,8 +32,12 @@ def oracle_step(
     config: Any,
     is_routed: bool = True,
     num_items: int | None = None,
+    train_on_prompt: bool = False,
 ) -> OracleLosses:
-    """One step for rows of (token ids, labels), without padding; model is an EchoModel, used as a PEFT model."""
+    """One step for rows of (token ids, labels), without padding; model is an EchoModel, used as a PEFT model.
+
+    train_on_prompt: all tokens of a row but its first are trained on, those without a label in the echo-off pass only.
+    """
     base = model.get_base_model()
     B, T = len(rows), max(len(ids) for ids, _ in rows)
     input_ids = torch.zeros(B, T, dtype=torch.long)
@@ -92,11 +97,14 @@ def oracle_step(
         handle.remove()
 
     # losses, token by token, with the next-token shift
-    ce_off, ce_on, kl, count = off.new_zeros(()), off.new_zeros(()), off.new_zeros(()), 0
+    ce_off, ce_on, kl, ce_prompt, count = *(off.new_zeros(()) for _ in range(4)), 0
     tau = config.distillation_temperature
     for b in range(B):
         for t in range(1, T):
             if labels[b, t] == -100:
+                if train_on_prompt and t < len(rows[b][0]):
+                    count += 1
+                    ce_prompt = ce_prompt - F.log_softmax(off[b, t - 1].float(), -1)[input_ids[b, t]]
                 continue
             count += 1
             q_off, q_on = off[b, t - 1].float(), on[b, t - 1].float()
@@ -106,6 +114,6 @@ def oracle_step(
             p_teacher = F.softmax(teacher.detach() / tau, -1)
             kl = kl + tau**2 * (p_teacher * (p_teacher.log() - F.log_softmax(student / tau, -1))).sum()
     n = count if num_items is None else num_items
-    ce_off, ce_on, kl = ce_off / n, ce_on / n, kl / n
-    loss = ce_off + (ce_on + config.distillation_weight * kl if is_routed else 0)
-    return OracleLosses(loss, ce_off, ce_on, kl, z)
+    ce_off, ce_on, kl, ce_prompt = ce_off / n, ce_on / n, kl / n, ce_prompt / n
+    loss = ce_prompt + ce_off + (ce_on + config.distillation_weight * kl if is_routed else 0)
+    return OracleLosses(loss, ce_off, ce_on, kl, z, ce_prompt)

@@ -21,7 +21,18 @@ from echo_lora.recipe import load_recipe, recipe_table, shipped_recipes
 
 ROOT = Path(echo_lora.__file__).parent.parent.parent
 SOURCE = ROOT / "src" / "echo_lora"
-PAGES = ["method", "quickstart", "recipes", "api", "data", "evaluation", "scaling", "benchmark", "troubleshooting"]
+PAGES = [
+    "method",
+    "quickstart",
+    "recipes",
+    "api",
+    "data",
+    "evaluation",
+    "study",
+    "scaling",
+    "benchmark",
+    "troubleshooting",
+]
 BEGIN, END = "<!-- recipe-table -->", "<!-- /recipe-table -->"
 
 needs_packaged = pytest.mark.skipif(
@@ -124,14 +135,26 @@ def test_every_recipe_command_of_the_docs_names_what_is_there():
             if not line.startswith("echo-lora "):
                 continue
             _, command, *args = shlex.split(line, comments=True)
-            assert command in {"train", "preview", "plan", "eval", "merge", "doctor", "demo", "bench"}, line
+            assert command in {
+                "train",
+                "preview",
+                "plan",
+                "eval",
+                "merge",
+                "doctor",
+                "demo",
+                "bench",
+                "compare",
+                "report",
+                "data",
+            }, line
             if args and args[0] in shipped_recipes():
                 load_recipe(args[0], [value for flag, value in pairwise(args) if flag == "--set"])
                 seen += 1
     assert seen >= 8
 
 
-@pytest.mark.parametrize(("name", "count"), [("recipes", 2), ("evaluation", 1)])
+@pytest.mark.parametrize(("name", "count"), [("recipes", 2), ("evaluation", 2)])
 def test_the_recipes_of_a_page_load(tmp_path, name, count):
     found = blocks(name, "yaml")
     assert len(found) == count

@@ -462,7 +462,10 @@ def test_empty_task_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "essay"}, "evaluation task 't': kind = 'essay': Input should be 'choice' or 'generate'"),
+        (
+            {"kind": "essay"},
+            "evaluation task 't': kind = 'essay': Input should be 'choice', 'generate', 'number' or 'code'",
+        ),
         ({"limt": 3}, "evaluation task 't': unknown field 'limt'. Did you mean 'limit'?"),
         ({"answer_pattern": "(\\d"}, "answer_pattern = '(\\\\d': the regular expression does not compile"),
         ({"answer_pattern": ""}, "answer_pattern = ''"),
@@ -471,7 +474,13 @@ def test_empty_task_is_named(tmp_path: Path) -> None:
         ({"stop": [""]}, "stop.0 = ''"),
         ({"name": "a b"}, "name = 'a b'"),
         ({"kind": "choice", "answer_pattern": "x"}, "answer_pattern is for kind 'generate'"),
-        ({"kind": "choice", "stop": ["x"]}, "stop is for kind 'generate'"),
+        ({"kind": "choice", "stop": ["x"]}, "stop is for generated answers"),
+        ({"kind": "choice", "num_beams": 4}, "num_beams is for generated answers"),
+        (
+            {"kind": "code", "answer_pattern": "x"},
+            "answer_pattern is for kind 'generate' and has no meaning for 'code'",
+        ),
+        ({"num_beams": 0}, "num_beams = 0"),
     ],
 )
 def test_bad_field_is_named(values: dict[str, Any], message: str) -> None:

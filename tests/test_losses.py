@@ -69,6 +69,35 @@ def test_chunks_give_the_loss_and_gradient_of_autograd(states, routed, direction
     assert not any(term.requires_grad for term in actual[1:])
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 256])
+@pytest.mark.parametrize("routed", [True, False])
+def test_prompt_tokens_add_their_cross_entropy_of_the_echo_off_pass(states, routed, chunk, monkeypatch):
+    off, on, targets, head = states
+    prompt = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    prompt_targets = torch.arange(6)
+    answer = loss_terms(off, on if routed else None, targets, EchoConfig(), head)
+    cross_entropy = nn.functional.cross_entropy(head(prompt), prompt_targets, reduction="sum")
+    expected = torch.autograd.grad(2 * (answer.loss + cross_entropy), [off, prompt])
+
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * TinyHead.vocabulary)
+    both = loss_terms(off, on if routed else None, targets, EchoConfig(), head, (prompt, prompt_targets))
+    torch.testing.assert_close(both.ce_prompt, cross_entropy.detach())
+    torch.testing.assert_close(both.loss, answer.loss + cross_entropy)
+    torch.testing.assert_close(torch.autograd.grad(2 * both.loss, [off, prompt]), expected)
+    for name in ("ce_off", "ce_on", "distillation"):
+        torch.testing.assert_close(getattr(both, name), getattr(answer, name))
+    assert answer.ce_prompt == 0
+
+
+def test_a_batch_without_prompt_tokens_keeps_its_prompts_on_the_graph(states):
+    off, on, targets, head = states
+    none = torch.zeros(0, 4, requires_grad=True)
+    terms = loss_terms(off, on, targets, EchoConfig(), head, (none, targets[:0]))
+    terms.loss.backward()
+    assert terms.ce_prompt == 0
+    assert none.grad.shape == (0, 4)
+
+
 def test_no_tensor_of_the_vocabulary_is_larger_than_a_chunk(states, monkeypatch):
     off, on, targets, head = states
     sizes = []

@@ -49,11 +49,15 @@ def assert_equals_oracle(model, rows: list[Row], *, side: str = "right", prepare
     if prepare is not None:
         prepare(model)
     is_routed, num_items = step.get("is_routed", True), step.get("num_items")
-    actual = model.echo_losses(**collate(rows, side), is_routed=is_routed, num_items_in_batch=num_items)
+    trains_prompt = step.get("train_on_prompt", False)
+    batch = collate(rows, side, train_on_prompt=trains_prompt)
+    actual = model.echo_losses(**batch, is_routed=is_routed, num_items_in_batch=num_items)
     actual.loss.backward()
     actual_gradients = gradients(model)
 
-    for term in ("loss", "ce_off", "ce_on", "distillation") if is_routed else ("loss", "ce_off"):
+    terms = ("loss", "ce_off", "ce_on", "distillation") if is_routed else ("loss", "ce_off")
+    assert (actual.ce_prompt is not None) == trains_prompt
+    for term in (*terms, "ce_prompt") if trains_prompt else terms:
         # a divergence is a difference of entropies of order 1, and has their absolute rounding error, times τ²
         atol = 5e-7 * config.distillation_temperature**2 if term == "distillation" else 0
         torch.testing.assert_close(
@@ -148,12 +152,49 @@ def test_smallest_shapes(rows):
     assert_equals_oracle(tiny_echo_model(), [random_row(g, *row) for row in rows])
 
 
-def test_a_step_that_is_not_routed():
-    assert_equals_oracle(tiny_echo_model(), mixed_rows(), is_routed=False)
+@pytest.mark.parametrize("trains_prompt", [False, True])
+def test_a_step_that_is_not_routed(trains_prompt):
+    assert_equals_oracle(tiny_echo_model(), mixed_rows(), is_routed=False, train_on_prompt=trains_prompt)
 
 
-def test_a_count_unlike_the_local_one():
-    assert_equals_oracle(tiny_echo_model(), mixed_rows(), num_items=57)
+@pytest.mark.parametrize("trains_prompt", [False, True])
+def test_a_count_unlike_the_local_one(trains_prompt):
+    assert_equals_oracle(tiny_echo_model(), mixed_rows(), num_items=157, train_on_prompt=trains_prompt)
+
+
+# ------------------------------------------------------------- prompts that are trained on
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("mask", ["predictive", "answer"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "opt"])
+def test_prompts_are_trained_on_in_the_echo_off_pass(name, method, mask, is_checkpointed):
+    model = tiny_echo_model(name, method=method, injection_mask=mask, echo_step="shared_prefix")
+    assert_equals_oracle(
+        model,
+        mixed_rows(),
+        train_on_prompt=True,
+        prepare=lambda m: m.gradient_checkpointing_enable() if is_checkpointed else None,
+    )
+
+
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+@pytest.mark.parametrize("head", ["ours", "the model's"])
+@pytest.mark.parametrize("echo_step", ["shared_prefix", "full"])
+def test_prompts_in_every_padding_and_with_every_head(echo_step, head, side, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 7 * VOCAB)  # divides neither the prompts nor the answers
+    model = tiny_echo_model(echo_step=echo_step)
+    if head != "ours":
+        monkeypatch.setattr(model, "_usable_head", lambda *_: None)
+    assert_equals_oracle(model, mixed_rows(), side=side, train_on_prompt=True)
+
+
+@pytest.mark.parametrize("rows", [[(5, 1)], [(1, 1)], [(1, 4), (1, 2)], [(2, 1), (1, 1)]], ids=str)
+def test_prompts_of_the_smallest_shapes(rows):
+    """Prompts of one token have none that is predicted."""
+    g = torch.Generator().manual_seed(3)
+    assert_equals_oracle(tiny_echo_model(), [random_row(g, *row) for row in rows], train_on_prompt=True)
 
 
 @pytest.mark.slow
@@ -231,3 +272,20 @@ def test_random_row_shapes(shapes, side, name, mask, seed):
     g = torch.Generator().manual_seed(seed)
     rows = [random_row(g, prompt, answer, gap=(at, length)) for prompt, answer, at, length in shapes]
     assert_equals_oracle(MODELS[key], rows, side=side)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    shapes=row_shapes,
+    side=st.sampled_from(["right", "left", "both"]),
+    mask=st.sampled_from(["predictive", "answer"]),
+    is_routed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_random_row_shapes_with_prompts_trained_on(shapes, side, mask, is_routed, seed):
+    key = ("llama", mask)
+    if key not in MODELS:
+        MODELS[key] = tiny_echo_model("llama", injection_mask=mask, echo_step="shared_prefix")
+    g = torch.Generator().manual_seed(seed)
+    rows = [random_row(g, prompt, answer, gap=(at, length)) for prompt, answer, at, length in shapes]
+    assert_equals_oracle(MODELS[key], rows, side=side, is_routed=is_routed, train_on_prompt=True)

@@ -98,7 +98,7 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path, before,
             "evaluation.tasks=[{name: a, answer_pattern: '('}]",
             "evaluation.tasks.0: evaluation task 'a': answer_pattern = '(': the",
         ),
-        ("evaluation.tasks=[{name: a, kind: choice, stop: [x]}]", "stop is for kind 'generate'"),
+        ("evaluation.tasks=[{name: a, kind: choice, stop: [x]}]", "stop is for generated answers"),
     ],
 )
 def test_a_wrong_value_names_the_override_and_what_is_allowed(tmp_path, override, expected):
@@ -212,14 +212,27 @@ def test_a_recipe_that_a_run_recorded_is_the_recipe(tmp_path):
 
 def test_all_shipped_recipes_load_and_open_with_the_command_that_runs_them():
     names = shipped_recipes()
-    assert names == ["demo", "reasoning", "tiny"]
+    table = ["commonsense-llama-7b", "commonsense-llama2-7b", "commonsense-llama3-8b"]
+    assert names == [*table, "demo", "reasoning", "study-quick", "tiny"]
     for name in names:
-        command = "demo" if name == "demo" else f"train {name}"
+        command = {"demo": "demo", "study-quick": "compare quick"}.get(name, f"train {name}")
         assert (SHIPPED / f"{name}.yaml").read_text().startswith(f"# echo-lora {command}\n")
         assert load_recipe(name).output.startswith(f"runs/{name}")
 
 
-@pytest.mark.parametrize("name", ["demo", "reasoning", "tiny"])
+def test_rows_of_a_shipped_recipe_start_at_the_working_directory(tmp_path):
+    """They are the user's; no package holds them. A copy of the recipe has them beside it."""
+    name = "commonsense-llama-7b"
+    copy = tmp_path / "mine.yaml"
+    copy.write_text((SHIPPED / f"{name}.yaml").read_text())
+    for source, folder in ((name, Path()), (SHIPPED / f"{name}.yaml", Path()), (copy, tmp_path)):
+        recipe = load_recipe(source)
+        rows = "data/commonsense/boolq"
+        assert recipe.data.train[0].file == str(folder / rows / "train.jsonl")
+        assert recipe.evaluation.tasks[0].data[0].file == str(folder / rows / "test.jsonl")
+
+
+@pytest.mark.parametrize("name", ["commonsense-llama-7b", "demo", "reasoning", "tiny"])
 def test_a_shipped_recipe_holds_only_what_differs_from_the_defaults(name):
     defaults = {key: default for key, _, default, _ in recipe_table()}
 

@@ -61,6 +61,26 @@ def test_alignment_keeps_every_token_that_a_loss_depends_on(shapes, side):
         assert inside[: boundary + 1].sum() == prompt
 
 
+@settings(max_examples=60, deadline=None)
+@given(shapes=shapes, side=st.sampled_from(["right", "left", "both"]))
+def test_alignment_gives_every_prompt_token_but_the_first_to_its_predecessor(shapes, side):
+    rows = rows_of(*shapes)
+    aligned = align_rows(**collate(rows, side, train_on_prompt=True))
+    assert aligned.prompt_targets.shape == aligned.input_ids.shape
+    for b, ((ids, _), (prompt, _)) in enumerate(zip(rows, shapes, strict=True)):
+        columns = (aligned.prompt_targets[b] != -100).nonzero().flatten()
+        assert aligned.attention_mask[b][columns].all()
+        assert aligned.position_ids[b][columns].tolist() == list(range(prompt - 1))
+        assert aligned.prompt_targets[b][columns].tolist() == ids[1:prompt]
+
+
+def test_a_later_turn_counts_as_prompt():
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    aligned = align_rows(ids, None, ids, torch.tensor([[0, 0, 1, 0, 0]]))
+    assert aligned.targets.tolist() == [[7, -100, -100]]
+    assert aligned.prompt_targets.tolist() == [[6, -100, 8, 9]]
+
+
 def test_padding_without_mask_is_taken_for_tokens():
     ids = torch.tensor([[5, 6, 7, 8]])
     aligned = align_rows(ids, None, torch.tensor([[-100, -100, 7, 8]]))
@@ -161,6 +181,84 @@ def test_logits_at_supervised_positions_only():
     model.get_output_embeddings().register_forward_hook(lambda _m, _args, out: shapes.append(tuple(out.shape[:-1])))
     model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True).loss.backward()
     assert shapes == [(2, 1), (2, 1), (5,), (5,)]  # the model's own call is cut to one column
+
+
+def test_with_prompts_trained_on_the_on_pass_still_has_logits_at_answers_only():
+    model = tiny_echo_model()
+    model._usable_head(model.get_base_model(), torch.tensor([[3, 4]]))
+    batch = collate(rows_of((8, 3), (6, 2)), train_on_prompt=True)
+    shapes, widths = [], []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _args, out: shapes.append(tuple(out.shape[:-1])))
+    model.get_base_model().model.embed_tokens.register_forward_pre_hook(
+        lambda _m, args: widths.append(args[0].shape[1])
+    )
+    model.echo_losses(**batch, is_routed=True).loss.backward()
+    assert widths == [10, 3]
+    assert shapes == [(2, 1), (2, 1), (5,), (5,), (12,)]  # 7 and 5 prompt tokens have a predecessor
+
+
+@pytest.mark.parametrize(("trains_prompt", "columns"), [(False, [3, 3]), (True, [10, 3])])
+@pytest.mark.parametrize("echo_step", ["shared_prefix", "full"])
+def test_a_model_that_keeps_its_logits_makes_them_where_they_are_needed(echo_step, trains_prompt, columns, monkeypatch):
+    model = tiny_echo_model(echo_step=echo_step)
+    monkeypatch.setattr(model, "_usable_head", lambda *_: None)
+    widths = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _args, out: widths.append(out.shape[1]))
+    model.echo_losses(**collate(rows_of((8, 3), (6, 2)), train_on_prompt=trains_prompt), is_routed=True)
+    assert widths == columns
+
+
+@pytest.mark.parametrize("is_routed", [True, False])
+def test_without_a_mask_of_answers_there_is_no_loss_on_prompts(is_routed):
+    batch = collate(rows_of((8, 3), (6, 2)))
+    output = tiny_echo_model().echo_losses(**batch, is_routed=is_routed)
+    assert output.ce_prompt is None
+    assert "ce_prompt" not in output
+    # the mask alone changes nothing, where the labels leave prompts out
+    same = tiny_echo_model().echo_losses(**batch, completion_mask=batch["labels"] != -100, is_routed=is_routed)
+    assert same.ce_prompt == 0
+    torch.testing.assert_close(same.loss, output.loss)
+
+
+def test_entropy_and_accuracy_are_those_of_all_tokens_that_are_trained_on():
+    model = tiny_echo_model()
+    rows = rows_of((8, 3), (6, 2))
+    ids = rows[0][0]
+    ids[1] = int(model.get_base_model()(torch.tensor([ids[:1]])).logits.argmax())  # one prompt token is foreseen
+    output = model.echo_losses(**collate(rows, train_on_prompt=True), is_routed=False)
+    hits, entropy = [], []
+    for ids, _ in rows:
+        logits = model.get_base_model()(torch.tensor([ids])).logits[0, :-1]
+        hits += (logits.argmax(-1) == torch.tensor(ids[1:])).float().tolist()
+        entropy += torch.distributions.Categorical(logits=logits).entropy().tolist()
+    assert len(hits) == 17
+    assert hits[0] == 1
+    assert output.token_accuracy.item() == pytest.approx(sum(hits) / 17)
+    assert output.entropy.item() == pytest.approx(sum(entropy) / 17, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_echo_off_pass_alone_is_plain_lora_on_the_whole_text(method):
+    """What the plain arm of a recipe trains, by the model's own loss."""
+    rows = rows_of((8, 3), (6, 2), (1, 4))
+    batch = collate(rows, "left", train_on_prompt=True)
+    model = tiny_echo_model(method=method)
+    echo = model.echo_losses(**batch, is_routed=False)
+    echo.loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if "lora_" in n}
+    model.zero_grad()
+
+    model.echo_enabled = False
+    del batch["completion_mask"]
+    first = batch["attention_mask"].argmax(1, keepdim=True)
+    batch["labels"].scatter_(1, first, -100)  # the row's first token, which padding would predict
+    plain = model(**batch)
+    plain.loss.backward()
+    torch.testing.assert_close(echo.loss, plain.loss, rtol=1e-5, atol=0)
+    assert len(expected) > 10
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert (parameter.grad - expected[name]).norm() <= 1e-5 * expected[name].norm().clamp(min=1e-2), name
 
 
 @pytest.mark.parametrize("is_routed", [True, False])
@@ -278,6 +376,8 @@ def test_mixture_of_experts_keeps_its_auxiliary_loss(is_routed):
     model = tiny_echo_model("mixtral")
     batch = collate(rows_of((5, 2), (3, 3)))
     plain = model.echo_losses(**batch, is_routed=is_routed).loss
+    with_prompts = collate(rows_of((5, 2), (3, 3)), train_on_prompt=True)  # 5 answer tokens and 6 of prompts
+    plain_with_prompts = model.echo_losses(**with_prompts, is_routed=is_routed).loss
     config = model.get_base_model().config
     config.output_router_logits, config.router_aux_loss_coef = True, 0.5
     whole = model.echo_losses(**batch, is_routed=is_routed)
@@ -285,6 +385,10 @@ def test_mixture_of_experts_keeps_its_auxiliary_loss(is_routed):
     # the shares of equal micro-batches add up to the whole
     halves = [model.echo_losses(**batch, is_routed=is_routed, num_items_in_batch=10).loss for _ in range(2)]
     torch.testing.assert_close(sum(halves), whole.loss)
+
+    # it is the same whatever is supervised of the same columns
+    auxiliary = model.echo_losses(**with_prompts, is_routed=is_routed).loss - plain_with_prompts
+    torch.testing.assert_close(auxiliary, whole.loss - plain)
 
 
 def test_layers_that_share_keys_and_values_run_the_pass_in_full():

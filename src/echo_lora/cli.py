@@ -187,6 +187,10 @@ def evaluate(
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="score the base too")] = False,
     output: Annotated[Path | None, typer.Option("--output", help="write scores and predictions as JSON")] = None,
+    run_generated_code: Annotated[
+        bool,
+        typer.Option("--run-generated-code", help="allow tasks of kind code, which run what the model writes"),
+    ] = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Score adapter and base on the recipe's tasks. Without an adapter, the base alone."""
@@ -194,7 +198,7 @@ def evaluate(
         from echo_lora.scoring import resolve, score_recipe, write_scores
 
     recipe, found = resolve(target, overrides or (), adapter)
-    scores = score_recipe(recipe, found, with_base=base)
+    scores = score_recipe(recipe, found, with_base=base, run_generated_code=run_generated_code)
     if found is not None:
         _print_pairs({"adapter": str(found)})
     _print_table(
@@ -212,6 +216,12 @@ def evaluate(
             for result in one.results
         ],
     )
+    for one in scores:
+        averages = {f"{result.task}, macro": result.macro_accuracy for result in one.results}
+        averages["commonsense, mean of eight"] = one.commonsense_average
+        for name, value in averages.items():
+            if value is not None:
+                typer.echo(f"{one.model}: {name}: {value:.1%}")
     if output is not None:
         write_scores(recipe, scores, output)
         typer.echo(f"Written to {output}")
@@ -348,6 +358,99 @@ def bench(
     typer.echo(f"\nWritten to {output}")
     if report.failures:
         raise EchoError("\n".join(report.failures))
+
+
+@app.command(epilog="Example: echo-lora compare quick --workers 2 --minutes 30")
+def compare(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="YAML file, or name of a shipped study")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the study; repeatable")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="runs at a time on this machine")] = 1,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0, help="begin no run after this time; call again to go on")
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option("--slurm", metavar="KEY=VALUE", help="do the runs as Slurm job arrays; an option of submitit"),
+    ] = None,
+    traceback: TracebackOption = False,
+) -> None:
+    """Compare methods: arms, learning rates and seeds, paired, with a verdict. Goes on where it was stopped."""
+    from echo_lora.study.design import load_study, slurm_options
+
+    loaded = load_study(study, overrides or ())
+    options = None if slurm is None else slurm_options(slurm)
+    with _starting():
+        from echo_lora.study.compare import Engine
+        from echo_lora.study.compare import compare as compare_arms
+        from echo_lora.study.report import summary_lines, write_report
+
+    command = shlex.join(["echo-lora", *sys.argv[1:]])
+    engine = Engine(workers, None if options is None else "slurm", options)
+    is_complete = compare_arms(loaded, engine, minutes=minutes, command=command)
+    report = write_report(loaded.output)
+    typer.echo("\n".join(summary_lines(loaded.output)))
+    typer.echo(f"\nWritten to {report}")
+    if not is_complete:
+        typer.echo("Time is up before the study was complete. The same command goes on with it.")
+
+
+data_app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Bring the benchmarks into the form of recipes and of lm-eval.",
+    epilog="Example, beside LLM-Adapters' dataset/: echo-lora data import dataset data/commonsense",
+)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("import", epilog="Example, beside LLM-Adapters' dataset/: echo-lora data import dataset data/all")
+def import_(
+    source: Annotated[Path, typer.Argument(help="folder with a folder for each task, or commonsense_170k.json")],
+    output: Annotated[Path | None, typer.Argument(help="folder for the rows; must not exist")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME", help="import this task only; repeatable")
+    ] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="download; then the only argument is OUTPUT")] = False,
+    hold_out: Annotated[
+        int, typer.Option("--hold-out", min=0, help="rows of each train part to set aside for validation")
+    ] = 0,
+    traceback: TracebackOption = False,
+) -> None:
+    """Import the benchmarks: rows with whole prompts, task files for lm-eval, a recipe. Counts are checked."""
+    if hub != (output is None):
+        raise typer.BadParameter("give SOURCE and OUTPUT, or --hub and OUTPUT")
+    with _starting():
+        from echo_lora.import_data import import_data
+
+    report = import_data(None if hub else source, output or source, tasks=task or (), hold_out=hold_out)
+    _print_table(
+        ["task", "part", "rows", "published", "from"],
+        [
+            [part.task, part.part, f"{part.rows:,}", f"{part.published:,}" if part.published else "-", part.source]
+            for part in report.parts
+        ],
+    )
+    for note in report.notes:
+        typer.echo(f"Note: {note}")
+    for warning in report.warnings:
+        typer.echo(f"Warning: {warning}", err=True)
+    typer.echo(f"Written to {report.output}")
+
+
+@app.command(epilog="Example, after `echo-lora compare quick`: echo-lora report runs/study-quick")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a study, whole or in part")],
+    traceback: TracebackOption = False,
+) -> None:
+    """Write the report of a study from its records: report.html, one page to look at, and report.md."""
+    with _starting():
+        from echo_lora.study.report import summary_lines, write_report
+
+    page = write_report(folder)
+    typer.echo("\n".join(summary_lines(folder)))
+    typer.echo(f"\nWritten to {page} and {page.with_suffix('.md').name}")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import median
@@ -264,13 +264,18 @@ class RowCounts:
     """What the checks found. Lengths are those of the rows that were kept, after shortening."""
 
     kept: int
-    dropped: int
+    dropped_rows: list[int]  # numbers of the rows that `max_length` excludes
+    answerless: int  # of these, the rows whose first `max_length` tokens hold no answer token
     truncated: int
     without_end_token: int
     merged_boundary: int
     prompt_tokens: Lengths
     answer_tokens: Lengths
     answer_tokens_total: int
+
+    @property
+    def dropped(self) -> int:
+        return len(self.dropped_rows)
 
 
 @dataclass(frozen=True)
@@ -280,22 +285,40 @@ class PreparedData:
     rows: list[TokenizedRow]
     counts: RowCounts
     source: str
+    train_on_prompt: bool = False
 
     def to_dataset(self) -> Dataset:
-        """A datasets.Dataset with the columns input_ids, labels and row."""
+        """A datasets.Dataset with the columns input_ids, labels and row.
+
+        With train_on_prompt the labels cover every token that another one predicts, and completion_mask is 1 at those
+        of the answer.
+        """
         from datasets import Dataset
 
         names = ("input_ids", "labels", "row")
-        return Dataset.from_dict({name: [getattr(row, name) for row in self.rows] for name in names})
+        columns = {name: [getattr(row, name) for row in self.rows] for name in names}
+        if self.train_on_prompt:
+            columns["completion_mask"] = [[int(label != IGNORED) for label in row.labels] for row in self.rows]
+            columns["labels"] = [[IGNORED, *row.input_ids[1:]] for row in self.rows]
+        return Dataset.from_dict(columns)
 
-    def summary(self) -> list[str]:
-        """The counts as lines of plain text."""
+    def summary(self, named: int | None = None) -> list[str]:
+        """The counts as lines of plain text. named: how many dropped rows to name at most; None: each one."""
         c = self.counts
         lines = [
             f"{self.source}: {c.kept} rows kept, {c.dropped} dropped, {c.truncated} with a shortened prompt",
             f"prompt tokens: {c.prompt_tokens}",
             f"answer tokens: {c.answer_tokens}, {c.answer_tokens_total} in all",
         ]
+        if self.train_on_prompt:
+            tokens = sum(len(row.input_ids) - 1 for row in self.rows)
+            lines.append(f"prompts are trained on too: {tokens} tokens with a loss in all")
+        if c.dropped_rows:
+            rows, rest = c.dropped_rows[:named], c.dropped_rows[named:] if named is not None else []
+            lines.append(
+                f"dropped as too long ({c.answerless} would keep no answer token): rows {_ranges(rows)}"
+                + (f" and {len(rest)} more" if rest else "")
+            )
         if c.without_end_token:
             lines.append(f"{c.without_end_token} answers end without an end-of-sequence or end-of-turn token")
         if c.merged_boundary:
@@ -310,12 +333,14 @@ def prepare_rows(
     max_length: int | None,
     on_overlength: Overlength = "error",
     chat: bool = False,
+    train_on_prompt: bool = False,
     source: str = "train.jsonl",
 ) -> PreparedData:
     """Tokenise `rows` and check each one: a boundary, a whole answer within `max_length`, an end token.
 
     A row that is longer is an error, is dropped, or loses the oldest tokens of its prompt (all but one at
     most, and never a beginning-of-sequence token that the tokenizer puts first); an answer is never cut.
+    train_on_prompt: the dataset made of the rows supervises prompt tokens too; the rows are the same.
     Raises EchoDataError, which names the first such row of `source`; a missing end token is a warning.
     """
     check = _Check(max_length, on_overlength, end_token_ids(tokenizer), _added_bos(tokenizer), source)
@@ -325,7 +350,7 @@ def prepare_rows(
         tokenized = tokenize_row({**row, "row": number}, tokenizer, chat, where=where_is(source, number))
         if (checked := check(tokenized)) is not None:
             kept.append(checked)
-    return PreparedData(kept, check.finish(), source)
+    return PreparedData(kept, check.finish(), source, train_on_prompt)
 
 
 def check_tokenized_dataset(
@@ -339,14 +364,15 @@ def check_tokenized_dataset(
 ) -> tuple[Dataset, RowCounts]:
     """The checks of `prepare_rows` on a dataset that has `input_ids` and `labels`, and maybe `row`.
 
-    Other columns are kept. bos_token_id: the token that stays first when a prompt is shortened.
+    A column `completion_mask` says which labels are answer tokens. Other columns are kept. bos_token_id: the token that
+    stays first when a prompt is shortened.
     """
     check = _Check(max_length, on_overlength, end_token_ids, bos_token_id, source)
-    columns = [name for name in ("input_ids", "labels", "row") if name in dataset.column_names]
+    columns = [name for name in ("input_ids", "labels", "completion_mask", "row") if name in dataset.column_names]
     kept = [
         index
         for index, example in enumerate(dataset.select_columns(columns).with_format(None))
-        if check(TokenizedRow(example["input_ids"], example["labels"], _number(example, index))) is not None
+        if check(TokenizedRow(example["input_ids"], _answer_labels(example), _number(example, index))) is not None
     ]
     counts = check.finish()
     if counts.dropped:
@@ -366,7 +392,8 @@ class _Check:
     end_ids: set[int]
     bos: int | None
     source: str
-    dropped: int = 0
+    dropped: list[int] = field(default_factory=list)
+    answerless: int = 0
     truncated: int = 0
     prompt_lengths: list[int] = field(default_factory=list)
     answer_lengths: list[int] = field(default_factory=list)
@@ -388,7 +415,8 @@ class _Check:
             )
         if self.max_length is not None and length > self.max_length:
             if self.on_overlength == "drop":
-                self.dropped += 1
+                self.dropped.append(row.row)
+                self.answerless += start >= self.max_length
                 return None
             if self.on_overlength == "error" or length - start >= self.max_length:
                 self.overlong.append(row)
@@ -409,7 +437,7 @@ class _Check:
             raise EchoDataError(self._overlength_message())
         if not self.answer_lengths:
             raise EchoDataError(
-                f"{self.source}: no row is left: {self.dropped} were dropped as longer than max_length = "
+                f"{self.source}: no row is left: {len(self.dropped)} were dropped as longer than max_length = "
                 f"{self.max_length}. Raise max_length, or give other rows."
             )
         for problem, rows in {
@@ -420,7 +448,8 @@ class _Check:
                 _logger.warning("%s %s (%d such rows).", where_is(self.source, rows[0]), problem, len(rows))
         return RowCounts(
             kept=len(self.answer_lengths),
-            dropped=self.dropped,
+            dropped_rows=self.dropped,
+            answerless=self.answerless,
             truncated=self.truncated,
             without_end_token=len(self.endless),
             merged_boundary=len(self.merged),
@@ -449,21 +478,38 @@ class _Check:
 
 def _shorten(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRow:
     """Drop the oldest prompt tokens of a row whose answer leaves room for at least one of them."""
+    keep = _kept_columns(row, max_length, bos)
+    return replace(row, input_ids=keep(row.input_ids), labels=keep(row.labels))
+
+
+def _kept_columns(row: TokenizedRow, max_length: int, bos: int | None) -> Callable[[list[int]], list[int]]:
     room = max_length - (len(row.labels) - row.answer_start)
     head = 1 if room > 1 and row.input_ids[0] == bos else 0
     cut = len(row.labels) - max_length + head
-    return replace(
-        row,
-        input_ids=row.input_ids[:head] + row.input_ids[cut:],
-        labels=row.labels[:head] + row.labels[cut:],
-    )
+    return lambda values: values[:head] + values[cut:]
 
 
 def _shorten_example(example: dict[str, Any], max_length: int, bos: int | None) -> dict[str, Any]:
     if len(example["labels"]) <= max_length:
         return example
-    row = _shorten(TokenizedRow(example["input_ids"], example["labels"]), max_length, bos)
-    return example | {"input_ids": row.input_ids, "labels": row.labels}
+    keep = _kept_columns(TokenizedRow(example["input_ids"], _answer_labels(example)), max_length, bos)
+    names = [name for name in ("input_ids", "labels", "completion_mask") if name in example]
+    return example | {name: keep(example[name]) for name in names}
+
+
+def _answer_labels(example: dict[str, Any]) -> list[int]:
+    mask = example.get("completion_mask")
+    if mask is None:
+        return example["labels"]
+    return [label if is_answer else IGNORED for label, is_answer in zip(example["labels"], mask, strict=True)]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers as `3, 7-9`."""
+    ends = [i for i, number in enumerate(numbers) if numbers[i + 1 : i + 2] != [number + 1]]
+    starts = [0, *(i + 1 for i in ends[:-1])]
+    runs = [(numbers[start], numbers[end]) for start, end in zip(starts, ends, strict=True)]
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _lengths(lengths: list[int]) -> Lengths:

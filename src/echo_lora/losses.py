@@ -3,6 +3,7 @@
     CE(off)        cross-entropy of the echo-off pass: the model that is deployed
     CE(on)         cross-entropy of the echo-on pass
     distillation   τ² · KL(teacher ‖ student), the teacher without gradient
+    CE(prompt)     where prompts are trained on: that of the echo-off pass at all other tokens              [O]
 
 Every term is a sum over tokens; the step divides it by the number of supervised tokens of the whole optimizer step,
 so that any split of a step into micro-batches gives the same gradient.
@@ -11,7 +12,7 @@ All terms of a chunk are computed from its hidden states, and so is their gradie
 a gradient as large as the hidden states, and neither logits nor the output layer are needed again in backward. The
 result does not depend on the chunk size.
 
-Shapes: `N` supervised positions, `n` of a chunk, `d` hidden width, `V` vocabulary.
+Shapes: `N` supervised positions, `n` of a chunk, `M` that predict prompt tokens, `d` hidden width, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; about ten of them exist at one t
 class Terms(NamedTuple):
     """Sums over the supervised positions; float32 scalars. Only `loss` carries gradient."""
 
-    loss: Tensor  # CE(off) + CE(on) + μ · distillation
+    loss: Tensor  # CE(off) + CE(on) + μ · distillation + CE(prompt)
     ce_off: Tensor
     ce_on: Tensor
     distillation: Tensor
     entropy: Tensor  # of the echo-off distribution, in nats
     correct: Tensor  # positions where the echo-off argmax is the target
+    ce_prompt: Tensor
 
 
 def loss_terms(
@@ -46,15 +48,26 @@ def loss_terms(
     targets_N: Tensor,
     config: EchoConfig,
     head: Head | None = None,
+    prompt: tuple[Tensor, Tensor] | None = None,
 ) -> Terms:
     """Sums of all terms.
 
     off_Nd, on_Nd: (N, d) hidden states of any float dtype; on_Nd is None in a step that is not routed, whose CE(on)
     and distillation are zero. targets_N: (N,) int64, all of them supervised. head: makes logits (n, V) of them, with
     parameters that need no gradient; None where the states are logits already, (N, V). With N = 0 every term is zero,
-    and the loss is still connected to the states, so that no rank waits for a gradient.
+    and the loss is still connected to the states, so that no rank waits for a gradient. prompt: echo-off states (M, d)
+    and targets (M,) of prompt tokens that are trained on too; they count in the loss, the entropy and `correct`.
     """
-    return Terms(*_ChunkedTerms.apply(off_Nd, on_Nd, targets_N, config, head))
+    terms = Terms(*_ChunkedTerms.apply(off_Nd, on_Nd, targets_N, config, head))
+    if prompt is None:
+        return terms
+    of_prompt = Terms(*_ChunkedTerms.apply(prompt[0], None, prompt[1], config, head))
+    return terms._replace(
+        loss=terms.loss + of_prompt.loss,
+        entropy=terms.entropy + of_prompt.entropy,
+        correct=terms.correct + of_prompt.correct,
+        ce_prompt=of_prompt.ce_off,
+    )
 
 
 class _ChunkedTerms(torch.autograd.Function):
@@ -103,14 +116,14 @@ def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) 
     with torch.no_grad():
         entropy = -(log_off.exp() * log_off).sum()
         correct = (off.argmax(-1) == targets_n).sum().float()
+    zero = ce_off.new_zeros(())
     if len(logits_nV) == 1:
-        zero = ce_off.new_zeros(())
-        return Terms(ce_off, ce_off, zero, zero, entropy, correct)
+        return Terms(ce_off, ce_off, zero, zero, entropy, correct, zero)
     on = logits_nV[1].float()
     ce_on = F.cross_entropy(on, targets_n, reduction="sum")
     teacher, student = (on, off) if config.distillation_direction == "on_to_off" else (off, on)
     kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)
-    return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, entropy, correct)
+    return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, entropy, correct, zero)
 
 
 def distillation(*, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:

@@ -8,23 +8,25 @@ adapter disabled, it is the plain PEFT model. What `save_pretrained` writes is a
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModelForCausalLM, TaskType
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from echo_lora.config import EchoConfig
-from echo_lora.echo import EchoNetworks
+from echo_lora.echo import EchoNetworks, apply_control, echo_representation
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.head import Head
-from echo_lora.inject import Injector, decoder_layers, target_modules
+from echo_lora.inject import Injection, Injector, decoder_layers, target_modules
 from echo_lora.prefix import PrefixSharing
 from echo_lora.routing import is_routed
-from echo_lora.step import EchoOutput, align_rows, training_step, why_full
+from echo_lora.step import EchoOutput, align_rows, reading, training_step, why_full
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,7 @@ class EchoModel(PeftModelForCausalLM):
         self.echo_config = echo_config
         self.echo_adapter = adapter_name
         self.echo_enabled = True
+        self._keeps_echo = False
         self._source_layers = [layers[index] for index in source]  # a list, so that they are not registered twice
         self._injector = Injector(modules, adapter_name, echo_config.injection_site)
         self._sharing = PrefixSharing(list(layers))
@@ -125,11 +128,14 @@ class EchoModel(PeftModelForCausalLM):
         """In training mode with labels: the whole step, returning an EchoOutput. Else: the plain PEFT model.
 
         input_ids, attention_mask, labels: (B, T) int64, rows padded on either side, labels -100 outside the
-        answer. num_items_in_batch: supervised tokens of the whole optimizer step; Trainer passes it.
+        answer. Where labels cover prompt tokens too, completion_mask (B, T) is 1 at answer tokens; prompt tokens are
+        trained in the echo-off pass only. num_items_in_batch: supervised tokens of the whole optimizer step; Trainer
+        passes it.
         Raises EchoDataError for rows without prompt or answer and for packed rows, EchoModelError if the
         routing clock is not set or a forced `echo_step` is impossible.
         """
         if not self.applies(kwargs.get("labels")):
+            kwargs.pop("completion_mask", None)
             return super().forward(*args, **kwargs)
         step, total = self._clock()
         return self.echo_losses(*args, is_routed=is_routed(self.echo_config, step, total), **kwargs)
@@ -140,6 +146,7 @@ class EchoModel(PeftModelForCausalLM):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        completion_mask: Tensor | None = None,
         is_routed: bool,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -162,7 +169,7 @@ class EchoModel(PeftModelForCausalLM):
             self.echo,
             self._injector,
             self.echo_config,
-            align_rows(input_ids, attention_mask, labels),
+            align_rows(input_ids, attention_mask, labels, completion_mask),
             is_routed=is_routed,
             sharing=self._sharing if is_routed and self._shares_prefix(base) else None,
             head=self._usable_head(base, input_ids),
@@ -198,6 +205,70 @@ class EchoModel(PeftModelForCausalLM):
             and not self._adapters_disabled
             and self.active_adapters == [self.echo_adapter]
         )
+
+    # ------------------------------------------------------------- diagnosis
+
+    @torch.no_grad()
+    def diagnose(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> dict[str, float]:
+        """What the echo does on a batch, in the model's current mode: each term a mean over the answer tokens.
+
+        Gives ce_off, ce_on, distillation, echo_norm, gate_mean, and echo_share: how much of the output of the target
+        modules' low-rank branches the echo makes up. Where ce_on is not below ce_off, distillation teaches nothing. [O]
+        """
+        with self._injector.measuring() as shares:
+            output = self.echo_losses(input_ids, attention_mask, labels, is_routed=True)
+        names = ("ce_off", "ce_on", "distillation", "echo_norm", "gate_mean")
+        share = sum(share.item() for share in shares) / len(shares)
+        return {name: output[name].item() for name in names} | {"echo_share": share}
+
+    @contextmanager
+    def keeping_echo(self) -> Iterator[None]:
+        """Inside, `generate` keeps the echo on: what the distillation could reach, no model to deploy. [O]"""
+        self._keeps_echo = True
+        try:
+            yield
+        finally:
+            self._keeps_echo = False
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's. Inside `keeping_echo` every answer is generated with the echo of its prompt.
+
+        Then input_ids and attention_mask, padded on the left, are given by name, and the search is greedy or sampled.
+        Raises EchoModelError otherwise.
+        """
+        if not self._keeps_echo:
+            return super().generate(*args, **kwargs)
+        if args or "input_ids" not in kwargs or kwargs.get("num_beams") not in (None, 1):
+            raise EchoModelError("with the echo kept on, generate takes input_ids= by name and no beams.")
+        input_ids = kwargs["input_ids"]  # (B, P)
+        attention_mask = kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+        boundary_B = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
+        cache = DynamicCache(config=self.get_base_model().config)
+        with torch.no_grad(), reading(self._source_layers, boundary_B, input_ids.shape[1]) as hidden:
+            self._plain_forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        deltas, _, _ = self.echo(apply_control(echo_representation(hidden), self.echo_config.echo_kind))
+        cache.crop(-1)  # the boundary runs again, now with the echo
+        everywhere = torch.ones_like(input_ids[:, :1], dtype=torch.bool)  # every pass that follows has one column
+        passes = itertools.count()
+
+        def inject(*_: Any) -> None:
+            is_boundary = next(passes) == 0
+            injected = not is_boundary or self.echo_config.injection_mask == "predictive"
+            self._injector.current = Injection(deltas, everywhere & injected)
+
+        handle = self.get_base_model().register_forward_pre_hook(inject)
+        try:
+            with self._injector.injecting(None):
+                return super().generate(past_key_values=cache, **kwargs)
+        finally:
+            handle.remove()
 
     def _plain_forward(self, **kwargs: Any) -> Any:
         known = {k: v for k, v in kwargs.items() if k in self._forward_parameters}

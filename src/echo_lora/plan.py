@@ -35,6 +35,7 @@ from echo_lora.step import why_full
 STATE_BYTES = {"adamw_bnb_8bit": 10, "paged_adamw_8bit": 10, "adafactor": 9, "sgd": 8}
 ADAM_BYTES = 16
 QUANTISED_SHARE = {"4bit": 0.55 / 4, "8bit": 1.05 / 4}  # of the float32 bytes, with the scales
+NAMED_ROWS = 20  # dropped rows that are named on a screen; run.json names each one
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def preview(recipe: Recipe, count: int = 3) -> Preview:
             for data in prepared
             for row in data.rows[:count]
         ],
-        summary=[line for data in prepared for line in data.summary()],
+        summary=[line for data in prepared for line in data.summary(named=NAMED_ROWS)],
     )
 
 
@@ -125,7 +126,7 @@ def plan(recipe: Recipe) -> Plan:
         base_parameters=_base_parameters(model),
         deployed_parameters=deployed,
         echo_parameters=echo,
-        rows=[line for data in prepared for line in data.summary()],
+        rows=[line for data in prepared for line in data.summary(named=NAMED_ROWS)],
         steps=steps,
         mean_routing=mean_routing,
         why_full=reason if recipe.echo else None,
@@ -194,10 +195,11 @@ def _memory(recipe: Recipe, model: PeftModel, prepared: list[PreparedData], shar
     A = max(len(row.labels) - row.answer_start for row in rows)
     B = min(recipe.training.batch_size, len(rows))
     passes = (1 + A / (P + A) if shares_prefix else 2.0) if recipe.echo else 1.0
-    kept = _kept_bytes(model, B, P + A, A)
+    scored = P + A if recipe.data.train_on_prompt else A  # columns with logits, in the echo-off pass
+    kept = _kept_bytes(model, B, P + A, scored)
     if kept is not None:
         # about ten float32 tensors of a chunk's logits exist at one time
-        logits = 10 * 4 * min(B * A * model.get_input_embeddings().num_embeddings, CHUNK_ELEMENTS)
+        logits = 10 * 4 * min(B * scored * model.get_input_embeddings().num_embeddings, CHUNK_ELEMENTS)
         prefix = _prefix_bytes(model.get_base_model(), B, P) if recipe.echo and shares_prefix else 0
         kept = int(passes * kept + prefix + logits)
     share = QUANTISED_SHARE.get(recipe.quantization or "")

@@ -3,7 +3,8 @@
 `load_recipe` reads it, `recipe_table` lists its keys (of `schema.py`) for the documentation. What a recipe does not
 say keeps its default; a key it should not say is an error that names file, line and key.
 
-Paths of rows in a recipe start at the recipe's folder; those of `--set`, and `output`, at the working directory.
+Paths of rows in a recipe start at the recipe's folder; those of a shipped recipe, of `--set`, and `output`, at the
+working directory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,6 +27,7 @@ from echo_lora.schema import PARTS, DataSection, Recipe, Section, Source
 __all__ = ["Recipe", "load_recipe", "recipe_of_run", "recipe_table", "shipped_recipes"]
 
 SHIPPED = Path(__file__).parent / "recipes"
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -34,11 +36,12 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     overrides: `key.path=value`, the value in YAML, as in `training.steps=20`. Raises EchoConfigError, which
     names file, line and key.
     """
-    path = _find(str(source))
-    tree, document = _parse(path)
-    _rebase(document, path.parent)
+    path = find_yaml(str(source), SHIPPED, "recipe")
+    tree, document = parse_yaml(path)
+    if path.resolve().parent != SHIPPED.resolve():  # the user's rows are not in the package
+        _rebase(document, path.parent)
     document.setdefault("output", f"runs/{path.stem}")
-    return _validated(document, str(source), tree, overrides)
+    return validated(Recipe, document, str(source), tree, overrides)
 
 
 def recipe_of_run(record: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -47,19 +50,22 @@ def recipe_of_run(record: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         document = json.loads(Path(record).read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EchoConfigError(f"{record} holds no recipe: {error!r}. Name a recipe instead.") from error
-    return _validated(document, str(record), None, overrides)
+    return validated(Recipe, document, str(record), None, overrides)
 
 
-def _validated(document: dict[str, Any], source: str, tree: yaml.Node | None, overrides: Sequence[str]) -> Recipe:
+def validated(
+    kind: type[AnySection], document: dict[str, Any], source: str, tree: yaml.Node | None, overrides: Sequence[str] = ()
+) -> AnySection:
+    """The document as a section of this kind, some keys overridden. Raises EchoConfigError with file, line and key."""
     changed = {}
     for text in overrides:
         keys, value = _override(text)
         _set(document, keys, value, text)
         changed[tuple(keys)] = text
     try:
-        return Recipe.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
-        raise EchoConfigError(_explain(error, document, source, tree, changed)) from None
+        raise EchoConfigError(_explain(kind, error, document, source, tree, changed)) from None
 
 
 def shipped_recipes() -> list[str]:
@@ -67,14 +73,16 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
-def _find(source: str) -> Path:
+def find_yaml(source: str, shipped: Path, kind: str) -> Path:
+    """The file of this path or, in the folder `shipped`, of this name. Raises EchoConfigError if there is neither."""
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    if source in shipped_recipes():
-        return SHIPPED / f"{source}.yaml"
+    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    if source in names:
+        return shipped / f"{source}.yaml"
     raise EchoConfigError(
-        f"{source}: there is no such file, and no shipped recipe of this name.{nearest(source, shipped_recipes())}"
+        f"{source}: there is no such file, and no shipped {kind} of this name.{nearest(source, names)}"
     )
 
 
@@ -95,7 +103,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
+def parse_yaml(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
     """The tree, which knows lines, and the document. Raises EchoConfigError with file and line."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
@@ -157,7 +165,12 @@ def _set(document: dict[str, Any], keys: list[str], value: Any, text: str) -> No
 
 
 def _explain(
-    error: ValidationError, document: Any, source: str, tree: yaml.Node | None, changed: dict[tuple[str, ...], str]
+    kind: type[Section],
+    error: ValidationError,
+    document: Any,
+    source: str,
+    tree: yaml.Node | None,
+    changed: dict[tuple[str, ...], str],
 ) -> str:
     """One line per wrong key: where it stands, which it is, what is wrong, what is allowed."""
     problems: dict[tuple[Any, ...], list[str]] = {}
@@ -166,7 +179,7 @@ def _explain(
         shown = ".".join(map(str, path))
         message = re.sub(r"^(Input|String|List) should", "must", problem["msg"].removeprefix("Value error, "))
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key {shown}.{nearest(str(path[-1]), _keys(problem['loc'][:-1]))}"
+            message = f"unknown key {shown}.{nearest(str(path[-1]), _keys(kind, problem['loc'][:-1]))}"
         elif problem["type"] == "missing":
             message = f"the key {'.'.join([shown, str(problem['loc'][-1])]).lstrip('.')} is missing. Add it."
         elif problem["type"] == "value_error":
@@ -212,11 +225,11 @@ def _where(path: tuple[Any, ...], source: str, tree: yaml.Node | None, changed: 
     return f"{source}:{line + 1}" if path else source
 
 
-def _keys(loc: tuple[Any, ...]) -> list[str]:
+def _keys(kind: type[Section], loc: tuple[Any, ...]) -> list[str]:
     """The keys that are known at a location."""
-    model: Any = Recipe
+    model: Any = kind
     for part in loc:
-        if isinstance(part, str):
+        if isinstance(part, str) and part in model.model_fields:
             model = _section(model.model_fields[part].annotation)
     return list(model.model_fields)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from echo_lora.data import (
     PreparedData,
@@ -56,6 +56,7 @@ def prepare_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: str) 
             max_length=recipe.data.max_length,
             on_overlength=recipe.data.on_overlength,
             chat=recipe.data.chat,
+            train_on_prompt=recipe.data.train_on_prompt,
             source=source.file or source.name,
         )
         for source in getattr(recipe.data, part) or []
@@ -70,23 +71,30 @@ def join(prepared: list[PreparedData]) -> Dataset:
     return replace(prepared[0], rows=rows).to_dataset()
 
 
-def evaluation_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[EvalTask, list[Row]]]:
+def evaluation_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: Literal["validation", "test"] = "test"
+) -> list[tuple[EvalTask, list[Row]]]:
     """Tasks and their rows for `evaluate.score`.
 
     Without `evaluation.tasks` each source of `data.test` is a task that generates an answer. Tasks without a stop
-    of their own end where the model's turns end. Raises EchoConfigError if there is nothing to score.
+    of their own end where the model's turns end. part: `validation` takes the rows of `data.validation` instead.
+    Raises EchoConfigError if there is nothing to score.
     """
-    tasks = recipe.evaluation.tasks or _default_tasks(recipe)
+    tasks = recipe.evaluation.tasks or _default_tasks(recipe, part)
     ends = tokenizer.convert_ids_to_tokens(sorted(end_token_ids(tokenizer)))
     scored = []
     for task in tasks:
-        sources = task.data or recipe.data.test
+        if task.data and recipe.evaluation.tasks and part != "test":
+            raise EchoConfigError(
+                f"evaluation task {task.name!r} has test rows of its own, so it can't be scored on data.{part}."
+            )
+        sources = task.data or getattr(recipe.data, part)
         if not sources:
-            raise EchoConfigError(f"evaluation task {task.name!r} has no rows. Give it data, or give data.test.")
+            raise EchoConfigError(f"evaluation task {task.name!r} has no rows. Give it data, or give data.{part}.")
         where = ", ".join(source.file or source.name for source in sources)
-        rows = [row for source in sources for row in source_rows(recipe, source, "test")]
+        rows = [row for source in sources for row in source_rows(recipe, source, part)]
         rendered = [_scored(task, row, tokenizer, recipe.data.chat, f"{where}: row {i}") for i, row in enumerate(rows)]
-        stop = task.stop or (ends if task.kind == "generate" else [])
+        stop = task.stop or (ends if task.kind != "choice" else [])
         scored.append((task.build(file=where, stop=stop), rendered))
     return scored
 
@@ -103,17 +111,15 @@ def _generated(task: str, seed: int, params: str, sizes: tuple[int, ...]) -> dic
     return reasoning_gym_splits(task, dict(zip(PARTS, sizes, strict=True)), seed, json.loads(params))
 
 
-def _default_tasks(recipe: Recipe) -> list[EvaluationTask]:
-    if not recipe.data.test:
-        raise EchoConfigError("the recipe has nothing to score. Give data.test, or evaluation.tasks with data.")
+def _default_tasks(recipe: Recipe, part: str) -> list[EvaluationTask]:
+    sources: list[Source] = getattr(recipe.data, part) or []
+    if not sources:
+        raise EchoConfigError(f"the recipe has nothing to score. Give data.{part}, or evaluation.tasks with data.")
     names: list[str] = []
-    for source in recipe.data.test:
+    for source in sources:
         name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(source.name).stem)
         names.append(name if name not in names else f"{name}-{len(names) + 1}")
-    return [
-        EvaluationTask(name=name, data=[source.model_dump()])
-        for name, source in zip(names, recipe.data.test, strict=True)
-    ]
+    return [EvaluationTask(name=name, data=[source.model_dump()]) for name, source in zip(names, sources, strict=True)]
 
 
 def _scored(
@@ -121,9 +127,10 @@ def _scored(
 ) -> Row:
     """A row as its kind of task wants it: the prompt rendered, and what is right."""
     rendered = {"prompt": render_prompt(row, tokenizer, chat)}
-    if task.kind == "choice":
-        return rendered | {name: row[name] for name in ("choices", "label") if name in row}
-    return rendered | {"answer": _answer(row, where)}
+    if task.kind in ("generate", "number"):
+        rendered["answer"] = _answer(row, where)
+    names = {"choice": ("choices", "label"), "code": ("test", "entry_point")}.get(task.kind, ())
+    return rendered | {name: row[name] for name in (*names, "group") if row.get(name) is not None}
 
 
 def _answer(row: Mapping[str, Any], where: str) -> str:

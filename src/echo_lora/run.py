@@ -51,7 +51,7 @@ from echo_lora.sft import EchoSFTTrainer
 
 RUN_FILE = "run.json"
 STARTED = "started.json"  # in checkpoints/, the recipe: the folder is a run's own, and may be tidied
-SHOWN_METRICS = ("loss", "ce_off", "ce_on", "distillation", "routing_p", "eval_loss", "learning_rate")
+SHOWN_METRICS = ("loss", "ce_off", "ce_on", "distillation", "ce_prompt", "routing_p", "eval_loss", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
         if not resume:
             started = json.dumps(recipe.to_dict(), indent=2)
             write_file(checkpoints / STARTED, lambda path: path.write_text(started, encoding="utf-8"))
-        result, model, tokenizer = _train(recipe, checkpoints, resume)
+        result, model, tokenizer = train(recipe, checkpoints, resume=resume)
         with stage("Saving the adapter and reading it back"):
             card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
             save_verified(model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True)
@@ -203,7 +203,11 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     )
 
 
-def _train(recipe: Recipe, checkpoints: Path, resume: bool) -> tuple[RunResult, PeftModel, Any]:
+def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult, PeftModel, Any]:
+    """Train the recipe's adapter, with checkpoints in this folder; the result, the trained model and its tokenizer.
+
+    The model has its echo networks still. Raises an EchoError.
+    """
     with stage(f"Reading rows with the tokenizer of {recipe.model}"):
         tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
         prepared = {part: prepare_part(recipe, tokenizer, part) for part in ("train", "validation")}
@@ -271,11 +275,12 @@ def plot_losses(history: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     has_echo = any("ce_off" in entry for entry in history)
-    for name in ("ce_off", "ce_on", "distillation", "eval_loss") if has_echo else ("loss", "eval_loss"):
+    terms = ("ce_off", "ce_on", "distillation", "ce_prompt", "eval_loss")
+    for name in terms if has_echo else ("loss", "eval_loss"):
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "")
-    axes.set(xlabel="optimizer step", ylabel="nats per answer token")
+    axes.set(xlabel="optimizer step", ylabel="nats per supervised token")
     if has_echo:
         points = [(entry["step"], entry["routing_p"]) for entry in history if "routing_p" in entry]
         right = axes.twinx()

@@ -111,6 +111,9 @@ class DataSection(Section):
     validation: Sources | None = _option(None, "rows for training.evaluate_every")
     test: Sources | None = _option(None, "rows that the default evaluation scores")
     columns: dict[str, str] | None = _option(None, "our column name to the files' own, as in {prompt: question}")
+    train_on_prompt: bool = _option(
+        False, "train on the prompt's tokens too, in the echo-off pass; the echo still acts on answers only"
+    )
     chat: bool = _option(False, "put plain prompts and completions into the model's chat template")
     max_length: int | None = _option(1024, "longest row in tokens; higher costs memory; null: no limit", ge=2)
     on_overlength: Literal["error", "drop", "truncate_prompt"] = _option(

@@ -13,6 +13,8 @@ from echo_lora.base_models import load_base_model, load_tokenizer
 from echo_lora.environment import versions
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.evaluate import TaskResult, score
+from echo_lora.evaluate.benchmarks import commonsense_average
+from echo_lora.evaluate.harness import require_permission
 from echo_lora.export import CONFIG_FILE, write_file
 from echo_lora.merge import load_adapter
 from echo_lora.progress import stage
@@ -30,8 +32,18 @@ class Scores:
     adapter: str | None  # its folder
     results: list[TaskResult]
 
+    @property
+    def commonsense_average(self) -> float | None:
+        """The unweighted mean of LLM-Adapters' eight accuracies, if all were scored under their names."""
+        return commonsense_average({result.task: result.accuracy for result in self.results})
+
     def to_dict(self) -> dict[str, Any]:
-        return {"model": self.model, "adapter": self.adapter, "results": [result.to_dict() for result in self.results]}
+        return {
+            "model": self.model,
+            "adapter": self.adapter,
+            "commonsense_average": self.commonsense_average,
+            "results": [result.to_dict() for result in self.results],
+        }
 
 
 def resolve(
@@ -58,12 +70,20 @@ def resolve(
     return recipe_of_run(run / RUN_FILE, overrides), Path(adapter) if adapter is not None else own
 
 
-def score_recipe(recipe: Recipe, adapter: Path | None, *, with_base: bool) -> list[Scores]:
+def score_recipe(
+    recipe: Recipe, adapter: Path | None, *, with_base: bool, run_generated_code: bool = False
+) -> list[Scores]:
     """Score the adapter on the recipe's evaluation tasks, the base before it if asked for or if there is no adapter.
 
-    Raises EchoCheckpointError if the adapter does not fit the recipe's model.
+    run_generated_code: as of `score`. Raises EchoConfigError if a task needs it and it is not given,
+    EchoCheckpointError if the adapter does not fit the recipe's model.
     """
+    require_permission([task.build() for task in recipe.evaluation.tasks], run_generated_code)
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    options: dict[str, Any] = {
+        "batch_size": recipe.evaluation.batch_size,
+        "run_generated_code": run_generated_code,
+    }
     with stage("Rendering the rows of the evaluation"):
         tasks = evaluation_rows(recipe, tokenizer)
     with stage(f"Loading {recipe.model}"):
@@ -74,10 +94,10 @@ def score_recipe(recipe: Recipe, adapter: Path | None, *, with_base: bool) -> li
     scores = []
     if adapter is None or with_base:
         with stage("Scoring the base", bar=False), nullcontext() if adapter is None else model.disable_adapter():
-            scores.append(Scores("base", None, score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)))
+            scores.append(Scores("base", None, score(model, tokenizer, tasks, **options)))
     if adapter is not None:
         with stage("Scoring the adapter", bar=False):
-            results = score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)
+            results = score(model, tokenizer, tasks, **options)
         scores.append(Scores("adapter", str(adapter), results))
     return scores
 

@@ -28,8 +28,9 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer with the echo: the same datasets, arguments and callbacks, and `echo_config=`.
 
     Further arguments of ours: on_overlength, what to do with rows longer than `max_length` (an answer is never
-    cut). Without `echo_config` it trains as SFTTrainer does. Refused are packing and padding_free (a
-    row needs a boundary of its own), text-only rows (no boundary), and losses other than `nll`.
+    cut). Without `echo_config` it trains as SFTTrainer does. completion_only_loss=False trains on prompts too, in the
+    echo-off pass, as `data.train_on_prompt` of a recipe does. Refused are packing and padding_free (a row needs a
+    boundary of its own), text-only rows (no boundary), and losses other than `nll`.
     """
 
     def __init__(
@@ -152,8 +153,4 @@ def _refuse_text(example: dict[str, Any], name: str, args: Any, formatting_func:
         raise EchoDataError(
             f"the {name} data has no boundary between prompt and answer ({what}), and the echo is read there. Use "
             "prompt and completion columns, or messages with SFTConfig(assistant_only_loss=True)."
-        )
-    if getattr(args, "completion_only_loss", None) is False:
-        raise EchoConfigError(
-            "completion_only_loss=False trains on the prompt too, which leaves no boundary. Leave it out."
         )

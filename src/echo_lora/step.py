@@ -4,7 +4,7 @@
     off      the ordinary pass; source layers are read at the boundary                    (equation 1)
     z, δ     echo representation, projection and gate                                     (equations 2, 3)
     on       the pass again with δ injected                                               (equations 4, 6)
-    loss     CE(off) + CE(on) + μ · distillation                                          (equation 7)
+    loss     CE(off) + CE(on) + μ · distillation [+ CE(off) at prompt tokens]             (equation 7)
 
 Before the boundary the two passes are identical, for nothing is injected there and a causal model's states can't
 depend on later tokens. The echo-on pass therefore runs on the last A columns only and attends to the keys and
@@ -49,8 +49,9 @@ from echo_lora.prefix import PrefixRecorder, PrefixSharing
 class EchoOutput(ModelOutput):
     """What one training step gives; scalars in float32, and only `loss` carries gradient.
 
-    The three terms, the entropy and the accuracy are sums over the supervised tokens divided by
-    `num_items_in_batch`; over the micro-batches of one optimizer step they add up to means.
+    The terms, the entropy and the accuracy are sums over tokens divided by `num_items_in_batch`; over the
+    micro-batches of one optimizer step they add up to means. Entropy and accuracy are those of all supervised tokens,
+    `ce_off`, `ce_on` and `distillation` those of answer tokens.
     """
 
     loss: Tensor | None = None
@@ -62,6 +63,7 @@ class EchoOutput(ModelOutput):
     gate_mean: Tensor | None = None  # mean gate, in (0, 1)
     entropy: Tensor | None = None
     token_accuracy: Tensor | None = None
+    ce_prompt: Tensor | None = None  # None where prompts are not trained on
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class AlignedRows:
     targets: Tensor  # (B, A) int64: what columns P-1 … P+A-2 predict; -100 where not supervised
     prefix_length: int  # P - 1: columns before the first boundary
     boundary: Tensor  # (B,) int64: each row's; P - 1 in all of them, or the rows start in one column
+    prompt_targets: Tensor | None = None  # (B, T) int64: what columns 0 … T-1 predict outside answers, or -100
 
 
 def boundary_positions(labels: Tensor) -> Tensor:
@@ -97,10 +100,13 @@ def boundary_positions(labels: Tensor) -> Tensor:
     return first - 1
 
 
-def align_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> AlignedRows:
+def align_rows(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, completion_mask: Tensor | None = None
+) -> AlignedRows:
     """Move padding so that all boundaries fall in one column; drop what no supervised token depends on.
 
     input_ids, labels: (B, T); attention_mask: (B, T) or None, padding on either side. [O]
+    completion_mask: (B, T), 1 at answer tokens, where the labels cover prompt tokens too; None: all labels are answers.
     In a row of several turns the prefix ends at the first answer token. Where two passes over rows that all start in
     one column run fewer columns, they do that.
     """
@@ -111,8 +117,9 @@ def align_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor)
     order = (~is_token).int().argsort(dim=1, stable=True)  # (B, T)
     input_ids = input_ids.gather(1, order)
     labels = torch.where(is_token, labels, -100).gather(1, order)
+    answer = labels if completion_mask is None else labels.where(completion_mask.gather(1, order).bool(), -100)
 
-    prompt = boundary_positions(labels) + 1  # (B,) tokens up to and with the boundary
+    prompt = boundary_positions(answer) + 1  # (B,) tokens up to and with the boundary
     columns = torch.arange(labels.shape[1], device=labels.device)  # (T,)
     length = torch.where(labels != -100, columns, -1).amax(1) + 1  # (B,) up to the last supervised token
     P, A = int(prompt.max()), int((length - prompt).max())
@@ -125,7 +132,8 @@ def align_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor)
     inside = (position >= 0) & (position < length[:, None])
     source = position.clamp(0, labels.shape[1] - 1)
     ids = torch.where(inside, input_ids.gather(1, source), input_ids.gather(1, prompt[:, None] - 1))
-    targets = torch.where(inside, labels.gather(1, source), -100)
+    targets = torch.where(inside, answer.gather(1, source), -100)
+    prompt_targets = torch.where((position > 0) & (targets == -100) & inside, labels.gather(1, source), -100)
     return AlignedRows(
         input_ids=ids[:, :-1],
         attention_mask=inside[:, :-1].long(),
@@ -134,6 +142,7 @@ def align_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor)
         targets=targets[:, P:],
         prefix_length=P - 1,
         boundary=starts + prompt - 1,
+        prompt_targets=None if completion_mask is None else prompt_targets[:, 1:],
     )
 
 
@@ -185,22 +194,24 @@ def training_step(
     """Both passes and all losses of one (micro-)batch.
 
     forward: the plain PEFT model. sharing: None runs the echo-on pass in full. head: None leaves the logits to the
-    model, for all answer columns at once. num_items: supervised tokens of the whole optimizer step; by default those
-    of this batch. With `is_routed` false this is a plain LoRA step, with logits at predicting positions only.
+    model, for all answer columns at once (all columns, where prompts are trained on). num_items: supervised tokens of
+    the whole optimizer step, of prompts too where they are trained on; by default those of this batch. With `is_routed`
+    false this is a plain LoRA step, with logits at predicting positions only.
     """
     supervised = rows.targets != -100  # (B, A)
     targets_N = rows.targets[supervised]  # (N,)
+    A, T = rows.targets.shape[1], rows.input_ids.shape[1]
 
     # echo-off pass
     recorder = None
     if is_routed and sharing is not None:
         recorder = PrefixRecorder(rows.prefix_length, sharing.depth, is_checkpointed=is_checkpointed)
     with (
-        _reading(source_layers if is_routed else [], rows.boundary, rows.input_ids.shape[1]) as hidden,
+        reading(source_layers if is_routed else [], rows.boundary, T) as hidden,
         sharing.using(recorder) if sharing is not None else nullcontext(),
     ):
-        off, off_BAd = _run(forward, head, rows, 0, None)
-    off_Nd = off_BAd[supervised]  # (N, d)
+        off, off_BKd = _run(forward, head, rows, 0, None, keep=A if rows.prompt_targets is None else T)
+    off_Nd = off_BKd[:, -A:][supervised]  # (N, d)
 
     on_Nd, echo_norm, gate_mean = None, None, None
     if is_routed:
@@ -213,20 +224,25 @@ def training_step(
         if sharing is not None and recorder is not None:
             prefix = recorder.prefix()
             with injector.injecting(Injection(deltas, mask_BA)), sharing.using(prefix):
-                _, on_BAd = _run(forward, head, rows, rows.prefix_length, prefix)
+                _, on_BAd = _run(forward, head, rows, rows.prefix_length, prefix, keep=A)
         else:
             before = mask_BA.new_zeros(len(mask_BA), rows.prefix_length)
             with injector.injecting(Injection(deltas, torch.cat([before, mask_BA], dim=1))):
-                _, on_BAd = _run(forward, head, rows, 0, None)
+                _, on_BAd = _run(forward, head, rows, 0, None, keep=A)
         on_Nd = on_BAd[supervised]  # (N, d)
 
     # losses
-    terms = loss_terms(off_Nd, on_Nd, targets_N, config, head)
-    count = max(len(targets_N), 1) if num_items is None else torch.as_tensor(num_items, device=off_Nd.device)
-    loss, ce_off, ce_on, distillation, entropy, correct = (term / count for term in terms)
+    tokens, prompt = len(targets_N), None
+    if rows.prompt_targets is not None:
+        is_target = rows.prompt_targets != -100  # (B, T)
+        prompt = off_BKd[is_target], rows.prompt_targets[is_target]  # (M, d), (M,)
+        tokens += len(prompt[1])
+    terms = loss_terms(off_Nd, on_Nd, targets_N, config, head, prompt)
+    count = max(tokens, 1) if num_items is None else torch.as_tensor(num_items, device=off_Nd.device)
+    loss, ce_off, ce_on, distillation, entropy, correct, ce_prompt = (term / count for term in terms)
     if router_aux_loss_coef:
         # a mean over the batch; over the micro-batches of a step these shares add up to 1
-        loss = loss + router_aux_loss_coef * off.aux_loss.to(loss.device) * len(targets_N) / count
+        loss = loss + router_aux_loss_coef * off.aux_loss.to(loss.device) * tokens / count
     zero = ce_off.new_zeros(())
     return EchoOutput(
         loss=loss,
@@ -238,14 +254,14 @@ def training_step(
         gate_mean=zero if gate_mean is None else gate_mean,
         entropy=entropy,
         token_accuracy=correct,
+        ce_prompt=None if prompt is None else ce_prompt,
     )
 
 
 def _run(
-    forward: Callable[..., Any], head: Head | None, rows: AlignedRows, start: int, prefix: Cache | None
+    forward: Callable[..., Any], head: Head | None, rows: AlignedRows, start: int, prefix: Cache | None, *, keep: int
 ) -> tuple[Any, Tensor]:
-    """The plain model on columns `start` …; its output, and what `head` makes logits of at the last A columns."""
-    A = rows.targets.shape[1]
+    """The plain model on columns `start` …; its output, and what `head` makes logits of at the last `keep` columns."""
     with head.intercepting() if head is not None else nullcontext() as states:
         output = forward(
             input_ids=rows.input_ids[:, start:],
@@ -253,15 +269,15 @@ def _run(
             position_ids=rows.position_ids[:, start:],
             past_key_values=prefix,
             use_cache=False,
-            logits_to_keep=A,
+            logits_to_keep=keep,
             # the auxiliary loss is that of the echo-off pass, and its mask must fit the columns
             **({"output_router_logits": False} if prefix is not None else {}),
         )
-    return output, (output.logits if states is None else states[0])[:, -A:].to(rows.targets.device)
+    return output, (output.logits if states is None else states[0])[:, -keep:].to(rows.targets.device)
 
 
 @contextmanager
-def _reading(layers: list[nn.Module], column_B: Tensor, columns: int) -> Iterator[list[Tensor]]:
+def reading(layers: list[nn.Module], column_B: Tensor, columns: int) -> Iterator[list[Tensor]]:
     """Collect each layer's output at each row's column, (B, d), during the pass inside."""
     states: list[Tensor] = []
 

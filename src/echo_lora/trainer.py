@@ -32,7 +32,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from echo_lora.checkpoint import (
     SEAL,
@@ -53,6 +53,7 @@ from echo_lora.step import EchoOutput
 logger = logging.getLogger(__name__)
 
 ROW = "row"  # column with the number of each row in the user's data, for error messages
+ANSWER = "completion_mask"  # column that is 1 at answer tokens, where labels cover prompt tokens too
 ECHO_STATE = "echo_state.safetensors"
 
 # Arguments that decide what training computes; a resume must agree on them. [O]
@@ -103,23 +104,41 @@ class _Watch(EchoCallback):
 
 
 class _RowCollator:
-    """The user's collator, with the rows' numbers carried past it."""
+    """The user's collator, with the rows' numbers, and what is answer in their labels, carried past it."""
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
         self.collate = collate
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        has_answers = all(ANSWER in feature and "labels" in feature for feature in features)
+        carried = {ROW, ANSWER} if has_answers else {ROW}
         rows = [feature[ROW] for feature in features if ROW in feature]
-        batch = self.collate([{k: v for k, v in feature.items() if k != ROW} for feature in features])
+        batch = self.collate([{k: v for k, v in feature.items() if k not in carried} for feature in features])
         if len(rows) == len(features):
             batch[ROW] = torch.tensor(rows)
+        if has_answers:
+            batch[ANSWER] = _at_tokens([feature[ANSWER] for feature in features], batch)
         return batch
+
+
+def _at_tokens(masks: list[list[int]], batch: dict[str, Any]) -> Tensor:
+    """The rows' masks where the collator put their tokens, (B, T); 0 at padding."""
+    is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    lengths = [len(mask) for mask in masks]
+    if is_token.sum(1).tolist() != lengths:
+        raise EchoDataError(
+            f"the data collator makes rows of {is_token.sum(1).tolist()} tokens out of rows of {lengths}, so it is not "
+            "known which of them are answers. Use one that only pads, and returns an attention_mask."
+        )
+    at_tokens = torch.zeros_like(batch["input_ids"])
+    at_tokens[is_token] = torch.tensor([value for mask in masks for value in mask], dtype=at_tokens.dtype)
+    return at_tokens
 
 
 class _Meter:
     """Sums of what the steps since the last log returned."""
 
-    ALWAYS = ("ce_off", "entropy", "token_accuracy")
+    ALWAYS = ("ce_off", "ce_prompt", "entropy", "token_accuracy")  # ce_prompt where prompts are trained on
     ROUTED = ("ce_on", "distillation")  # sums over the tokens of an optimizer step
     STATE = ("echo_norm", "gate_mean")  # means over a batch
 
@@ -135,7 +154,8 @@ class _Meter:
         self.is_routed = bool(output.routed)
         self.routed_batches += self.is_routed
         for name in (*self.ALWAYS, *self.ROUTED, *self.STATE):
-            self.sums[name] = self.sums.get(name, 0.0) + output[name].detach()
+            if name in output:
+                self.sums[name] = self.sums.get(name, 0.0) + output[name].detach()
 
     def end_step(self) -> None:
         self.optimizer_steps += 1
@@ -147,7 +167,7 @@ class _Meter:
             return {}
         total = {name: add_ranks(value).item() for name, value in self.sums.items()}
         ranks = add_ranks(torch.ones((), device=self.sums["ce_off"].device)).item()
-        out = {name: total[name] / self.optimizer_steps for name in self.ALWAYS}
+        out = {name: total[name] / self.optimizer_steps for name in self.ALWAYS if name in total}
         out["mean_token_accuracy"] = out.pop("token_accuracy")  # TRL's name
         out["routed"] = self.routed_steps / self.optimizer_steps  # the same on every rank
         if self.routed_steps:
@@ -201,6 +221,8 @@ class EchoTrainerMixin(Trainer):
     ) -> Any:
         rows = inputs.pop(ROW, None)
         echo = self._echo_model
+        if echo is None or not echo.applies(inputs.get("labels")):
+            inputs.pop(ANSWER, None)
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._rows_of_step += [] if rows is None else rows.tolist()
@@ -209,7 +231,8 @@ class EchoTrainerMixin(Trainer):
             self._check_loss({"loss": result[0] if return_outputs else result})
             return result
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        self._check_loss({name: outputs[name] for name in ("ce_off", "ce_on", "distillation", "loss")})
+        terms = ("ce_off", "ce_prompt", "ce_on", "distillation", "loss")
+        self._check_loss({name: outputs[name] for name in terms if name in outputs})
         loss = outputs.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # num_items_in_batch counts the tokens of all ranks, whose gradients DDP averages
@@ -277,6 +300,36 @@ class EchoTrainerMixin(Trainer):
             )
             self._meter.reset()
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """As Trainer's. Its metrics also say what the echo does on the same rows: see EchoModel.diagnose. [O]
+
+        Where `eval_ce_on` is not below `eval_ce_off`, the distillation has nothing to teach. Not under FSDP2.
+        """
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._echo_model is not None and not self._is_sharded and self._echo_model.echo_enabled:
+            diagnosis = self._diagnose(self._echo_model, dataloader)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in diagnosis.items()})
+        return output
+
+    def _diagnose(self, model: EchoModel, dataloader: Any) -> dict[str, float]:
+        """Means over the answer tokens of all batches and processes."""
+        sums: dict[str, float] = {}
+        count = 0
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            if len(batch["labels"]) == 1 and model.echo_config.echo_kind == "shuffled":
+                continue  # a last row that is alone has no other's echo
+            labels = batch["labels"].where(batch[ANSWER].bool(), -100) if ANSWER in batch else batch["labels"]
+            tokens = int((labels != -100).sum())
+            for name, value in model.diagnose(batch["input_ids"], batch.get("attention_mask"), labels).items():
+                sums[name] = sums.get(name, 0.0) + value * tokens
+            count += tokens
+        total = torch.tensor([*sums.values(), float(count)], dtype=torch.float64)
+        total = self.accelerator.reduce(total.to(self.args.device), "sum").cpu()
+        return {name: (value / total[-1]).item() for name, value in zip(sums, total, strict=False)}
 
     # ------------------------------------------------------------- checkpoints
 
@@ -442,7 +495,7 @@ class EchoTrainerMixin(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if ROW not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, ROW]
+            self._signature_columns = [*self._signature_columns, ROW, ANSWER]
 
 
 class EchoTrainer(EchoTrainerMixin, Trainer):
@@ -548,11 +601,11 @@ def _refuse_lonely_rows(trainer: Any) -> None:
 
 
 def _dataset_hash(dataset: Any) -> str:
-    """SHA-256 of the token ids and labels; "stream" for data that can't be read twice."""
+    """SHA-256 of token ids, labels and what is answer in them; "stream" for data that can't be read twice."""
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return "stream"
     digest = hashlib.sha256()
-    columns = [c for c in ("input_ids", "labels") if c in dataset.column_names]
+    columns = [c for c in ("input_ids", "labels", ANSWER) if c in dataset.column_names]
     for batch in dataset.select_columns(columns).iter(1000):
         for column in columns:
             for values in batch[column]:

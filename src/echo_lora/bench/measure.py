@@ -36,7 +36,7 @@ from echo_lora.bench.programs import (
 )
 from echo_lora.bench.report import Memory, Report, Table, table_of, write_report
 from echo_lora.environment import MemoryWatch, commit, devices, processor, versions
-from echo_lora.errors import EchoError, EchoModelError
+from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
 from echo_lora.export import refuse_existing
 from echo_lora.progress import progress_console, stage
 from echo_lora.recipe import load_recipe
@@ -75,6 +75,11 @@ def run_bench(
         shapes = SHAPES[:1] if quick else SHAPES
     prompts_and_answers = [parse_shape(shape) for shape in shapes]
     loaded = load_recipe(recipe or RECIPE, overrides)
+    if loaded.data.train_on_prompt:
+        raise EchoConfigError(
+            "bench compares steps with a loss on answers, but the recipe has data.train_on_prompt = true. "
+            "Add `--set data.train_on_prompt=false`."
+        )
     require_packages(loaded)
     rows = rows or (QUICK_ROWS if quick else loaded.training.batch_size)
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)

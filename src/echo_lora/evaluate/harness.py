@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
+from echo_lora.evaluate.answers import UNREADABLE, macro_accuracy
 from echo_lora.evaluate.tasks import (
     FILTER,
     METRIC,
     TASK_VERSION,
-    UNREADABLE,
     EvalTask,
     check_rows,
     location,
@@ -38,19 +38,20 @@ class TaskResult:
 
     task: str
     kind: str
-    metric: str  # lm-eval's: "acc" for kind choice, "exact_match" for generate
+    metric: str  # lm-eval's: "acc" for kind choice, "exact_match" for generate and number, "pass_at_1" for code
     filter: str  # lm-eval's name of the filter that read the responses
     correct: int
     total: int
-    accuracy: float
+    accuracy: float  # over rows; where rows have groups, also called micro
     low: float  # the 95 % Wilson interval of the accuracy
     high: float
-    unreadable: float  # share of answers in which the pattern found nothing; 0 for kind choice
+    unreadable: float  # share of answers in which nothing was found to read; 0 for kind choice
     seconds: float  # inside the model
     lm_eval_version: str
     task_version: float
     correct_per_row: list[bool]  # in the order of the rows, for paired statistics
     predictions: list[str]  # "" where unreadable
+    macro_accuracy: float | None = None  # the unweighted mean of the groups' accuracies; None without groups
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -64,18 +65,21 @@ def score(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
+    run_generated_code: bool = False,
 ) -> list[TaskResult]:
     """Score `model` on each task's rows, in that order, without sampling and without few-shot examples.
 
     tasks: pairs of a task and its rows; `tasks.py` describes a row. seed: of torch, for a model that draws
-    random numbers even in eval mode. progress: bars, on a terminal only.
+    random numbers even in eval mode. progress: bars, on a terminal only. run_generated_code: allow tasks of kind
+    code, which run what the model wrote, within the limits of `programs.py` and in no sandbox.
     Nothing is downloaded. Training modes, padding token and random states are left as they were.
     Raises EchoError if lm-eval is missing, EchoDataError for a row that can't be scored or is too long,
-    EchoConfigError for a name used twice, EchoModelError for a model that gives NaN.
+    EchoConfigError for a name used twice or code that may not be run, EchoModelError for a model that gives NaN.
     """
     if find_spec("lm_eval") is None:
         raise EchoError('Evaluation needs lm-evaluation-harness. Run: pip install "echo-lora[eval]"')
     _check_names([task.name for task, _ in tasks])
+    require_permission([task for task, _ in tasks], run_generated_code)
     if tokenizer.eos_token_id is None:
         raise EchoModelError("The tokenizer has no eos_token, so no answer would end. Set tokenizer.eos_token.")
     documents = [(task, check_rows(task, rows)) for task, rows in tasks]
@@ -95,13 +99,29 @@ def score(
         lm = RenderedPromptLM(model, tokenizer, batch_size=batch_size, shows_progress=shows_progress)
         for task, rows in documents:
             for index, row in enumerate(rows):
-                lm.check_length(location(task, index), row["prompt"], row.get("choices", task.max_new_tokens))
+                answer = row["choices"] if task.kind == "choice" else task.max_new_tokens
+                lm.check_length(location(task, index), row["prompt"], answer)
             write_task(task, rows, folder)
         loaded = TaskManager(include_path=folder, include_defaults=False).load([task.name for task, _ in tasks])
         torch.manual_seed(seed)
         # not simple_evaluate, which describes the machine with pip and git, and lets git complain on stderr
-        samples = evaluate(lm, loaded, bootstrap_iters=0)["samples"]
+        samples = evaluate(lm, loaded, bootstrap_iters=0, confirm_run_unsafe_code=run_generated_code)["samples"]
     return [_result(task, samples[task.name], lm.seconds[task.name]) for task, _ in documents]
+
+
+def require_permission(tasks: Iterable[EvalTask], run_generated_code: bool) -> None:
+    """Raises EchoConfigError if a task is of kind code and generated code may not be run, or can't be limited."""
+    for task in tasks:
+        if task.kind == "code" and not run_generated_code:
+            raise EchoConfigError(
+                f"evaluation task {task.name!r} runs programs that the model writes, with limits but in no sandbox. "
+                "Allow it with --run-generated-code (in Python: run_generated_code=True), or leave the task out."
+            )
+        if task.kind == "code" and find_spec("resource") is None:
+            raise EchoConfigError(
+                f"evaluation task {task.name!r} runs programs that the model writes, and this system can't limit them. "
+                "Score it on Linux or macOS."
+            )
 
 
 def _check_names(names: list[str]) -> None:
@@ -118,6 +138,7 @@ def _result(task: EvalTask, samples: list[dict[str, Any]], seconds: float) -> Ta
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     predictions = [_prediction(task, sample) for sample in samples]
     correct_per_row = [bool(sample[METRIC[task.kind]]) for sample in samples]
+    groups = [sample["doc"]["group"] for sample in samples if "group" in sample["doc"]]
     correct, total = sum(correct_per_row), len(correct_per_row)
     interval = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
     return TaskResult(
@@ -136,12 +157,13 @@ def _result(task: EvalTask, samples: list[dict[str, Any]], seconds: float) -> Ta
         task_version=TASK_VERSION,
         correct_per_row=correct_per_row,
         predictions=predictions,
+        macro_accuracy=macro_accuracy(correct_per_row, groups) if groups else None,
     )
 
 
 def _prediction(task: EvalTask, sample: dict[str, Any]) -> str:
     """The answer that was read, or the choice of highest log-likelihood, the first one of equals."""
-    if task.kind == "generate":
+    if task.kind != "choice":
         return sample["filtered_resps"][0]
     loglikelihoods = [loglikelihood for loglikelihood, _ in sample["filtered_resps"]]
     if any(math.isnan(value) for value in loglikelihoods):

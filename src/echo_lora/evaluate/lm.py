@@ -1,11 +1,12 @@
 """The model as lm-evaluation-harness sees it.
 
-lm-eval is made for prompts that it writes itself. Ours are rendered, so four of its habits are switched off:
+lm-eval is made for prompts that it writes itself. Ours are rendered, so five of its habits are switched off:
 
     a token at the start (BOS)           the template has put it where it belongs
     white space at a prompt's end        is moved into the continuation; chat templates end in a newline
     cutting prompts that are too long    `check_length` refuses them instead
     text after the end of an answer      is kept if the model's own end token is not the tokenizer's
+    a blank at an answer's start         is lost where a tokenizer drops the one before a text's first word
 """
 
 from __future__ import annotations
@@ -84,6 +85,14 @@ class RenderedPromptLM(HFLM):
         if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
             return prompt, whole[len(prompt) :]
         return prompt, self.tok_encode(continuation)  # a token would reach across the border
+
+    def tok_decode(self, tokens: int | list[int], skip_special_tokens: bool = True) -> str:
+        """The tokens as they read after others."""
+        if isinstance(tokens, int) or not tokens:
+            return super().tok_decode(tokens, skip_special_tokens)
+        before = self.tok_encode("a")
+        start = super().tok_decode(before, skip_special_tokens)
+        return super().tok_decode([*before, *tokens], skip_special_tokens)[len(start) :]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         """A stop that is one added token ends its row: decoding may drop it, but not what follows."""

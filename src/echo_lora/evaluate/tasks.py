@@ -3,9 +3,11 @@
 A row holds raw text. Its prompt is complete, chat template included; nothing is added to it.
 
     generate   {"prompt": "…", "answer": "…"}                    exact match of the answer read by a pattern
+    number     {"prompt": "…", "answer": "…"}                    equal as numbers; `answers.py` says which one is read
+    code       {"prompt": "…", "test": "…", "entry_point": "…"}  the program passes its test: it is run
     choice     {"prompt": "…", "choices": ["…", "…"], "label": 0}   the choice of highest log-likelihood
 
-Other fields of a row are left out of the task files.
+A row may name the `group` that it belongs to, a subject, say. Other fields are left out of the task files.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,12 +25,13 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from echo_lora.config import nearest
 from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.evaluate.answers import FIRST_LINE, UNREADABLE, plain_number, process_code, read_numbers, search_beams
 
 TASK_VERSION = 1.0  # raised when the same answers would be scored differently
-FILTER = {"generate": "extract", "choice": "none"}  # "none" is lm-eval's name for responses as they are
-METRIC = {"generate": "exact_match", "choice": "acc"}
-UNREADABLE = ""  # the prediction where the pattern finds nothing; no answer is empty
-FIRST_LINE = r"\S.*"
+Kind = Literal["choice", "generate", "number", "code"]
+# "none" is lm-eval's name for responses as they are
+FILTER = {"generate": "extract", "number": "extract", "code": "none", "choice": "none"}
+METRIC = {"generate": "exact_match", "number": "exact_match", "code": "pass_at_1", "choice": "acc"}
 
 
 class EvalTask(BaseModel, extra="forbid", frozen=True):
@@ -36,8 +39,10 @@ class EvalTask(BaseModel, extra="forbid", frozen=True):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name in results: letters, digits, _ and -")
     file: str | None = Field(None, description="JSONL file with one row per line; none if rows come from elsewhere")
-    kind: Literal["choice", "generate"] = Field(
-        "generate", description="compare given choices by likelihood, or generate an answer and read it"
+    kind: Kind = Field(
+        "generate",
+        description="compare given choices by likelihood, or generate an answer and read it, read its number, or run "
+        "it as a program",
     )
     answer_pattern: str | None = Field(
         None,
@@ -46,6 +51,7 @@ class EvalTask(BaseModel, extra="forbid", frozen=True):
         "that matched; default: the first line",
     )
     max_new_tokens: int = Field(32, ge=1, description="longest generated answer; higher is slower")
+    num_beams: int = Field(1, ge=1, description="beams of the search for an answer; 1: greedy; more are slower")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="strings that end an answer, beside the tokenizer's end of sequence"
     )
@@ -68,9 +74,13 @@ class EvalTask(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _agrees(self) -> EvalTask:
-        for name in ("answer_pattern", "stop"):
-            if self.kind == "choice" and getattr(self, name):
-                raise ValueError(f"{name} is for kind 'generate' and has no meaning for 'choice'; leave it out")
+        if self.kind != "generate" and self.answer_pattern:
+            raise ValueError(
+                f"answer_pattern is for kind 'generate' and has no meaning for {self.kind!r}; leave it out"
+            )
+        for name in ("stop", "num_beams"):
+            if self.kind == "choice" and getattr(self, name) != EvalTask.model_fields[name].default:
+                raise ValueError(f"{name} is for generated answers and has no meaning for 'choice'; leave it out")
         return self
 
 
@@ -84,9 +94,8 @@ def write_task(task: EvalTask, rows: Iterable[Mapping[str, Any]], folder: str | 
     folder.mkdir(parents=True, exist_ok=True)
     documents = check_rows(task, rows)
     data = _write(folder / f"{task.name}.jsonl", "".join(json.dumps(row) + "\n" for row in documents))
-    head = f"custom_dataset: !function {__name__}.{load_rows.__name__}\n"
-    body = yaml.safe_dump(_configuration(task, data), sort_keys=False, allow_unicode=True)
-    return _write(folder / f"{task.name}.yaml", head + body)
+    text = yaml.dump(_configuration(task, data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return _write(folder / f"{task.name}.yaml", text)
 
 
 def load_rows(file: str, **_metadata: Any) -> dict[str, Any]:
@@ -105,10 +114,17 @@ def check_rows(task: EvalTask, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
 
     Raises EchoDataError, which names row and field.
     """
-    check = _check_choice if task.kind == "choice" else _check_generate
-    documents = [check(task, location(task, index), row) for index, row in enumerate(islice(rows, task.limit))]
+    check = _CHECKS[task.kind]
+    documents = []
+    for index, row in enumerate(islice(rows, task.limit)):
+        where = location(task, index)
+        documents.append(check(task, where, row))
+        if "group" in row or (index and "group" in documents[0]):
+            documents[-1]["group"] = _text(where, row, "group")
     if not documents:
         raise EchoDataError(f"{task.file or task.name}: no rows to score. Give at least one row.")
+    if any("group" in row for row in documents) and "group" not in documents[0]:
+        _field(location(task, 0), documents[0], "group")
     return documents
 
 
@@ -141,6 +157,26 @@ def _check_choice(task: EvalTask, where: str, row: Mapping[str, Any]) -> dict[st
     return {"prompt": prompt, "choices": choices, "label": label}
 
 
+def _check_number(task: EvalTask, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    answer = _text(where, row, "answer")
+    number = plain_number(answer.strip())
+    if number is None:
+        raise EchoDataError(f"{where}: answer = {answer!r} is not a number. Write it as 12, -3.5 or 1,200.")
+    return {"prompt": _text(where, row, "prompt"), "answer": number}
+
+
+def _check_code(task: EvalTask, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _text(where, row, name) for name in ("prompt", "test", "entry_point")}
+
+
+_CHECKS: dict[str, Callable[[EvalTask, str, Mapping[str, Any]], dict[str, Any]]] = {
+    "generate": _check_generate,
+    "number": _check_number,
+    "code": _check_code,
+    "choice": _check_choice,
+}
+
+
 def _text(where: str, row: Mapping[str, Any], name: str) -> str:
     value = _field(where, row, name)
     if not isinstance(value, str) or not value.strip():
@@ -154,11 +190,27 @@ def _field(where: str, row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
+class _Function(str):
+    """The dotted name of a function that lm-eval is to call."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_representer(_Function, lambda dumper, name: dumper.represent_scalar("!function", str(name)))
+
+
+def _function(function: Callable[..., Any]) -> _Function:
+    return _Function(f"{function.__module__}.{function.__name__}")
+
+
 def _configuration(task: EvalTask, data: Path) -> dict[str, Any]:
     """The task in lm-eval's terms. A field given by its bare name is taken as it is, not as a template."""
     metric = {"metric": METRIC[task.kind], "aggregation": "mean", "higher_is_better": True}
     shared = {
         "task": task.name,
+        "custom_dataset": _function(load_rows),
         "dataset_kwargs": {"file": str(data)},
         "test_split": "test",
         "num_fewshot": 0,
@@ -173,20 +225,31 @@ def _configuration(task: EvalTask, data: Path) -> dict[str, Any]:
             "doc_to_choice": "choices",
             "doc_to_target": "label",
         }
-    pattern = {
-        "function": "regex",
-        "regex_pattern": task.answer_pattern or FIRST_LINE,
-        "fallback": UNREADABLE,
-    }
-    return shared | {
+    shared |= {
         "output_type": "generate_until",
-        "doc_to_target": "answer",
         "generation_kwargs": {
             "until": list(task.stop),
             "max_gen_toks": task.max_new_tokens,
             "do_sample": False,
+            **({"num_beams": task.num_beams, "custom_generate": _function(search_beams)} if task.num_beams > 1 else {}),
         },
-        "filter_list": [{"name": FILTER[task.kind], "filter": [pattern, {"function": "take_first"}]}],
+    }
+    if task.kind == "code":
+        return shared | {
+            "doc_to_target": "test",
+            "process_results": _function(process_code),
+            "unsafe_code": True,
+        }
+    reader: dict[str, Any] = {
+        "function": "regex",
+        "regex_pattern": task.answer_pattern or FIRST_LINE,
+        "fallback": UNREADABLE,
+    }
+    if task.kind == "number":
+        reader = {"function": "custom", "filter_fn": _function(read_numbers)}
+    return shared | {
+        "doc_to_target": "answer",
+        "filter_list": [{"name": FILTER[task.kind], "filter": [reader, {"function": "take_first"}]}],
     }
 
 

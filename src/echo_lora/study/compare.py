@@ -1,0 +1,338 @@
+"""`compare`: do all runs of a study, here or on a cluster, in as many sittings as it takes.
+
+    output/
+      study.json       the design, the chosen learning rates, the power estimate
+      runs/            one folder per run: its record, its adapter, its log
+      runs.jsonl.gz    all records, one in a line: with study.json, all that a report needs
+
+Every run that has a record stays as it is. A study that was killed goes on when it is called again, and ends with the
+same numbers as one that was not.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from echo_lora.environment import commit, processor, versions
+from echo_lora.errors import EchoConfigError, EchoError
+from echo_lora.export import write_file
+from echo_lora.progress import progress_console
+from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
+from echo_lora.study.execute import execute, read_record
+from echo_lora.study.statistics import estimate_noise, power
+
+STUDY_FILE, RUNS_FILE = "study.json", "runs.jsonl.gz"
+# Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
+# differ, and standard deviation between seeds. [O]
+ASSUMED = {"accuracy": 0.5, "discordance": 0.15, "seed_sd": 0.01}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where runs are done.
+
+    workers: processes on this machine. cluster: name of a cluster of submitit ("slurm"), which then gets the runs as
+    job arrays with these `options`; None: this machine.
+    """
+
+    workers: int = 1
+    cluster: Literal["slurm", "local", "debug"] | None = None
+    options: dict[str, Any] | None = None
+
+
+def compare(study: Study, engine: Engine, *, minutes: float | None = None, command: str = "") -> bool:
+    """Do what is left of a study; False if `minutes` ended before the study did.
+
+    minutes: no run is begun after that time. Raises EchoConfigError if the folder holds a study of another design,
+    EchoError if runs failed, after all others have been done.
+    """
+    if find_spec("statsmodels") is None:  # not after hours of training
+        raise EchoError('A study needs statsmodels. Run: pip install "echo-lora[study]"')
+    ends = None if minutes is None else time.monotonic() + 60 * minutes
+    about = _begin(study, command)
+    if not _do(study, tuning_keys(study), engine, ends):
+        _gather(study, about)
+        return False
+    about["chosen"] = chosen = choose(study)
+    if about.get("power") is None:
+        about["power"] = estimate_power(study, chosen)
+    _gather(study, about)
+    is_complete = _do(study, confirmation_keys(study, chosen), engine, ends)
+    _gather(study, about)
+    return is_complete
+
+
+# ------------------------------------------------------------------ the design
+
+
+def _begin(study: Study, command: str) -> dict[str, Any]:
+    """The study's file: written before the first run, and the same at every later call."""
+    path = Path(study.output) / STUDY_FILE
+    first = RunKey("confirmation", study.baseline, study.rates(study.baseline)[0], study.seeds[0])
+    recipe = recipe_of(study, first).to_dict()
+    recipe.pop("output")  # the folder may be moved
+    design = study.design() | {"recipe": recipe}
+    if path.is_file():
+        about = json.loads(path.read_text(encoding="utf-8"))
+        begun = about["design"] | {"recipe": about["recipe"]}
+        keys = [key for key in design if begun.get(key) != design[key]]
+        if keys:
+            raise EchoConfigError(
+                f"{study.output} holds a study that was begun with another design; {', '.join(keys)} differ. "
+                "A design is not changed after its first run: choose another output."
+            )
+        return about
+    about = {
+        "name": Path(study.output).name,
+        "title": study.title,
+        "question": study.question,
+        "baseline": study.baseline,
+        "arms": {
+            name: {"label": arm.label or name, "role": arm.role, "overrides": arm.set}
+            for name, arm in study.arms.items()
+        },
+        "comparisons": [list(pair) for pair in study.pairs],
+        "learning_rates": {name: study.rates(name) for name in study.arms},
+        "tuning_seeds": study.tuning_seeds if study.tunes else [],
+        "seeds": study.seeds,
+        "smallest_effect": study.smallest_effect,
+        "score_on": study.score_on,
+        "design": study.design(),
+        "recipe": recipe,
+        "command": command,
+        "versions": versions(),
+        "commit": commit(),
+        "processor": processor(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    _write_json(path, about)
+    return about
+
+
+def choose(study: Study) -> dict[str, float]:
+    """Each arm's learning rate: the best one on validation rows, over all tuning seeds; of equals the lowest."""
+    if not study.tunes:
+        return {arm: study.rates(arm)[0] for arm in study.arms}
+    best: dict[str, list[tuple[float, float]]] = {arm: [] for arm in study.arms}
+    for arm in study.arms:
+        for rate in study.rates(arm):
+            records = [_done(study, RunKey("tuning", arm, rate, seed)) for seed in study.tuning_seeds]
+            best[arm].append((-float(np.mean([_tuned_on(study, record) for record in records])), rate))
+    return {arm: min(found)[1] for arm, found in best.items()}
+
+
+def _tuned_on(study: Study, record: dict[str, Any]) -> float:
+    """What is to be high: the mean accuracy of the tasks, or minus the last loss on validation rows."""
+    if study.tune_on == "accuracy":
+        return float(np.mean([score["result"]["accuracy"] for score in record["scores"]]))
+    losses = [entry["eval_loss"] for entry in record["history"] if "eval_loss" in entry]
+    if not losses:
+        raise EchoConfigError("tune_on = loss needs losses on validation rows: set training.evaluate_every.")
+    return -losses[-1]
+
+
+def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
+    """How likely the study is to find an effect of the smallest size of interest, before its runs have begun.
+
+    The noise is that of the first comparison in the tuning runs, where there are any with answers; else it is assumed.
+    """
+    from echo_lora.rows import source_rows
+
+    recipe = recipe_of(study, RunKey("confirmation", study.baseline, chosen[study.baseline], study.seeds[0]))
+    tasks = recipe.evaluation.tasks
+    sources = getattr(recipe.data, study.score_on) or []
+    groups = [task.data or sources for task in tasks] or [[source] for source in sources]
+    questions = [sum(len(source_rows(recipe, source, study.score_on)) for source in group) for group in groups]
+    noise: dict[str, Any] = dict(ASSUMED)
+    source = "assumed"
+    if study.tunes and study.tune_on == "accuracy":
+        pilot = [
+            _correct([_done(study, RunKey("tuning", arm, chosen[arm], seed)) for seed in study.tuning_seeds], False)
+            for arm in study.pairs[0]
+        ]
+        noise = estimate_noise(*pilot)
+        source = f"tuning runs of {' and '.join(study.pairs[0])}"
+        if len(study.tuning_seeds) < 3:  # too few to tell how much seeds differ
+            noise["seed_sd"] = max(noise.get("seed_sd", 0.0), ASSUMED["seed_sd"])
+            source += f"; seed_sd at least {ASSUMED['seed_sd']}, assumed"
+    found = power(
+        study.smallest_effect,
+        seeds=len(study.seeds),
+        questions=questions,
+        smallest_effect=study.smallest_effect,
+        **noise,
+    )
+    return found.to_dict() | {"source": source}
+
+
+def _correct(records: list[dict[str, Any]], echo: bool) -> dict[str, np.ndarray]:
+    """By task, bool (seeds, questions)."""
+    found: dict[str, list[list[bool]]] = {}
+    for record in records:
+        for score in record["scores"]:
+            if score["echo"] == echo:
+                found.setdefault(score["result"]["task"], []).append(score["result"]["correct_per_row"])
+    return {task: np.array(rows, dtype=bool) for task, rows in found.items()}
+
+
+def _done(study: Study, key: RunKey) -> dict[str, Any]:
+    record = read_record(study, key)
+    if record is None:
+        raise EchoError(f"the run {key} has no record in {study.output}. Call compare again to have it done.")
+    return record
+
+
+def _gather(study: Study, about: dict[str, Any]) -> None:
+    """Write the study's file, and the records there are in one."""
+    _write_json(Path(study.output) / STUDY_FILE, about)
+    keys = tuning_keys(study) + (confirmation_keys(study, about["chosen"]) if "chosen" in about else [])
+    records = [record for key in keys if (record := read_record(study, key)) is not None]
+    _check_pairing(records)
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_file(Path(study.output) / RUNS_FILE, lambda path: path.write_bytes(gzip.compress(text.encode(), mtime=0)))
+
+
+def _check_pairing(records: Iterable[dict[str, Any]]) -> None:
+    """In a seed, arms with adapters of one kind started from the same weights. Raises EchoError."""
+    first: dict[str, tuple[str, str]] = {}
+    for record in records:
+        recipe = record["recipe"]
+        kind = json.dumps([record["seed"], recipe["method"], recipe["model"], recipe["lora"]], sort_keys=True)
+        arm, weights = first.setdefault(kind, (record["arm"], record["initial_adapter_sha256"]))
+        if weights != record["initial_adapter_sha256"]:
+            raise EchoError(
+                f"arms {arm} and {record['arm']} did not start from the same adapter in seed {record['seed']}, so they "
+                "are not paired. Were their runs made by different versions? Remove the older ones and compare again."
+            )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    write_file(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+
+
+# -------------------------------------------------------------------- the runs
+
+
+def _do(study: Study, keys: list[RunKey], engine: Engine, ends: float | None) -> bool:
+    """Do the runs that have no record yet; False if time was up before that. Raises EchoError if some failed."""
+    left = [key for key in keys if read_record(study, key) is None]
+    if not left:
+        return True
+    console = progress_console()
+    console.print(f"{len(keys) - len(left)} of {len(keys)} {keys[0].stage} runs are done", markup=False)
+    started, done, failed = time.monotonic(), 0, []
+    for key, error in (_on_cluster if engine.cluster else _on_this_machine)(study, left, engine, ends):
+        done += 1
+        seconds = time.monotonic() - started
+        state = "done" if error is None else "FAILED"
+        console.print(f"{done}/{len(left)}  {key}  {state}  {seconds:.0f} s", markup=False)
+        if error is not None:
+            failed.append(f"{key}: {error}\n  log: {Path(study.output) / key.folder / 'log.txt'}")
+    if failed:
+        raise EchoError(
+            f"{len(failed)} of {len(left)} runs failed. Mend the cause and compare again.\n" + "\n".join(failed)
+        )
+    return done == len(left)
+
+
+def _on_this_machine(
+    study: Study, keys: list[RunKey], engine: Engine, ends: float | None
+) -> Iterator[tuple[RunKey, str | None]]:
+    """Runs in worker processes; each run that ended, and its error. A run that another process holds comes last."""
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // engine.workers))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
+    pool = ProcessPoolExecutor(
+        engine.workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(), threads)
+    )
+    try:
+        waiting, held = list(reversed(keys)), list[RunKey]()
+        running: dict[Future, RunKey] = {}
+        while waiting or held or running:
+            is_over = ends is not None and time.monotonic() > ends
+            while not is_over and (waiting or held) and len(running) < engine.workers:
+                key, wait_for_it = (waiting.pop(), False) if waiting else (held.pop(), True)
+                running[pool.submit(_logged, study, key, wait_for_it)] = key
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                if (error := future.result()) == HELD:
+                    held.append(key)
+                else:
+                    yield key, error
+    except BrokenProcessPool as error:
+        raise EchoError(
+            "a worker process was killed, perhaps for lack of memory. Lower --workers, then compare again: finished "
+            "runs are kept."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+HELD = "held"
+
+
+def _logged(study: Study, key: RunKey, wait_for_it: bool = True) -> str | None:
+    """`execute`, with all it prints in the run's log; None, its error, or HELD."""
+    folder = Path(study.output) / key.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            return None if execute(study, key, wait=wait_for_it) else HELD
+        except Exception as error:  # one run must not end the others; compare reports it
+            import traceback
+
+            traceback.print_exc()
+            return str(error) or repr(error)
+
+
+def _start_worker(parent: int, threads: int) -> None:
+    """A worker's settings. It ends when its parent is killed: it would wait for work for ever."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_cluster(
+    study: Study, keys: list[RunKey], engine: Engine, ends: float | None
+) -> Iterator[tuple[RunKey, str | None]]:
+    """Runs as a job array of submitit; the study's folder must be one that all machines see."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise EchoConfigError('runs on a cluster need submitit. Run: pip install "echo-lora[cluster]"') from error
+    executor = submitit.AutoExecutor(folder=Path(study.output) / "jobs", cluster=engine.cluster)
+    try:
+        executor.update_parameters(**(engine.options or {}))
+    except (NameError, ValueError, TypeError) as error:
+        raise EchoConfigError(f"submitit refuses the options {engine.options}: {error}") from error
+    jobs = executor.map_array(_logged, [study] * len(keys), keys)
+    for key, job in zip(keys, jobs, strict=True):
+        try:
+            yield key, job.result()
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
+            yield key, f"its job failed: {error}"

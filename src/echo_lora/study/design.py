@@ -1,0 +1,231 @@
+"""The design of a study: one YAML file that says what is compared with what, fixed before the first run.
+
+    tuning         every arm × its learning rates × `tuning_seeds`, scored on validation rows: chooses a learning rate
+    confirmation   every arm at its chosen rate × `seeds`, scored on test rows: what the verdict rests on
+
+In a seed all arms start from the same adapter and see the same rows in the same order. An arm is the study's recipe
+with some keys set otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from echo_lora.config import nearest
+from echo_lora.errors import EchoConfigError
+from echo_lora.recipe import find_yaml, load_recipe, parse_yaml, shipped_recipes, validated
+from echo_lora.schema import Recipe, Section
+
+SHIPPED = Path(__file__).parent.parent / "studies"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+# What the study itself gives to each run; an arm may not.
+GIVEN = ("seeds", "output", "training.learning_rate")
+
+Stage = Literal["tuning", "confirmation"]
+
+
+class Arm(Section):
+    """The study's recipe with some keys set otherwise."""
+
+    label: str | None = Field(None, description="name in reports; default: the arm's key")
+    role: Literal["method", "control"] = Field("method", description="controls stand apart in the report")
+    set: dict[str, Any] = Field({}, description="keys of the recipe and their values, as in {echo: false}")
+    learning_rates: list[float] | None = Field(
+        None, description="the arm's own learning rates, as many as every other arm tries"
+    )
+    keep_echo_on: bool = Field(
+        False, description="score a second time with the echo on while generating: what distillation could reach"
+    )
+
+
+class GeneralText(Section):
+    """Held-out text that has nothing to do with the task: what an adapter does to it is forgetting."""
+
+    file: str = Field(
+        description="text file; the path starts at the study's folder, in a shipped study at the working directory"
+    )
+    tokens: int = Field(2048, description="number of first tokens that are scored", ge=2)
+
+
+class Study(Section):
+    """A whole study. Made by `load_study`."""
+
+    title: str = Field(description="head of the report")
+    question: str = Field("", description="what the study is to answer, for the report")
+    recipe: str = Field(description="recipe of all arms: a YAML file, from the study's folder, or a shipped one's name")
+    set: dict[str, Any] = Field({}, description="keys of the recipe that all arms set otherwise")
+    arms: dict[str, Arm] = Field(description="what is compared, by name", min_length=2)
+    baseline: str = Field(description="the arm that the others are compared with")
+    comparisons: list[list[str]] | None = Field(
+        None, description="pairs [arm, other], the verdict's first; default: every arm with the baseline"
+    )
+    learning_rates: list[float] = Field(description="peak learning rates that every arm tries", min_length=1)
+    tuning_seeds: list[int] = Field([0], description="seeds of the runs that choose a learning rate")
+    tune_on: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="validation accuracy of generated answers, or the last eval_loss"
+    )
+    seeds: list[int] = Field(description="seeds of the runs that count; none may be a tuning seed", min_length=1)
+    score_on: Literal["test", "validation"] = Field(
+        "test", description="rows that the runs that count are scored on; a search for settings uses validation"
+    )
+    smallest_effect: float = Field(
+        description="smallest difference in accuracy that matters, as a share: 0.01 is one point", gt=0, lt=1
+    )
+    general: GeneralText | None = Field(None, description="text on which forgetting is measured")
+    output: str = Field(description="folder of the study; default: runs/ and the study's name")
+
+    @field_validator("arms")
+    @classmethod
+    def _named(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        for name, arm in arms.items():
+            if not re.match(NAME, name):
+                raise ValueError(f"the arm's name {name!r} must be made of letters, digits, _, . and -")
+            for key in arm.set:
+                if key.startswith(GIVEN):
+                    raise ValueError(f"arm {name} sets {key}, which the study gives to each run; remove it")
+        return arms
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Study:
+        for name in [self.baseline, *(name for pair in self.comparisons or [] for name in pair)]:
+            if name not in self.arms:
+                raise ValueError(f"there is no arm {name!r}.{nearest(name, list(self.arms))}")
+        for pair in self.comparisons or []:
+            if len(pair) != 2 or pair[0] == pair[1]:
+                raise ValueError(f"comparison {pair} must name two different arms")
+        for name in self.arms:
+            rates = self.rates(name)
+            if len(rates) != len(self.learning_rates) or len(set(rates)) != len(rates):
+                raise ValueError(
+                    f"arm {name} tries the learning rates {rates}, but every arm tries {len(self.learning_rates)} "
+                    "different ones: an equal budget"
+                )
+        for seed in self.seeds:
+            if seed in self.tuning_seeds and self.tunes:
+                raise ValueError(f"seed {seed} is among seeds and tuning_seeds; a seed that chose can't confirm")
+        for key in ("seeds", "tuning_seeds"):
+            seeds = getattr(self, key)
+            if len(set(seeds)) != len(seeds) or min(seeds, default=0) < 0:
+                raise ValueError(f"{key} = {seeds} must be different whole numbers from 0")
+        if self.tunes and not self.tuning_seeds:
+            raise ValueError("several learning rates need tuning_seeds to choose among them")
+        return self
+
+    def rates(self, arm: str) -> list[float]:
+        """The learning rates that an arm tries."""
+        return self.arms[arm].learning_rates or self.learning_rates
+
+    @property
+    def tunes(self) -> bool:
+        """Whether there is a learning rate to choose."""
+        return len(self.learning_rates) > 1
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The comparisons, the one that the verdict rests on first."""
+        if self.comparisons is not None:
+            return [(first, second) for first, second in self.comparisons]
+        return [(name, self.baseline) for name in self.arms if name != self.baseline]
+
+    def design(self) -> dict[str, Any]:
+        """All keys but those that say where files are, in a form that JSON takes."""
+        return self.model_dump(mode="json", exclude={"output": True, "recipe": True, "general": {"file"}})
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """One run of a study."""
+
+    stage: Stage
+    arm: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Where in the study's folder it is kept."""
+        return f"runs/{self.stage}/{self.arm}/lr-{self.learning_rate:g}/seed-{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.arm} lr {self.learning_rate:g} seed {self.seed}"
+
+
+def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """The study of a YAML file, or of the name of one that is shipped with the package.
+
+    overrides: `key.path=value` of the study, as in `output=runs/second`. Every arm's recipe is read, so that a wrong
+    key shows at once. Raises EchoConfigError, which names file, line and key.
+    """
+    path = find_yaml(str(source), SHIPPED, "study")
+    tree, document = parse_yaml(path)
+    document.setdefault("output", f"runs/{path.stem}")
+    recipe, general = document.get("recipe"), document.get("general")
+    if isinstance(recipe, str) and recipe not in shipped_recipes():
+        document["recipe"] = str(path.parent / recipe)
+    if isinstance(general, dict) and isinstance(general.get("file"), str) and path.parent != SHIPPED:
+        document["general"] = general | {"file": str(path.parent / general["file"])}
+    study = validated(Study, document, str(source), tree, overrides)
+    for name in study.arms:
+        recipe_of(study, RunKey("confirmation", name, study.rates(name)[0], study.seeds[0]))
+    if study.general is not None and not Path(study.general.file).is_file():
+        raise EchoConfigError(
+            f"{source}: general.file = {study.general.file}: there is no such file. Correct the path."
+        )
+    return study
+
+
+def shipped_studies() -> list[str]:
+    """Names that `load_study` takes without a file."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def recipe_of(study: Study, key: RunKey) -> Recipe:
+    """The recipe of one run. Raises EchoConfigError, which names the arm."""
+    given = {
+        "training.learning_rate": key.learning_rate,
+        "seeds.initialisation": key.seed,
+        "seeds.data_order": key.seed,
+        "seeds.routing": key.seed,
+        "output": str(Path(study.output) / key.folder),
+    }
+    values = study.set | study.arms[key.arm].set | given
+    try:
+        return load_recipe(study.recipe, [f"{name}={json.dumps(value)}" for name, value in values.items()])
+    except EchoConfigError as error:
+        raise EchoConfigError(f"arm {key.arm}: {error}") from error
+
+
+def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
+    """`key=value` of submitit, the value in YAML, as in `slurm_partition=gpu`. Raises EchoConfigError."""
+    options = {}
+    for text in texts:
+        key, is_given, value = text.partition("=")
+        if not is_given or not key.strip():
+            raise EchoConfigError(f"--slurm {text}: write it as key=value, for example --slurm timeout_min=60.")
+        options[key.strip()] = yaml.safe_load(value)
+    return options
+
+
+def tuning_keys(study: Study) -> list[RunKey]:
+    """The runs that choose learning rates, seed by seed; none if there is nothing to choose."""
+    if not study.tunes:
+        return []
+    return [
+        RunKey("tuning", arm, rate, seed)
+        for seed in study.tuning_seeds
+        for arm in study.arms
+        for rate in study.rates(arm)
+    ]
+
+
+def confirmation_keys(study: Study, chosen: dict[str, float]) -> list[RunKey]:
+    """The runs that count, seed by seed, so that a study that was cut short has whole seeds."""
+    return [RunKey("confirmation", arm, chosen[arm], seed) for seed in study.seeds for arm in study.arms]

@@ -1,0 +1,154 @@
+"""One run of a study: train, score, measure forgetting, and keep it all as one record.
+
+A run needs no other run and can be done anywhere the study's folder is. Killed, it goes on from its newest checkpoint;
+finished, its record stands and it is not run again. A lock keeps two processes from working on the same one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from echo_lora.checkpoint import has_complete_checkpoint
+from echo_lora.environment import commit
+from echo_lora.errors import EchoCheckpointError, EchoDataError
+from echo_lora.evaluate import TaskResult, score
+from echo_lora.export import save_verified, write_file
+from echo_lora.model import EchoModel
+from echo_lora.rows import evaluation_rows
+from echo_lora.run import require_packages, train
+from echo_lora.schema import Recipe
+from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
+
+RECORD = "record.json.gz"
+WINDOW = 512  # tokens of general text that the model reads at a time
+
+
+def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
+    """Do one run and write its record; False if another process is at it and `wait` is not set.
+
+    Raises an EchoError; what was complete is kept.
+    """
+    folder = Path(study.output) / key.folder
+    if (folder / RECORD).is_file():
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "lock", wait) as is_ours:
+        if not is_ours:
+            return False
+        if not (folder / RECORD).is_file():
+            record = _record(study, key, folder)
+            text = json.dumps(record, ensure_ascii=False)
+            # no time stamp in the archive: the same record is the same file
+            write_file(folder / RECORD, lambda path: path.write_bytes(gzip.compress(text.encode(), mtime=0)))
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return True
+
+
+def read_record(study: Study, key: RunKey) -> dict[str, Any] | None:
+    """The record of a run, None if it has not been done. Raises EchoCheckpointError for a damaged one."""
+    path = Path(study.output) / key.folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, ValueError) as error:
+        raise EchoCheckpointError(f"{path} can't be read: {error}. Remove it to have this run done again.") from error
+
+
+def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
+    recipe = recipe_of(study, key)
+    require_packages(recipe)
+    checkpoints = folder / "checkpoints"
+    resume = has_complete_checkpoint(checkpoints)
+    if not resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    result, model, tokenizer = train(recipe, checkpoints, resume=resume)
+    save_verified(model, folder / "adapter", tokenizer=tokenizer, overwrite=True)
+    part = "validation" if key.stage == "tuning" else study.score_on
+    keeps_echo = study.arms[key.arm].keep_echo_on and isinstance(model, EchoModel) and key.stage == "confirmation"
+    scores = []
+    # tuning by loss needs no generated answer
+    if key.stage == "confirmation" or study.tune_on == "accuracy":
+        for echo in (False, True) if keeps_echo else (False,):
+            with model.keeping_echo() if echo else nullcontext():
+                results = _score(recipe, model, tokenizer, part)
+            scores += [{"part": part, "echo": echo, "seconds": r.seconds, "result": r.to_dict()} for r in results]
+    return {
+        "stage": key.stage,
+        "arm": key.arm,
+        "learning_rate": key.learning_rate,
+        "seed": key.seed,
+        "recipe": result.recipe,
+        "versions": result.versions,
+        "commit": commit(),
+        "device": result.device,
+        "threads": torch.get_num_threads(),
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "resumed_at": result.resumed_at,
+        "peak_memory": result.peak_memory,
+        "deployed_parameters": result.deployed_parameters,
+        "echo_parameters": result.echo_parameters,
+        "initial_adapter_sha256": result.initial_adapter_sha256,
+        "adapter_sha256": result.adapter_sha256,
+        "rows": result.rows,
+        "history": result.history,
+        "scores": scores,
+        "general": None if study.general is None else forgetting(model, tokenizer, study.general),
+    }
+
+
+def _score(recipe: Recipe, model: PeftModel, tokenizer: Any, part: Any) -> list[TaskResult]:
+    tasks = evaluation_rows(recipe, tokenizer, part)
+    return score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size, progress=False)
+
+
+def forgetting(model: PeftModel, tokenizer: Any, text: GeneralText) -> dict[str, float]:
+    """Mean nats per token of a general text, of the base and with the adapter: {"before", "after", "tokens"}.
+
+    The text is read in windows of 512 tokens, the first token of each is not predicted.
+    """
+    ids = tokenizer(Path(text.file).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: text.tokens]
+    if len(ids) < text.tokens:
+        raise EchoDataError(f"{text.file} has {len(ids)} tokens, fewer than general.tokens = {text.tokens}. Lower it.")
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            before = _nats(model, ids)
+        return {"before": before, "after": _nats(model, ids), "tokens": len(ids)}
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _nats(model: PeftModel, ids: list[int]) -> float:
+    total, count = 0.0, 0
+    for start in range(0, len(ids) - 1, WINDOW):
+        window = torch.tensor([ids[start : start + WINDOW]], device=model.device)  # (1, tokens)
+        if window.shape[1] > 1:
+            total += model(input_ids=window, labels=window).loss.item() * (window.shape[1] - 1)
+            count += window.shape[1] - 1
+    return total / count
+
+
+@contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process holds the lock inside; the system frees it when the process ends, however it ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

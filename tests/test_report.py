@@ -1,0 +1,538 @@
+"""The report of a study: its numbers are those of the records, its page stands alone, no study is too small for it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from echo_lora.cli import app
+from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.study.drawing import STYLES, Axis, Panel, Rows, axis, style_of
+from echo_lora.study.records import read_study
+from echo_lora.study.report import summary_lines, write_report
+from echo_lora.study.statistics import compare
+from study_records import without_history, write_runs, write_study
+
+VOID = {"meta", "link", "br", "hr", "img"}
+SECTIONS = [
+    *("Is the study complete?", "All comparisons", "Differences by task", "Accuracy of each run", "Controls"),
+    *("Choice of the learning rate", "Losses", "Does the echo know more?", "Strength of the echo"),
+    *("What the echo itself could do", "Cost", "Forgetting", "Unreadable answers", "Each seed by itself", "Settings"),
+]
+
+
+class Page(HTMLParser):
+    """A page's headings, cells, texts of figures and attributes; every element that is opened is closed, in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.texts: list[tuple[str, str]] = []  # innermost element, text
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, self.getpos()
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.open[-1], data.strip()))
+
+    def of(self, *tags: str) -> list[str]:
+        return [text for tag, text in self.texts if tag in tags]
+
+
+def read(folder: Path) -> tuple[Page, str, str]:
+    """The page, its text, and the twin in Markdown, made anew."""
+    html = write_report(folder)
+    assert html == folder / "report.html"
+    text = html.read_text(encoding="utf-8")
+    return Page(text), text, (folder / "report.md").read_text(encoding="utf-8")
+
+
+def correct_of(folder: Path, arm: str) -> dict[str, np.ndarray]:
+    """By task, bool (seeds, questions), without the code that is tested."""
+    found: dict[str, list[list[bool]]] = {}
+    for run in read_study(folder).runs:
+        if run["stage"] == "confirmation" and run["arm"] == arm:
+            for score in run["scores"]:
+                if not score["echo"]:
+                    found.setdefault(score["result"]["task"], []).append(score["result"]["correct_per_row"])
+    return {task: np.array(rows) for task, rows in found.items()}
+
+
+def signed(share: float) -> str:
+    return f"{100 * share:+.2f}".replace("-", "−")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Path:
+    """A complete study of three arms, one of them a control that no comparison with the baseline was declared for."""
+    folder = tmp_path_factory.mktemp("studies") / "full"
+    return write_study(
+        folder,
+        arms=["lora", "echo-lora", "zero"],
+        comparisons=[("echo-lora", "lora"), ("echo-lora", "zero")],
+        shift={"echo-lora": 0.6},
+        questions=120,
+        about={"power": {"power": 0.37, "effect": 0.01, "smallest_detectable": 0.0234, "source": "tuning runs"}},
+    )
+
+
+@pytest.fixture(scope="module")
+def made(full) -> tuple[Page, str, str]:
+    """What `read` gives of the complete study."""
+    return read(full)
+
+
+# ------------------------------------------------------------------------------------------------ what it says
+
+
+def test_numbers_on_the_page_and_in_its_twin_are_those_of_the_statistics(full, made):
+    page, _, markdown = made
+    for arm, other in [("echo-lora", "lora"), ("echo-lora", "zero")]:
+        expected = compare(arm, other, correct_of(full, arm), correct_of(full, other), smallest_effect=0.01)
+        effects = [expected.overall, *expected.tasks.values()]
+        assert len(effects) == 3
+        for effect in effects:
+            interval = f"{signed(effect.low)} to {signed(effect.high)}"
+            assert f"{signed(effect.estimate)} ({interval})" in page.of("text")
+            assert interval in page.of("td")
+            assert f"| {signed(effect.estimate)} | {interval} |" in markdown
+        assert expected.verdict in page.of("td")
+        for task in expected.tasks.values():
+            assert (
+                f"| {' | '.join(f'{p:.3f}' if p >= 0.001 else '< 0.001' for p in [task.p_value, task.p_holm])} |"
+                in (markdown.replace("\\<", "<"))
+            )
+            for first, second in zip(task.only_arm, task.only_baseline, strict=True):
+                assert any(cell.startswith(f"{first} : {second}, p ") for cell in page.of("td"))
+
+
+def test_every_number_in_a_table_of_the_page_is_in_its_twin(made):
+    page, _, markdown = made
+    cells = {cell for cell in page.of("td", "th") if cell[0] in "+−–<" or cell[0].isdigit()}
+    assert len(cells) > 150
+    rows = [line.replace("\\", "") for line in markdown.splitlines() if line.startswith("|")]
+    assert [cell for cell in sorted(cells) if not any(f"| {cell} |" in row for row in rows)] == []
+
+
+def test_the_verdict_heads_the_page(full, made):
+    page, text, markdown = made
+    expected = compare(
+        "echo-lora", "lora", correct_of(full, "echo-lora"), correct_of(full, "lora"), smallest_effect=0.01
+    )
+    assert expected.verdict == "better"
+    assert page.of("title")[0].endswith("Better")
+    sentence = (
+        f"Echo-LoRA − LoRA: {signed(expected.overall.estimate)} percentage points (95 % interval "
+        f"{signed(expected.overall.low)} to {signed(expected.overall.high)}), 5 seeds × 240 questions in 2 tasks; "
+        "smallest effect of interest 1 point."
+    )
+    assert sentence in page.of("p")
+    assert text.index(sentence) < text.index("<h2")
+    assert markdown.index("Better.**") < markdown.index(sentence) < markdown.index("\n## ")
+    assert summary_lines(full)[0] == f"better: {sentence}"
+    assert len(summary_lines(full)) == 2
+
+
+def test_sections_come_in_their_order(made):
+    page, _, markdown = made
+    assert page.of("h2") == SECTIONS
+    assert re.findall(r"^## (.+)$", markdown, re.MULTILINE) == SECTIONS
+
+
+def test_every_arm_is_compared_with_the_baseline_and_what_was_not_planned_is_marked(made):
+    page, _, markdown = made
+    assert "zero (R-Drop) − LoRA (not planned)" in page.of("th")
+    assert "| zero (R-Drop) − LoRA (not planned) |" in markdown
+    assert "Echo-LoRA − LoRA (not planned)" not in markdown
+
+
+def test_a_complete_study_says_so_and_that_its_arms_are_paired(made):
+    page, text, _ = made
+    assert "27 of 27 runs of the design are done. The study is complete." in page.of("p")
+    assert any("started from the same adapter: their sha256 before training is equal" in p for p in page.of("p"))
+    assert 'class="warning"' not in text
+
+
+def test_the_power_estimate_is_told(made):
+    (line,) = [p for p in made[0].of("p") if "estimated to notice" in p]
+    assert "1 point in 37% of cases" in line
+    assert "one of 2.34 points" in line
+
+
+def test_accuracies_chosen_rates_and_costs_are_those_of_the_records(full, made):
+    _, _, markdown = made
+    study = read_study(full)
+    means = [100 * rows.mean() for rows in correct_of(full, "zero").values()]
+    assert f"| zero (R-Drop) | mean of the tasks | {np.mean(means):.1f}% |" in markdown
+    assert re.search(r"\| zero \(R-Drop\) \| 0.002 \| \d+\.\d% \| chosen \|", markdown)
+    assert markdown.count("| chosen |\n") == 3 + 1  # and the head of the settings' table
+    pairs = [(study.confirmation(arm)[seed]["seconds"]) for arm in ("zero", "lora") for seed in study.seeds]
+    ratios = np.array(pairs[:5]) / np.array(pairs[5:])
+    assert f"| {np.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |" in markdown
+    changes = [run["general"]["after"] - run["general"]["before"] for run in study.confirmation("zero").values()]
+    assert f"| {np.mean(changes):+.3f} ({min(changes):+.3f} to {max(changes):+.3f}) |" in markdown
+
+
+def test_curves_are_means_over_the_seeds_with_their_range(full, made):
+    _, _, markdown = made
+    runs = read_study(full).confirmation("echo-lora").values()
+    last = [next(e for e in reversed(run["history"]) if "eval_ce_on" in e) for run in runs]
+    gaps = [entry["eval_ce_on"] - entry["eval_ce_off"] for entry in last]
+    numbers = [f"{value:.4g}".replace("-", "−") for value in (np.mean(gaps), min(gaps), max(gaps))]
+    row = f"| CE(on) − CE(off) on validation rows | Echo-LoRA | 80 | {' | '.join(numbers)} |"
+    assert row in markdown
+
+
+def test_every_setting_is_there(made):
+    page, _, _ = made
+    cells = page.of("td", "th")
+    for expected in (
+        *("echo-lora compare small --workers 2", "AMD EPYC, 2 cores", "0123456789abcdef0123456789abcdef01234567"),
+        *('echo_config.echo_kind = "zero"', "lora.dropout", "training.schedule", "0.0005, 0.001, 0.002, 0.004"),
+        *("version of torch", "2.9.0", "1, 2, 3, 4, 5", "1 percentage point"),
+    ):
+        assert expected in cells, expected
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_page_loads_nothing_and_runs_nothing(made):
+    page, text, _ = made
+    assert "<script" not in text
+    loaded = [(t, n, v) for t, n, v in page.attributes if n in ("src", "href", "xlink:href", "srcset", "data")]
+    assert loaded
+    assert [v for _, _, v in loaded if not v.startswith(("#", "data:,"))] == []
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_the_page_names_its_language_and_every_figure_and_table(made):
+    page, text, _ = made
+    assert ("html", "lang", "en") in page.attributes
+    figures = [v for t, n, v in page.attributes if t == "svg" and n == "aria-labelledby"]
+    assert len(figures) > 12
+    ids = [v for _, n, v in page.attributes if n == "id"]
+    assert len(ids) == len(set(ids))
+    assert {part for value in figures for part in value.split()} <= set(ids)
+    assert text.count("<table") == text.count("<caption>") > 8
+    assert text.count("<figure>") == text.count("<figcaption>")
+    targets = [v for t, n, v in page.attributes if t == "a" and n == "href"]
+    assert [target for target in targets if target[1:] not in ids] == []
+
+
+def test_text_of_the_study_can_not_break_the_page_or_its_twin(tmp_path):
+    title = 'Is 1 < 2 & "a|b"? <script>alert(1)</script>'
+    arms = {"lora": {"label": "a | b <i>", "overrides": {"x": "|"}}, "echo-lora": {"label": "*"}}
+    small(tmp_path, about={"title": title, "arms": arms})
+    page, text, markdown = read(tmp_path)
+    assert page.of("h1") == [title]
+    assert "<script" not in text
+    assert markdown.splitlines()[0] == '# Is 1 \\< 2 & "a\\|b"? \\<script>alert(1)\\</script>'
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
+def test_the_same_records_give_the_same_bytes(full, tmp_path):
+    read(full)
+    copy = tmp_path / "full"
+    copy.mkdir()
+    for name in ("study.json", "runs.jsonl.gz"):
+        shutil.copy(full / name, copy)
+    read(copy)
+    for name in ("report.html", "report.md"):
+        assert (copy / name).read_bytes() == (full / name).read_bytes()
+    assert {path.name for path in copy.iterdir()} == {"study.json", "runs.jsonl.gz", "report.html", "report.md"}
+
+
+def test_styles_differ_without_colour():
+    assert len({(s.marker, s.is_filled) for s in STYLES}) == len(STYLES)
+    assert len({s.dash for s in STYLES}) == len(STYLES) - 1  # the baseline and the first arm have solid lines
+    assert style_of(0) == style_of(0) != style_of(9)
+
+
+def test_labels_at_the_ends_of_lines_do_not_lie_on_each_other():
+    flat = Axis(0, 1, [])
+    panel = Panel("p", "t", "d", flat, flat, labels=["arm 0"])
+    for i in range(6):
+        panel.line([(0, 0.1), (1, 0.1 + i / 1000)], style_of(i), f"arm {i}")
+    places = sorted(float(y) for y in re.findall(r'<text class="end" x="[\d.]+" y="([\d.]+)"', panel.svg()))
+    assert len(places) == 6
+    assert min(np.diff(places)) > 13
+    assert max(places) <= panel.height
+
+
+@pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [-2.0, 5.0], [1e-7, 2e-7], [float("nan")], [0.1, float("inf")]])
+def test_an_axis_holds_its_values_between_round_ticks(values):
+    found = axis(values)
+    finite = [value for value in values if np.isfinite(value)]
+    assert all(found.low < value < found.high for value in finite)
+    assert 2 <= len(found.ticks) <= 12
+    for value, label in found.ticks:
+        assert found.low <= value <= found.high
+        assert float(label.replace("−", "-")) == pytest.approx(value, abs=1e-12)
+
+
+def test_a_value_that_is_not_finite_is_left_out_of_a_figure():
+    rows = Rows("r", "t", "d", Axis(0, 1, [(0.5, "0.5")]), 1)
+    rows.add("arm", "–", [0.2, float("nan")], STYLES[1], mean=float("nan"), interval=(float("-inf"), 0.4))
+    assert rows.svg().count("<circle") == 1
+    assert "nan" not in rows.svg()
+    assert "inf" not in rows.svg()
+
+
+# ------------------------------------------------------------------------------------------------ what is missing
+
+
+def small(folder: Path, **changes) -> Path:
+    settings = {"arms": ["lora", "echo-lora"], "seeds": [1, 2, 3], "questions": 30, "tasks": ["chain_sum"]}
+    return write_study(folder, **(settings | changes))
+
+
+def test_missing_runs_are_named_and_the_verdict_is_only_so_far(tmp_path):
+    def keep(run):
+        return run["stage"] == "tuning" or not (run["arm"] == "echo-lora" and run["seed"] in (2, 3))
+
+    page, text, markdown = read(small(tmp_path, keep=keep))
+    assert "So far: too few data" in page.of("p")
+    missing = "missing: confirmation of echo-lora, learning rate 0.002, seeds 2, 3"
+    assert missing in page.of("li")
+    assert f"- {missing}" in markdown
+    state = "This study is not complete: 2 confirmation runs of 14 in all are missing."
+    assert any(state in strong for strong in page.of("strong"))
+    assert text.index(state) < text.index("<h2")
+    assert state in summary_lines(tmp_path)[-1]
+    assert "one seed gives no interval" in summary_lines(tmp_path)[0]
+
+
+def test_arms_that_did_not_start_from_the_same_adapter_are_a_warning(tmp_path):
+    def change(run):
+        if (run["stage"], run["arm"], run["seed"]) == ("confirmation", "echo-lora", 2):
+            run["initial_adapter_sha256"] = "f" * 64
+
+    page, text, _ = read(small(tmp_path, change=change))
+    (warning,) = page.of("strong")
+    assert "Not paired: in confirmation seed 2" in warning
+    assert "Echo-LoRA (ffffffffffff…)" in warning
+    assert "sha256 before training is equal" not in text
+    assert summary_lines(tmp_path)[-1] == warning
+
+
+def test_adapters_of_another_kind_need_not_start_from_the_same_weights(tmp_path):
+    def change(run):
+        if run["arm"] == "echo-lora":
+            run["initial_adapter_sha256"] = f"{run['seed']:064d}"
+            run["recipe"] = run["recipe"] | {"method": "dora"}
+
+    page, text, _ = read(small(tmp_path, change=change))
+    assert page.of("strong") == []
+    assert "sha256" not in text
+
+
+def test_runs_of_several_versions_or_devices_are_a_warning(tmp_path):
+    def change(run):
+        if run["seed"] == 3:
+            run |= {"device": "cuda", "commit": "abc"}
+
+    warnings = read(small(tmp_path, change=change))[0].of("strong")
+    assert ["devices" in warnings[0], "same commit" in warnings[1]] == [True, True]
+
+
+def test_a_search_on_validation_rows_is_no_test(tmp_path):
+    page, _, _ = read(small(tmp_path, about={"score_on": "validation"}))
+    assert any("to be confirmed on test rows" in warning for warning in page.of("strong"))
+    assert "Correct answers on validation questions" in page.of("caption")
+
+
+def drop(*keys):
+    def change(run):
+        for key in keys:
+            run.pop(key, None)
+
+    return change
+
+
+def only_plain_answers(run):
+    run["scores"] = [score for score in run["scores"] if not score["echo"]]
+    without_history(run)
+
+
+EMPTY = {
+    "nothing has been run": ({"keep": lambda run: False, "about": {"chosen": None}}, {"Losses", "Cost", "Forgetting"}),
+    "tuning only": ({"has_confirmation": False}, {"Differences by task", "Accuracy of each run", "Cost"}),
+    "half of the tuning": (
+        {"has_confirmation": False, "keep": lambda run: run["learning_rate"] < 0.001},
+        {"Differences by task"},
+    ),
+    "nothing to tune": ({"rates": [0.002]}, {"Choice of the learning rate"}),
+    "no echo": ({"arms": ["lora", "lora-long"]}, {"Does the echo know more?", "Strength of the echo"}),
+    "no history": ({"change": without_history}, {"Losses", "Does the echo know more?", "Strength of the echo"}),
+    "no echo kept on": ({"change": only_plain_answers}, {"What the echo itself could do"}),
+    "no general text": ({"change": lambda run: run.update(general=None)}, {"Forgetting"}),
+    "no control": ({"arms": ["lora", "echo-lora"]}, {"Controls"}),
+    "tuned on loss": (
+        {"about": {"design": {"tune_on": "loss"}}, "change": lambda r: r["stage"] == "tuning" and r.update(scores=[])},
+        set(),
+    ),
+    "little is recorded": (
+        {
+            "change": drop(
+                *("recipe", "versions", "commit", "device", "steps", "seconds", "peak_memory", "rows", "general"),
+                *("deployed_parameters", "echo_parameters", "initial_adapter_sha256", "adapter_sha256"),
+            ),
+            "about": dict.fromkeys(["recipe", "command", "versions", "commit", "processor", "started", "power"]),
+        },
+        {"Cost", "Forgetting"},
+    ),
+    "one seed": ({"seeds": [1]}, set()),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_what_is_missing_is_said_in_its_section(tmp_path, case):
+    changes, empty = EMPTY[case]
+    page, text, markdown = read(small(tmp_path, **changes))
+    assert page.of("h2") == SECTIONS
+    assert not re.search(r"\b(nan|inf|None|Undefined)\b", re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL))
+    parts = dict(zip(SECTIONS, re.split(r"^## .+$", markdown, flags=re.MULTILINE)[1:], strict=True))
+    assert {title for title in SECTIONS if len(parts[title].strip().splitlines()) == 1} >= empty
+    assert all(len(line) > 20 for line in summary_lines(tmp_path))
+
+
+def test_loss_that_tuned_is_shown(tmp_path):
+    changes, _ = EMPTY["tuned on loss"]
+    _, _, markdown = read(small(tmp_path, **changes))
+    (run,) = read_study(tmp_path).tuning("lora")[0.002]
+    loss = [entry["eval_loss"] for entry in run["history"] if "eval_loss" in entry][-1]
+    assert f"| LoRA | 0.002 | {loss:.4g} | chosen |" in markdown
+
+
+def test_values_that_are_not_finite_do_not_break_a_figure(tmp_path):
+    def change(run):
+        for entry in run["history"]:
+            for key in ("eval_loss", "distillation"):
+                if key in entry and run["seed"] == 2:
+                    entry[key] = float("nan")
+
+    _, text, _ = read(small(tmp_path, change=change))
+    numbers = re.findall(r' (?:d|x|y|cx|cy|r|width|height)="([^"]*)"', text)
+    assert len(numbers) > 200
+    assert [value for value in numbers if re.search("nan|inf", value)] == []
+
+
+def test_long_curves_are_thinned(tmp_path):
+    def change(run):
+        run["history"] = [{"step": step, "loss": 1 / step} for step in range(1, 1000)]
+
+    _, text, _ = read(small(tmp_path, change=change))
+    assert max(d.count("L") for d in re.findall(r'class="line" d="([^"]+)"', text)) == 59
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_folder_that_is_no_study_is_refused(tmp_path):
+    with pytest.raises(
+        EchoConfigError, match=r"study\.json can't be read.*Name a folder that `echo-lora compare` wrote"
+    ):
+        write_report(tmp_path)
+    with pytest.raises(EchoConfigError, match=r"nowhere/study\.json"):
+        summary_lines(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ('{\n"title": "a",\n}', r"study\.json:3: not JSON"),
+        ("[]", r"study\.json is not a study's: it is a list, not an object"),
+        ('{"title": "a"}', r"baseline is missing"),
+    ],
+)
+def test_a_damaged_study_file_is_named_with_its_line(tmp_path, text, where):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(EchoConfigError, match=where):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("about", "where"),
+    [
+        ({"baseline": "dora"}, "baseline names 'dora', which is none of its arms"),
+        ({"comparisons": [["echo-lora", "zero"]]}, "comparisons names 'zero'"),
+        ({"comparisons": [["echo-lora"]]}, "which is not a pair of arms"),
+        ({"smallest_effect": "1"}, "smallest_effect = 1 has the wrong type"),
+    ],
+)
+def test_a_study_that_contradicts_itself_is_refused(tmp_path, about, where):
+    with pytest.raises(EchoConfigError, match=where):
+        write_report(small(tmp_path, about=about))
+
+
+def test_a_damaged_record_is_named_with_its_line(tmp_path):
+    small(tmp_path)
+    lines = [json.dumps(run) for run in read_study(tmp_path).runs]
+    for broken, where in [
+        ("{", r"runs\.jsonl\.gz:3: not JSON"),
+        (json.dumps({"stage": "tuning"}), r"runs\.jsonl\.gz:3: not the record of a run: arm is missing"),
+        (lines[2].replace('"tuning"', '"tunning"'), r":3: .*stage = 'tunning' is neither tuning nor confirmation"),
+        (
+            lines[2].replace('"arm": "lora"', '"arm": "dora"'),
+            r":3: .*arm = 'dora' is none of the study's: lora, echo-lora",
+        ),
+        (lines[2].replace('"accuracy"', '"share"'), r":3: .*scores\[0\]: accuracy is missing"),
+        (lines[0], r":3: a second record of tuning lora seed 0; line 1 has the first"),
+    ]:
+        write_runs(tmp_path, [*lines[:2], broken, *lines[3:]])
+        with pytest.raises(EchoDataError, match=where):
+            write_report(tmp_path)
+    (tmp_path / "runs.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(EchoDataError, match=r"runs\.jsonl\.gz can't be read"):
+        write_report(tmp_path)
+
+
+def test_runs_that_answered_other_questions_are_refused(tmp_path):
+    def change(run):
+        if (run["stage"], run["arm"], run["seed"]) == ("confirmation", "lora", 2):
+            run["scores"][0]["result"]["correct_per_row"].pop()
+
+    with pytest.raises(
+        EchoDataError, match=r"arm lora did not all answer the same questions of task chain_sum: 30, 29, 30"
+    ):
+        write_report(small(tmp_path, change=change))
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command_prints_the_verdict_and_where_the_page_is(full):
+    done = CliRunner().invoke(app, ["report", str(full)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[:2] == summary_lines(full)
+    assert f"Written to {full / 'report.html'}" in done.stdout
+    assert "\x1b" not in done.output
+
+
+def test_the_command_refuses_a_folder_that_is_no_study(tmp_path):
+    done = CliRunner().invoke(app, ["report", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"Error: {tmp_path / 'study.json'} can't be read")

@@ -1,0 +1,367 @@
+"""A study: its design, its runs, what is kept of them, and that it goes on after any interruption."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from echo_lora.errors import EchoConfigError, EchoError
+from echo_lora.sft import EchoSFTTrainer
+from echo_lora.study import compare as comparing
+from echo_lora.study.compare import RUNS_FILE, STUDY_FILE, Engine, choose, compare
+from echo_lora.study.design import (
+    RunKey,
+    confirmation_keys,
+    load_study,
+    recipe_of,
+    shipped_studies,
+    slurm_options,
+    tuning_keys,
+)
+from echo_lora.study.execute import RECORD, execute, read_record
+from tiny_recipe import ROWS, tiny_document, tiny_folder, write_rows
+
+TESTS = Path(__file__).parent
+ARMS = {
+    "lora": {"label": "LoRA", "set": {"echo": False}},
+    "echo-lora": {"label": "Echo-LoRA", "keep_echo_on": True},
+    "zero": {"role": "control", "set": {"echo_config.echo_kind": "zero"}},
+}
+
+
+def study_file(folder: Path, **changes) -> Path:
+    """`folder`/study.yaml of three arms on a tiny model, with its recipe, rows and text beside it."""
+    if not (folder / "base").exists():
+        tiny_folder(folder / "base")
+    write_rows(folder / "train.jsonl")
+    write_rows(folder / "validation.jsonl", ROWS[4:8])
+    write_rows(folder / "test.jsonl", ROWS[:4])
+    (folder / "general.txt").write_text("The capital of France is Paris. " * 20)
+    recipe = tiny_document()
+    recipe["data"] |= {"validation": "validation.jsonl"}
+    recipe["training"] |= {"evaluate_every": 2, "save_every": 1}
+    recipe["lora"] |= {"dropout": 0.1}
+    recipe["evaluation"] = {"tasks": [{"name": "words", "max_new_tokens": 3}]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    document = {
+        "title": "Tiny",
+        "recipe": "recipe.yaml",
+        "arms": ARMS,
+        "baseline": "lora",
+        "learning_rates": [1e-2, 3e-2],
+        "seeds": [1, 2],
+        "smallest_effect": 0.05,
+        "general": {"file": "general.txt", "tokens": 50},
+        "output": str(folder / "study"),
+    } | changes
+    path = folder / "study.yaml"
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in document.items() if value is not None}, sort_keys=False)
+    )
+    return path
+
+
+def loaded(folder: Path, *overrides: str, **changes):
+    return load_study(study_file(folder, **changes), overrides)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in gzip.decompress((folder / RUNS_FILE).read_bytes()).splitlines()]
+
+
+def numbers(folder: Path) -> list[dict]:
+    """The records without what rightly differs between two runs of one study: time, memory, where it was resumed."""
+    found = records(folder)
+    for record in found:
+        for name in ("seconds", "peak_memory", "resumed_at", "commit"):
+            record.pop(name)
+        record["recipe"].pop("output")
+        for score in record["scores"]:
+            score.pop("seconds")
+            score["result"].pop("seconds")
+        record["history"] = [
+            {name: value for name, value in entry.items() if "runtime" not in name and "per_second" not in name}
+            for entry in record["history"]
+            if "train_runtime" not in entry
+        ]
+    return found
+
+
+# ------------------------------------------------------------------ the design
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "lore"}, "there is no arm 'lore'. Did you mean 'lora'?"),
+        ({"comparisons": [["zero", "zero"]]}, "must name two different arms"),
+        ({"comparisons": [["zero"]]}, "must name two different arms"),
+        ({"seeds": [0, 1]}, "seed 0 is among seeds and tuning_seeds"),
+        ({"seeds": [1, 1]}, "seeds = [1, 1] must be different"),
+        ({"tuning_seeds": []}, "need tuning_seeds"),
+        ({"smallest_effect": 1}, "smallest_effect"),
+        ({"arms": ARMS | {"zero": {"learning_rates": [1e-3]}}}, "an equal budget"),
+        ({"arms": ARMS | {"zero": {"set": {"seeds.routing": 3}}}}, "sets seeds.routing, which the study gives"),
+        ({"arms": ARMS | {"zero": {"set": {"echo_config.echo_kin": "zero"}}}}, "arm zero: "),
+        ({"arms": ARMS | {"a/b": {}}}, "the arm's name 'a/b'"),
+        ({"arms": {"lora": {}}}, "arms"),
+        ({"general": {"file": "no.txt"}}, "no.txt: there is no such file"),
+        ({"recipe": "no.yaml"}, "there is no such file, and no shipped recipe"),
+        ({"learning_rate": 1}, "unknown key learning_rate. Did you mean 'learning_rates'?"),
+    ],
+)
+def test_a_wrong_design_is_refused_before_the_first_run(tmp_path, changes, message):
+    with pytest.raises(EchoConfigError) as error:
+        loaded(tmp_path, **changes)
+    assert message in str(error.value)
+    assert not (tmp_path / "study").exists()
+
+
+def test_an_error_names_the_line_of_the_study(tmp_path):
+    path = study_file(tmp_path, baseline=3)
+    line = 1 + [text.startswith("baseline") for text in path.read_text().splitlines()].index(True)
+    with pytest.raises(EchoConfigError, match=f"{path}:{line}: baseline = 3"):
+        load_study(path)
+
+
+def test_every_run_of_a_seed_has_the_seeds_and_the_rate_of_its_key(tmp_path):
+    study = loaded(tmp_path)
+    keys = tuning_keys(study)
+    assert [(key.seed, key.arm, key.learning_rate) for key in keys[:3]] == [
+        (0, "lora", 1e-2),
+        (0, "lora", 3e-2),
+        (0, "echo-lora", 1e-2),
+    ]
+    assert len(keys) == 6
+    keys = confirmation_keys(study, {"lora": 1e-2, "echo-lora": 3e-2, "zero": 1e-2})
+    assert [key.seed for key in keys] == [1, 1, 1, 2, 2, 2]
+    recipe = recipe_of(study, keys[1])
+    assert (recipe.training.learning_rate, recipe.echo) == (3e-2, True)
+    assert recipe.seeds.model_dump() == {"initialisation": 1, "data_order": 1, "routing": 1}
+    assert not recipe_of(study, keys[0]).echo
+
+
+def test_one_learning_rate_needs_no_tuning(tmp_path):
+    study = loaded(tmp_path, learning_rates=[1e-2], seeds=[0])
+    assert tuning_keys(study) == []
+    assert choose(study) == dict.fromkeys(ARMS, 1e-2)
+
+
+def test_shipped_studies_can_be_read():
+    assert "quick" in shipped_studies()
+    for name in shipped_studies():
+        if name != "quick":  # whose general text is made by its program
+            assert load_study(name).title
+
+
+def test_options_of_slurm_are_read_as_yaml():
+    assert slurm_options(["timeout_min=60", "slurm_partition=gpu"]) == {"timeout_min": 60, "slurm_partition": "gpu"}
+    with pytest.raises(EchoConfigError, match="--slurm 60: write it as key=value"):
+        slurm_options(["60"])
+
+
+# -------------------------------------------------------------------- the runs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A study that was never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert compare(loaded(folder), Engine(), command="echo-lora compare study.yaml")
+    return folder
+
+
+def test_a_study_keeps_every_run_and_every_prediction(whole):
+    about = json.loads((whole / "study" / STUDY_FILE).read_text())
+    found = records(whole / "study")
+    assert [record["stage"] for record in found] == ["tuning"] * 6 + ["confirmation"] * 6
+    assert set(about["chosen"]) == set(ARMS)
+    assert about["power"]["source"].startswith("tuning runs of echo-lora and lora")
+    assert about["comparisons"] == [["echo-lora", "lora"], ["zero", "lora"]]
+    for record in found:
+        parts = {(score["part"], score["echo"]) for score in record["scores"]}
+        kept = record["arm"] == "echo-lora" and record["stage"] == "confirmation"
+        part = "validation" if record["stage"] == "tuning" else "test"
+        assert parts == ({(part, False), (part, True)} if kept else {(part, False)})
+        for score in record["scores"]:
+            assert len(score["result"]["predictions"]) == 4
+        assert record["general"]["before"] > 0
+        assert record["general"]["tokens"] == 50
+        assert not (whole / "study" / RunKey(*(record[k] for k in ("stage", "arm", "learning_rate", "seed"))).folder
+                    / "checkpoints").exists()  # fmt: skip
+        evaluated = [entry for entry in record["history"] if "eval_loss" in entry]
+        assert [entry["step"] for entry in evaluated] == [2, 4]
+        assert all(("eval_ce_on" in entry) == (record["arm"] != "lora") for entry in evaluated)
+
+
+def test_arms_of_a_seed_start_from_one_adapter_and_end_with_different_ones(whole):
+    for seed in (1, 2):
+        of_seed = [r for r in records(whole / "study") if r["seed"] == seed]
+        assert len({r["initial_adapter_sha256"] for r in of_seed}) == 1
+        assert len({r["adapter_sha256"] for r in of_seed}) == 3
+
+
+def test_arms_of_a_seed_see_the_same_rows_in_the_same_order(tmp_path, monkeypatch):
+    study, seen = loaded(tmp_path, learning_rates=[1e-2]), {}
+    original = EchoSFTTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            seen.setdefault(arm, []).append(inputs["row"].tolist())
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(EchoSFTTrainer, "compute_loss", compute_loss)
+    for arm in ARMS:
+        assert execute(study, RunKey("confirmation", arm, 1e-2, 1))
+    arm = "other seed"
+    assert execute(study, RunKey("confirmation", "lora", 1e-2, 2))
+    assert seen["lora"] == seen["echo-lora"] == seen["zero"] != seen["other seed"]
+    assert len(seen["lora"]) == 4
+
+
+def test_arms_that_are_not_paired_are_refused(whole):
+    first, second = (dict(r) for r in records(whole / "study")[6:8])
+    second["initial_adapter_sha256"] = "another"
+    with pytest.raises(EchoError, match="arms lora and echo-lora did not start from the same adapter in seed 1"):
+        comparing._check_pairing([first, second])
+
+
+def test_the_rate_is_the_best_on_validation_rows_and_of_equals_the_lowest(tmp_path, monkeypatch):
+    study = loaded(tmp_path, tuning_seeds=[0, 5])
+    accuracy = {("lora", 1e-2): [0.5, 0.6], ("lora", 3e-2): [0.9, 0.3], ("zero", 1e-2): [0.1, 0.3]}
+
+    def record(study, key):
+        value = accuracy.get((key.arm, key.learning_rate), [0.2, 0.2])[study.tuning_seeds.index(key.seed)]
+        return {"scores": [{"result": {"accuracy": value}}], "history": [{"eval_loss": 1 - value}]}
+
+    monkeypatch.setattr(comparing, "read_record", record)
+    assert choose(study) == {"lora": 3e-2, "echo-lora": 1e-2, "zero": 1e-2}
+    by_loss = study.model_copy(update={"tune_on": "loss"})
+    assert choose(by_loss) == {"lora": 3e-2, "echo-lora": 1e-2, "zero": 1e-2}
+
+
+def test_another_design_in_the_same_folder_is_refused(whole):
+    with pytest.raises(EchoConfigError, match="begun with another design; smallest_effect differ"):
+        compare(load_study(whole / "study.yaml", ["smallest_effect=0.01"]), Engine())
+
+
+def test_a_finished_study_does_nothing_when_called_again(whole, monkeypatch):
+    monkeypatch.setattr(comparing, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
+    before = (whole / "study" / RUNS_FILE).read_bytes()
+    assert compare(load_study(whole / "study.yaml"), Engine())
+    assert (whole / "study" / RUNS_FILE).read_bytes() == before
+
+
+def test_each_source_is_a_task_where_the_recipe_names_none(tmp_path):
+    validation = [{"file": str(tmp_path / "validation.jsonl")}, {"file": str(tmp_path / "test.jsonl")}]
+    study = loaded(tmp_path, set={"evaluation.tasks": [], "data.validation": validation}, score_on="validation")
+    key = RunKey("confirmation", "lora", 1e-2, 1)
+    assert execute(study, key)
+    assert [score["result"]["task"] for score in read_record(study, key)["scores"]] == ["validation", "test"]
+
+
+def test_time_that_is_up_begins_no_run(tmp_path):
+    assert not compare(loaded(tmp_path), Engine(), minutes=0)
+    assert records(tmp_path / "study") == []
+    assert json.loads((tmp_path / "study" / STUDY_FILE).read_text())["title"] == "Tiny"
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
+    study = loaded(tmp_path, learning_rates=[1e-2], arms=ARMS | {"bad": {"set": {"lora.target_modules": ["none"]}}})
+    with pytest.raises(EchoError) as error:
+        compare(study, Engine())
+    message = str(error.value)
+    assert "2 of 8 runs failed" in message
+    assert "confirmation bad lr 0.01 seed 1" in message
+    log = tmp_path / "study" / "runs/confirmation/bad/lr-0.01/seed-1/log.txt"
+    assert str(log) in message
+    assert "Traceback" in log.read_text()
+    assert all(read_record(study, RunKey("confirmation", arm, 1e-2, seed)) for arm in ARMS for seed in (1, 2))
+
+
+def test_a_run_that_another_process_holds_is_left_to_it(tmp_path):
+    study = loaded(tmp_path)
+    key = RunKey("tuning", "lora", 1e-2, 0)
+    folder = tmp_path / "study" / key.folder
+    folder.mkdir(parents=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+         "print('held', flush=True); sys.stdin.read()", str(folder / "lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    assert not execute(study, key)
+    assert not (folder / RECORD).exists()
+    holder.kill()
+    holder.wait()
+    assert execute(study, key)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    study = loaded(tmp_path)
+    key = RunKey("tuning", "lora", 1e-2, 0)
+    path = tmp_path / "study" / key.folder / RECORD
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"no archive")
+    with pytest.raises(EchoError, match=f"{path} can't be read"):
+        read_record(study, key)
+
+
+def run_study(folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "echo_lora.cli", "compare", str(folder / "study.yaml"), "--workers", "2"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def kill_after(process: subprocess.Popen, runs: int, seconds: float) -> None:
+    """kill -9 a while after so many runs have ended."""
+    for line in process.stderr:
+        if f"{runs}/" in line and "done" in line:
+            break
+    time.sleep(seconds)  # not to wait for anything: to hit the middle of a run
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("runs", [2])
+def test_a_study_killed_and_begun_again_ends_with_the_same_numbers(tmp_path, whole, runs):
+    study_file(tmp_path)
+    kill_after(run_study(tmp_path), runs, 0.5)
+    done = len(list((tmp_path / "study").rglob(RECORD)))
+    assert runs <= done < 12
+    again = run_study(tmp_path)
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    # one tokenizer and one model, made twice from the same seed in different folders
+    first, second = numbers(whole / "study"), numbers(tmp_path / "study")
+    for record in first + second:
+        for name in ("model", "data", "evaluation"):
+            record["recipe"].pop(name)
+        record.pop("rows"), record.pop("threads")
+        for score in record["scores"]:
+            score["result"].pop("file", None)
+    assert second == first
+
+
+@pytest.mark.slow
+def test_a_study_runs_as_a_job_array_of_submitit(tmp_path, whole):
+    pytest.importorskip("submitit")
+    study = loaded(tmp_path, learning_rates=[1e-2], seeds=[1])
+    assert compare(study, Engine(cluster="local", options={"timeout_min": 10}))
+    assert len(records(tmp_path / "study")) == 3
+
+
+def test_options_that_submitit_does_not_know_are_named(tmp_path):
+    pytest.importorskip("submitit")
+    study = loaded(tmp_path, learning_rates=[1e-2], seeds=[1])
+    with pytest.raises(EchoConfigError, match="submitit refuses the options"):
+        compare(study, Engine(cluster="debug", options={"minutes": 3}))
