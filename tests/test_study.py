@@ -17,7 +17,7 @@ import yaml
 from echo_lora.errors import EchoConfigError, EchoError
 from echo_lora.sft import EchoSFTTrainer
 from echo_lora.study import compare as comparing
-from echo_lora.study.compare import RUNS_FILE, STUDY_FILE, Engine, choose, compare
+from echo_lora.study.compare import Engine, choose, compare
 from echo_lora.study.design import (
     RunKey,
     confirmation_keys,
@@ -28,6 +28,7 @@ from echo_lora.study.design import (
     tuning_keys,
 )
 from echo_lora.study.execute import RECORD, execute, read_record
+from echo_lora.study.records import RUNS_FILE, STUDY_FILE
 from tiny_recipe import ROWS, tiny_document, tiny_folder, write_rows
 
 TESTS = Path(__file__).parent

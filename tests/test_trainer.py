@@ -447,10 +447,9 @@ def test_sft_with_gradient_checkpointing_matches_without(tmp_path, caplog):
         (DATASETS["conversational"], {"packing": True, "max_length": 32}, EchoConfigError, "packing=True"),
         (DATASETS["conversational"], {"padding_free": True}, EchoConfigError, "padding_free=True"),
         (DATASETS["conversational"], {"loss_type": "dft"}, EchoConfigError, "loss_type='dft'"),
-        (DATASETS["conversational"], {"completion_only_loss": False}, EchoConfigError, "completion_only_loss"),
         ({"prompt": ["one two three"] * 4, "completion": [" four"] * 4}, {"max_length": 2}, EchoDataError, "row 0"),
     ],
-    ids=["text", "packing", "padding-free", "dft", "whole-row loss", "overlength"],
+    ids=["text", "packing", "padding-free", "dft", "overlength"],
 )
 def test_sft_refuses(tmp_path, data, kwargs, error, words):
     with pytest.raises(error, match=words):

@@ -35,9 +35,9 @@ from echo_lora.export import write_file
 from echo_lora.progress import progress_console
 from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
 from echo_lora.study.execute import execute, read_record
+from echo_lora.study.records import RUNS_FILE, STUDY_FILE
 from echo_lora.study.statistics import estimate_noise, power
 
-STUDY_FILE, RUNS_FILE = "study.json", "runs.jsonl.gz"
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
 # differ, and standard deviation between seeds. [O]
 ASSUMED = {"accuracy": 0.5, "discordance": 0.15, "seed_sd": 0.01}

@@ -14,7 +14,7 @@ from typing import Any
 from echo_lora.export import write_file
 from echo_lora.study import outcome, training
 from echo_lora.study.layout import Section, Table, count_of, listed
-from echo_lora.study.records import StudyRecords, read_study
+from echo_lora.study.records import STUDY_FILE, StudyRecords, read_study
 from echo_lora.study.verdict import (
     SIGN,
     declared_differences,
@@ -44,13 +44,30 @@ class Report:
 def write_report(folder: str | Path) -> Path:
     """Write report.html and report.md into a study's folder; gives the path of the former.
 
-    The same records give the same bytes. Raises EchoConfigError or EchoDataError if the folder is not a study's
-    (`read_study`), EchoCheckpointError if the disk refuses.
+    A folder of several studies gets a report in each of theirs, and one of their verdicts. The same records give the
+    same bytes. Raises EchoConfigError or EchoDataError if the folder is not a study's (`read_study`),
+    EchoCheckpointError if the disk refuses.
     """
+    folders = _studies_in(folder)
+    if not folders:
+        study = read_study(folder)
+        return _write(_report(study), study.folder)
+    for one in folders:
+        write_report(one)
+    return _write(_report_of_several(folders), Path(folder))
+
+
+def _studies_in(folder: str | Path) -> list[Path]:
+    """The folders of studies inside one that is none itself."""
+    folder = Path(folder)
+    if (folder / STUDY_FILE).exists() or not folder.is_dir():
+        return []
+    return sorted(path.parent for path in folder.glob(f"*/{STUDY_FILE}"))
+
+
+def _write(report: Report, folder: Path) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    study = read_study(folder)
-    report = _report(study)
     for name, is_html in ((MARKDOWN_FILE, False), (HTML_FILE, True)):
         environment = Environment(
             loader=PackageLoader("echo_lora"),
@@ -62,15 +79,17 @@ def write_report(folder: str | Path) -> Path:
         )
         environment.filters["md"] = _markdown
         text = environment.get_template(f"{name}.jinja").render(report=report)
-        write_file(study.folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-    return study.folder / HTML_FILE
+        write_file(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+    return folder / HTML_FILE
 
 
 def summary_lines(folder: str | Path) -> list[str]:
     """The verdicts in words: a line for each declared comparison, then whatever must not be missed about them.
 
-    Raises as `write_report`.
+    Of a folder of several studies: those of each, under its title. Raises as `write_report`.
     """
+    if folders := _studies_in(folder):
+        return [line for one in folders for line in (read_study(one).about["title"], *summary_lines(one))]
     study = read_study(folder)
     lines = [f"{difference.verdict}: {sentence_of(study, difference)}" for difference in declared_differences(study)]
     return [*lines, *notices(study)]
@@ -105,6 +124,32 @@ def _report(study: StudyRecords) -> Report:
             outcome.seed_by_seed(study, declared),
             _settings(study),
         ],
+    )
+
+
+def _report_of_several(folders: list[Path]) -> Report:
+    sections = []
+    for folder in folders:
+        study = read_study(folder)
+        verdicts = [f"{one.verdict}: {sentence_of(study, one)}" for one in declared_differences(study)]
+        sections.append(
+            Section(
+                folder.name,
+                study.about["title"],
+                [study.about.get("question", ""), f"The whole report: {folder.name}/{HTML_FILE}"],
+                notices(study),
+                items=verdicts,
+            )
+        )
+    return Report(
+        title="Several studies",
+        question="",
+        verdict=f"{len(folders)} studies",
+        sign="≡",
+        sentence="Each has a question, a verdict and a report of its own.",
+        meaning="",
+        notices=[],
+        sections=sections,
     )
 
 
