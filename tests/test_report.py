@@ -252,6 +252,22 @@ def test_text_of_the_study_can_not_break_the_page_or_its_twin(tmp_path):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
 
 
+def test_a_folder_of_studies_gets_their_reports_and_one_of_their_verdicts(full, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(full, tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    path = write_report(tmp_path)
+    page, text, twin = read(tmp_path)
+    assert path == tmp_path / "report.html"
+    assert (tmp_path / "first" / "report.md").read_bytes() == (tmp_path / "second" / "report.md").read_bytes()
+    lines = summary_lines(full)
+    assert summary_lines(tmp_path) == [read_study(full).about["title"], *lines] * 2
+    assert page.of("h2") == [read_study(full).about["title"]] * 2
+    for name in ("first", "second"):
+        assert f"{name}/report.html" in twin
+    assert twin.count(lines[0]) == 2
+
+
 def test_the_same_records_give_the_same_bytes(full, tmp_path):
     read(full)
     copy = tmp_path / "full"

@@ -67,7 +67,6 @@ def search_beams(model: Any, input_ids: Any, generation_config: Any, **kwargs: A
         input_ids[::beams],
         attention_mask=(input_ids.new_ones(input_ids.shape) if mask is None else mask)[::beams],  # None: all are ones
         generation_config=generation_config,
-        max_length=generation_config.max_length,
     )
 
 
