@@ -211,7 +211,6 @@ def _history(arm: str, steps: int, rate: float, is_echo: bool, rng: np.random.Ge
                 }
                 check |= {"eval_echo_norm": 0.2 + step / 100, "eval_gate_mean": 0.5 + step / 900}
                 check |= {"eval_echo_share": 0.05 + step / 1000}
-                check |= {"eval_exact_off": 0.4 + step / 400, "eval_exact_on": 0.4 + step / 400 - gap / 2}
             history.append(check)
     history.append({"step": steps, "train_runtime": 60.0})
     return history

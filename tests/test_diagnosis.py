@@ -99,18 +99,23 @@ def test_the_share_is_the_echos_part_of_what_the_branch_adds(site, use_dora):
     assert found["ce_off"] == pytest.approx(outputs.ce_off.item())
     assert found["ce_on"] != pytest.approx(found["ce_off"], rel=1e-5)
 
-    # the literal share, of the first target module: the same input with and without δ
+    # the literal share, of the first target module
     name, layer = next(iter(model._injector.modules.items()))
-    x = torch.randn(2, 1, 32)
+    x = torch.randn(2, 3, 32)
     delta = {name: torch.randn(2, model._injector.widths({name: layer}, site)[name])}
-    mask = torch.ones(2, 1, dtype=torch.bool)
+    mask = torch.tensor([[False, True, True], [True, False, False]])
     with torch.no_grad():
-        without = layer(x)
         with model._injector.measuring() as shares, model._injector.injecting(Injection(delta, mask)):
-            with_echo = layer(x)
-        branch, own = with_echo - layer.base_layer(x), with_echo - without
-    literal = (own.norm(dim=-1) / branch.norm(dim=-1)).mean()
-    # in DoRA the echo at lora_A's input is scaled by the magnitude too, which the share leaves out
-    tolerance = 0.5 if use_dora and site == "lora_input" else 1e-5
-    assert shares[0].item() == pytest.approx(literal.item(), rel=tolerance)
+            layer(x)
+        # W0, A, B and the magnitude by hand
+        W0, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        scaling, magnitude = layer.scaling["default"], torch.ones(len(W0), 1)
+        if use_dora:
+            magnitude = layer.lora_magnitude_vector["default"].weight[:, None]
+            magnitude = magnitude / (W0 + scaling * B @ A).norm(dim=1, keepdim=True)
+        own = delta[name] if site == "output" else delta[name] @ (magnitude * (scaling * B @ A)).T  # (2, out)
+        plain = x @ (magnitude * (W0 + scaling * B @ A) - W0).T  # (2, 3, out)
+        branch = plain + own[:, None]
+        literal = (own[:, None].norm(dim=-1) / branch.norm(dim=-1))[mask].mean()
+    assert shares[0].item() == pytest.approx(literal.item(), rel=1e-4)
     assert found["echo_share"] > 0

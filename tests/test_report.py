@@ -257,7 +257,7 @@ def test_a_folder_of_studies_gets_their_reports_and_one_of_their_verdicts(full, 
         shutil.copytree(full, tmp_path / name)
     (tmp_path / "notes").mkdir()
     path = write_report(tmp_path)
-    page, text, twin = read(tmp_path)
+    page, _, twin = read(tmp_path)
     assert path == tmp_path / "report.html"
     assert (tmp_path / "first" / "report.md").read_bytes() == (tmp_path / "second" / "report.md").read_bytes()
     lines = summary_lines(full)

@@ -231,9 +231,16 @@ def test_arms_of_a_seed_see_the_same_rows_in_the_same_order(tmp_path, monkeypatc
 
 def test_arms_that_are_not_paired_are_refused(whole):
     first, second = (dict(r) for r in records(whole / "study")[6:8])
-    second["initial_adapter_sha256"] = "another"
-    with pytest.raises(EchoError, match="arms lora and echo-lora did not start from the same adapter in seed 1"):
-        comparing._check_pairing([first, second])
+    comparing._check_pairing([first, second])
+    for name, words in {
+        "initial_adapter_sha256": "start from the same adapter",
+        "data_sha256": "train on the same rows",
+        "questions_sha256": "answer the same questions",
+        "general": "have the same base",
+    }.items():
+        other = second | {name: {"before": 9.0} if name == "general" else "another"}
+        with pytest.raises(EchoError, match=rf"arms lora \(seed 1\) and echo-lora \(seed 1\) did not {words}"):
+            comparing._check_pairing([first, other])
 
 
 def test_the_rate_is_the_best_on_validation_rows_and_of_equals_the_lowest(tmp_path, monkeypatch):

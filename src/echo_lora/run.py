@@ -40,7 +40,7 @@ from trl import SFTConfig
 
 from echo_lora.base_models import load_base_model, load_tokenizer
 from echo_lora.checkpoint import SEAL, has_complete_checkpoint, last_complete_checkpoint
-from echo_lora.environment import peak_memory, versions
+from echo_lora.environment import MemoryWatch, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoModelError
 from echo_lora.export import adapter_hash, model_card, refuse_existing, save_verified, write_file
 from echo_lora.model import EchoModel, get_echo_model
@@ -69,6 +69,7 @@ class RunResult:
     peak_memory: int  # bytes: of the process on a CPU, of torch's tensors on a GPU
     deployed_parameters: int  # of the adapter
     echo_parameters: int  # trained beside it and thrown away
+    data_sha256: str  # of the training rows, tokenised
     initial_adapter_sha256: str
     adapter_sha256: str
     final: dict[str, float]  # the last value of every metric
@@ -231,9 +232,10 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     )
     trainer.remove_callback(PrinterCallback)
     resumed_at = int(last_complete_checkpoint(checkpoints).name.rpartition("-")[2]) if resume else 0
-    started = time.perf_counter()
+    started, watch = time.perf_counter(), MemoryWatch()
     try:
-        trainer.train(resume_from_checkpoint=resume or None)
+        with watch:
+            trainer.train(resume_from_checkpoint=resume or None)
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch's file writer reports a full disk as a RuntimeError that names its source file
         if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
@@ -257,9 +259,10 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         steps=trainer.state.global_step,
         resumed_at=resumed_at,
         seconds=seconds,
-        peak_memory=peak_memory(),
+        peak_memory=watch.peak,
         deployed_parameters=deployed,
         echo_parameters=echo,
+        data_sha256=trainer.configuration()["data.sha256"],
         initial_adapter_sha256=trainer.initial_adapter_hash,
         adapter_sha256=adapter_hash(model, model.active_adapters[0]),
         final={name: value for entry in history for name, value in entry.items() if not name.startswith("train_")},

@@ -31,8 +31,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from echo_lora.checkpoint import (
     SEAL,
@@ -458,7 +458,19 @@ class EchoTrainerMixin(Trainer):
             seal = read_seal(Path(resume_from_checkpoint))
             compare_configuration(Path(resume_from_checkpoint), seal["configuration"], self.configuration())
             self.initial_adapter_hash = seal["initial_adapter_sha256"]
+            ended = self._already_ended(Path(resume_from_checkpoint))
+            if ended is not None:
+                return ended
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _already_ended(self, folder: Path) -> TrainOutput | None:
+        """The result of a run whose last step this checkpoint holds: Trainer would train on to the end of its epoch."""
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps or self.is_deepspeed_enabled or self._is_sharded:
+            return None
+        self._load_from_checkpoint(str(folder))
+        self.state = state
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -34,7 +34,7 @@ from echo_lora.errors import EchoConfigError, EchoError
 from echo_lora.export import write_file
 from echo_lora.progress import progress_console
 from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
-from echo_lora.study.execute import execute, read_record
+from echo_lora.study.execute import execute, read_record, write_record
 from echo_lora.study.records import RUNS_FILE, STUDY_FILE
 from echo_lora.study.statistics import estimate_noise, power
 
@@ -64,18 +64,17 @@ def compare(study: Study, engine: Engine, *, minutes: float | None = None, comma
     """
     if find_spec("statsmodels") is None:  # not after hours of training
         raise EchoError('A study needs statsmodels. Run: pip install "echo-lora[study]"')
+    if minutes is not None and engine.cluster is not None:
+        raise EchoConfigError("--minutes limits runs on this machine; on a cluster use --slurm timeout_min=…")
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     about = _begin(study, command)
-    if not _do(study, tuning_keys(study), engine, ends):
-        _gather(study, about)
+    _restore(study)
+    if not _do(study, about, tuning_keys(study), engine, ends):
         return False
     about["chosen"] = chosen = choose(study)
     if about.get("power") is None:
         about["power"] = estimate_power(study, chosen)
-    _gather(study, about)
-    is_complete = _do(study, confirmation_keys(study, chosen), engine, ends)
-    _gather(study, about)
-    return is_complete
+    return _do(study, about, confirmation_keys(study, chosen), engine, ends)
 
 
 # ------------------------------------------------------------------ the design
@@ -134,17 +133,22 @@ def choose(study: Study) -> dict[str, float]:
         for rate in study.rates(arm):
             records = [_done(study, RunKey("tuning", arm, rate, seed)) for seed in study.tuning_seeds]
             best[arm].append((-float(np.mean([_tuned_on(study, record) for record in records])), rate))
+        if all(np.isinf(worst) for worst, _ in best[arm]):
+            raise EchoError(f"training of arm {arm} diverged at every learning rate. Try lower ones in another study.")
     return {arm: min(found)[1] for arm, found in best.items()}
 
 
 def _tuned_on(study: Study, record: dict[str, Any]) -> float:
-    """What is to be high: the mean accuracy of the tasks, or minus the last loss on validation rows."""
+    """What is to be high: the mean accuracy of the tasks, or minus the last loss on validation rows.
+
+    Minus infinity where training diverged.
+    """
+    if "diverged" in record:
+        return -np.inf
     if study.tune_on == "accuracy":
         return float(np.mean([score["result"]["accuracy"] for score in record["scores"]]))
-    losses = [entry["eval_loss"] for entry in record["history"] if "eval_loss" in entry]
-    if not losses:
-        raise EchoConfigError("tune_on = loss needs losses on validation rows: set training.evaluate_every.")
-    return -losses[-1]
+    last = [entry["eval_loss"] for entry in record["history"] if "eval_loss" in entry][-1]
+    return -last if np.isfinite(last) else -np.inf
 
 
 def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
@@ -209,17 +213,45 @@ def _gather(study: Study, about: dict[str, Any]) -> None:
 
 
 def _check_pairing(records: Iterable[dict[str, Any]]) -> None:
-    """In a seed, arms with adapters of one kind started from the same weights. Raises EchoError."""
-    first: dict[str, tuple[str, str]] = {}
+    """Runs that are compared began alike and answered the same questions. Raises EchoError.
+
+    In a seed, adapters of one kind started from the same weights; arms with one `data` section saw the same rows; all
+    were asked the same questions; the base knew the general text equally well.
+    """
+    first: dict[str, tuple[dict[str, Any], Any]] = {}
     for record in records:
-        recipe = record["recipe"]
-        kind = json.dumps([record["seed"], recipe["method"], recipe["model"], recipe["lora"]], sort_keys=True)
-        arm, weights = first.setdefault(kind, (record["arm"], record["initial_adapter_sha256"]))
-        if weights != record["initial_adapter_sha256"]:
-            raise EchoError(
-                f"arms {arm} and {record['arm']} did not start from the same adapter in seed {record['seed']}, so they "
-                "are not paired. Were their runs made by different versions? Remove the older ones and compare again."
-            )
+        if "diverged" in record:
+            continue
+        recipe, general = record["recipe"], record["general"] or {}
+        alike = {
+            "start from the same adapter": (
+                [record["seed"], recipe["method"], recipe["model"], recipe["lora"]],
+                record["initial_adapter_sha256"],
+            ),
+            "train on the same rows": ([recipe["data"], recipe["model"]], record["data_sha256"]),
+            "answer the same questions": ([record["stage"]], record["questions_sha256"]),
+            "have the same base": ([recipe["model"]], f"{general.get('before', 0.0):.4f}"),
+        }
+        for what, (group, value) in alike.items():
+            other, expected = first.setdefault(json.dumps([what, group], sort_keys=True), (record, value))
+            if value != expected:
+                raise EchoError(
+                    f"arms {other['arm']} (seed {other['seed']}) and {record['arm']} (seed {record['seed']}) did not "
+                    f"{what}, so they are not paired. Has something changed between their runs? Remove the older ones "
+                    "and compare again."
+                )
+
+
+def _restore(study: Study) -> None:
+    """Give runs that are known from the gathered records alone, as after a clone, a folder with their record."""
+    path = Path(study.output) / RUNS_FILE
+    if not path.is_file():
+        return
+    for line in gzip.decompress(path.read_bytes()).splitlines():
+        record = json.loads(line)
+        key = RunKey(*(record[name] for name in ("stage", "arm", "learning_rate", "seed")))
+        if read_record(study, key) is None:
+            write_record(study, key, record)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -230,8 +262,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 # -------------------------------------------------------------------- the runs
 
 
-def _do(study: Study, keys: list[RunKey], engine: Engine, ends: float | None) -> bool:
-    """Do the runs that have no record yet; False if time was up before that. Raises EchoError if some failed."""
+def _do(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Engine, ends: float | None) -> bool:
+    """Do the runs that have no record yet; False if time was up before that. Raises EchoError if some failed.
+
+    All records are gathered after each run, so that a report of what there is can be made at any time.
+    """
+    _gather(study, about)
     left = [key for key in keys if read_record(study, key) is None]
     if not left:
         return True
@@ -243,6 +279,7 @@ def _do(study: Study, keys: list[RunKey], engine: Engine, ends: float | None) ->
         seconds = time.monotonic() - started
         state = "done" if error is None else "FAILED"
         console.print(f"{done}/{len(left)}  {key}  {state}  {seconds:.0f} s", markup=False)
+        _gather(study, about)
         if error is not None:
             failed.append(f"{key}: {error}\n  log: {Path(study.output) / key.folder / 'log.txt'}")
     if failed:
@@ -325,14 +362,17 @@ def _on_cluster(
         import submitit
     except ImportError as error:
         raise EchoConfigError('runs on a cluster need submitit. Run: pip install "echo-lora[cluster]"') from error
-    executor = submitit.AutoExecutor(folder=Path(study.output) / "jobs", cluster=engine.cluster)
     try:
+        executor = submitit.AutoExecutor(folder=Path(study.output) / "jobs", cluster=engine.cluster)
         executor.update_parameters(**(engine.options or {}))
+        jobs = executor.map_array(_logged, [study] * len(keys), keys, [False] * len(keys))
     except (NameError, ValueError, TypeError) as error:
         raise EchoConfigError(f"submitit refuses the options {engine.options}: {error}") from error
-    jobs = executor.map_array(_logged, [study] * len(keys), keys)
+    except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
+        raise EchoError(f"the runs could not be submitted: {error}. Mend it and compare again.") from error
     for key, job in zip(keys, jobs, strict=True):
         try:
-            yield key, job.result()
+            found = job.result()
+            yield key, "another process is at it; compare again when it has ended" if found == HELD else found
         except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
             yield key, f"its job failed: {error}"

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from echo_lora.config import nearest
@@ -111,6 +110,11 @@ class Study(Section):
         for seed in self.seeds:
             if seed in self.tuning_seeds and self.tunes:
                 raise ValueError(f"seed {seed} is among seeds and tuning_seeds; a seed that chose can't confirm")
+        if self.comparisons == []:
+            raise ValueError("comparisons = [] compares nothing; name a pair, or leave it out")
+        for key in self.set:
+            if key.startswith(GIVEN):
+                raise ValueError(f"set.{key}: the study gives this to each run; remove it")
         for key in ("seeds", "tuning_seeds"):
             seeds = getattr(self, key)
             if len(set(seeds)) != len(seeds) or min(seeds, default=0) < 0:
@@ -173,13 +177,33 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
     if isinstance(general, dict) and isinstance(general.get("file"), str) and path.parent != SHIPPED:
         document["general"] = general | {"file": str(path.parent / general["file"])}
     study = validated(Study, document, str(source), tree, overrides)
-    for name in study.arms:
-        recipe_of(study, RunKey("confirmation", name, study.rates(name)[0], study.seeds[0]))
+    for name, arm in study.arms.items():
+        recipe = recipe_of(study, RunKey("confirmation", name, study.rates(name)[0], study.seeds[0]))
+        if (problem := _problem(study, arm, recipe)) is not None:
+            raise EchoConfigError(f"{source}: arm {name}: {problem}")
     if study.general is not None and not Path(study.general.file).is_file():
         raise EchoConfigError(
             f"{source}: general.file = {study.general.file}: there is no such file. Correct the path."
         )
     return study
+
+
+def _problem(study: Study, arm: Arm, recipe: Recipe) -> str | None:
+    """What would stop the study after hours of training."""
+    tasks = recipe.evaluation.tasks
+    if any(task.kind == "code" for task in tasks):
+        return "a study runs no generated code; leave tasks of kind code to `echo-lora eval --run-generated-code`."
+    if arm.keep_echo_on and any(task.kind == "choice" for task in tasks):
+        return "keep_echo_on is for generated answers; an evaluation task is of kind choice. Leave it out."
+    if study.tunes and study.tune_on == "loss" and recipe.training.evaluate_every is None:
+        return "tune_on = loss needs losses on validation rows. Set training.evaluate_every."
+    needs_validation = (study.tunes and study.tune_on == "accuracy") or study.score_on == "validation"
+    if needs_validation and (recipe.data.validation is None or any(task.data for task in tasks)):
+        return (
+            "answers to validation rows are to be scored, but data.validation is missing or the evaluation tasks have "
+            "rows of their own. Give data.validation and tasks without data, or use tune_on: loss."
+        )
+    return None
 
 
 def shipped_studies() -> list[str]:
@@ -204,13 +228,13 @@ def recipe_of(study: Study, key: RunKey) -> Recipe:
 
 
 def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
-    """`key=value` of submitit, the value in YAML, as in `slurm_partition=gpu`. Raises EchoConfigError."""
-    options = {}
+    """`key=value` of submitit, as in `slurm_partition=gpu`; digits are a number. Raises EchoConfigError."""
+    options: dict[str, Any] = {}
     for text in texts:
         key, is_given, value = text.partition("=")
         if not is_given or not key.strip():
             raise EchoConfigError(f"--slurm {text}: write it as key=value, for example --slurm timeout_min=60.")
-        options[key.strip()] = yaml.safe_load(value)
+        options[key.strip()] = int(value) if value.isdigit() else value
     return options
 
 

@@ -6,8 +6,10 @@ finished, its record stands and it is not run again. A lock keeps two processes 
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import gzip
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,18 +20,19 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from echo_lora.base_models import load_tokenizer
 from echo_lora.checkpoint import has_complete_checkpoint
 from echo_lora.environment import commit
-from echo_lora.errors import EchoCheckpointError, EchoDataError
-from echo_lora.evaluate import TaskResult, score
+from echo_lora.errors import EchoCheckpointError, EchoDataError, EchoTrainingError
+from echo_lora.evaluate import score
 from echo_lora.export import save_verified, write_file
 from echo_lora.model import EchoModel
 from echo_lora.rows import evaluation_rows
 from echo_lora.run import require_packages, train
-from echo_lora.schema import Recipe
 from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
 
 RECORD = "record.json.gz"
+COMMIT = commit()  # of the code that this process has imported: the tree may move on before its last run ends
 WINDOW = 512  # tokens of general text that the model reads at a time
 
 
@@ -46,12 +49,17 @@ def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
         if not is_ours:
             return False
         if not (folder / RECORD).is_file():
-            record = _record(study, key, folder)
-            text = json.dumps(record, ensure_ascii=False)
-            # no time stamp in the archive: the same record is the same file
-            write_file(folder / RECORD, lambda path: path.write_bytes(gzip.compress(text.encode(), mtime=0)))
+            write_record(study, key, _record(study, key, folder))
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return True
+
+
+def write_record(study: Study, key: RunKey, record: dict[str, Any]) -> None:
+    """Keep the record of a run. Raises EchoCheckpointError if the disk refuses."""
+    text = json.dumps(record, ensure_ascii=False)
+    # no time stamp in the archive: the same record is the same file
+    path = Path(study.output) / key.folder / RECORD
+    write_file(path, lambda file: file.write_bytes(gzip.compress(text.encode(), mtime=0)))
 
 
 def read_record(study: Study, key: RunKey) -> dict[str, Any] | None:
@@ -72,25 +80,37 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
     resume = has_complete_checkpoint(checkpoints)
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
-    result, model, tokenizer = train(recipe, checkpoints, resume=resume)
-    save_verified(model, folder / "adapter", tokenizer=tokenizer, overwrite=True)
     part = "validation" if key.stage == "tuning" else study.score_on
+    # tuning by loss needs no generated answer
+    answers = key.stage == "confirmation" or study.tune_on == "accuracy"
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    tasks = evaluation_rows(recipe, tokenizer, part) if answers else []  # before training: they may be wrong
+    ids = [] if study.general is None else general_ids(tokenizer, study.general)
+    try:
+        result, model, tokenizer = train(recipe, checkpoints, resume=resume)
+    except EchoTrainingError as error:
+        if key.stage == "confirmation":
+            raise
+        return {
+            **dataclasses.asdict(key),
+            "recipe": recipe.to_dict(),
+            "diverged": str(error),
+            "scores": [],
+            "history": [],
+        }
+    save_verified(model, folder / "adapter", tokenizer=tokenizer, overwrite=True)
     keeps_echo = study.arms[key.arm].keep_echo_on and isinstance(model, EchoModel) and key.stage == "confirmation"
     scores = []
-    # tuning by loss needs no generated answer
-    if key.stage == "confirmation" or study.tune_on == "accuracy":
-        for echo in (False, True) if keeps_echo else (False,):
+    for echo in (False, True) if keeps_echo else (False,):
+        if tasks:
             with model.keeping_echo() if echo else nullcontext():
-                results = _score(recipe, model, tokenizer, part)
+                results = score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size, progress=False)
             scores += [{"part": part, "echo": echo, "seconds": r.seconds, "result": r.to_dict()} for r in results]
     return {
-        "stage": key.stage,
-        "arm": key.arm,
-        "learning_rate": key.learning_rate,
-        "seed": key.seed,
+        **dataclasses.asdict(key),
         "recipe": result.recipe,
         "versions": result.versions,
-        "commit": commit(),
+        "commit": COMMIT,
         "device": result.device,
         "threads": torch.get_num_threads(),
         "steps": result.steps,
@@ -99,28 +119,32 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
         "peak_memory": result.peak_memory,
         "deployed_parameters": result.deployed_parameters,
         "echo_parameters": result.echo_parameters,
+        "data_sha256": result.data_sha256,
+        "questions_sha256": hashlib.sha256(
+            json.dumps([[task.name, rows] for task, rows in tasks], sort_keys=True).encode()
+        ).hexdigest(),
         "initial_adapter_sha256": result.initial_adapter_sha256,
         "adapter_sha256": result.adapter_sha256,
         "rows": result.rows,
         "history": result.history,
         "scores": scores,
-        "general": None if study.general is None else forgetting(model, tokenizer, study.general),
+        "general": forgetting(model, ids) if ids else None,
     }
 
 
-def _score(recipe: Recipe, model: PeftModel, tokenizer: Any, part: Any) -> list[TaskResult]:
-    tasks = evaluation_rows(recipe, tokenizer, part)
-    return score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size, progress=False)
+def general_ids(tokenizer: Any, text: GeneralText) -> list[int]:
+    """The tokens of the general text that are scored. Raises EchoDataError if it is too short."""
+    ids = tokenizer(Path(text.file).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: text.tokens]
+    if len(ids) < text.tokens:
+        raise EchoDataError(f"{text.file} has {len(ids)} tokens, fewer than general.tokens = {text.tokens}. Lower it.")
+    return ids
 
 
-def forgetting(model: PeftModel, tokenizer: Any, text: GeneralText) -> dict[str, float]:
+def forgetting(model: PeftModel, ids: list[int]) -> dict[str, float]:
     """Mean nats per token of a general text, of the base and with the adapter: {"before", "after", "tokens"}.
 
     The text is read in windows of 512 tokens, the first token of each is not predicted.
     """
-    ids = tokenizer(Path(text.file).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: text.tokens]
-    if len(ids) < text.tokens:
-        raise EchoDataError(f"{text.file} has {len(ids)} tokens, fewer than general.tokens = {text.tokens}. Lower it.")
     was_training = model.training
     model.eval()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from echo_lora.study.layout import (
     range_text,
     with_range,
 )
-from echo_lora.study.records import Record, StudyRecords, results
+from echo_lora.study.records import StudyRecords, results
 from echo_lora.study.statistics import Effect
 from echo_lora.study.verdict import Difference, check_pairing, missing_lines, power_lines
 
@@ -214,14 +215,16 @@ def cost(study: StudyRecords) -> Section:
     panels, rows = [], []
     ratios = {}
     for arm in study.arms:
-        runs = [run for run in study.confirmation(arm).values() if run.get("seconds")]
+        runs = [run for run in study.confirmation(arm).values() if _seconds(run)]
         if not runs:
             continue
-        ratios[arm] = [run["seconds"] / base[run["seed"]]["seconds"] for run in runs if _has_seconds(base, run["seed"])]
+        ratios[arm] = [
+            _seconds(run) / _seconds(base[run["seed"]]) for run in runs if _seconds(base.get(run["seed"], {}))
+        ]
         rows.append(
             [
                 study.label(arm),
-                f"{mean_of(run['seconds'] for run in runs):.0f}",
+                f"{mean_of(_seconds(run) for run in runs):.0f}",
                 mean_and_range(ratios[arm], ".2f"),
                 " ".join(sorted({str(run.get("steps", "")) for run in runs})),
                 f"{max(run.get('peak_memory', 0) for run in runs) / 1e9:.2f}",
@@ -253,7 +256,10 @@ def cost(study: StudyRecords) -> Section:
             f"How many times as long as {baseline} training took in the same seed; right of the line at 1 is slower."
         )
         figures.append(Figure(caption, panels, None))
-    text = ["Seconds are those of training alone. They are rough where runs shared a machine."]
+    text = [
+        "Seconds are those of training alone, without evaluation, of runs that were not interrupted. They are rough "
+        "where runs shared a machine."
+    ]
     devices = sorted({str(run.get("device", "unknown")) for run in study.runs})
     warnings = []
     if len(devices) > 1:
@@ -261,8 +267,11 @@ def cost(study: StudyRecords) -> Section:
     return Section("cost", title, text, warnings, figures, [table])
 
 
-def _has_seconds(base: Mapping[int, Record], seed: int) -> bool:
-    return bool(base.get(seed, {}).get("seconds"))
+def _seconds(run: Mapping[str, Any]) -> float:
+    """Of training, without the evaluations in between; 0 where a resumed run does not know."""
+    if run.get("resumed_at") or not run.get("seconds"):
+        return 0.0
+    return run["seconds"] - sum(entry.get("eval_runtime", 0.0) for entry in run["history"])
 
 
 def forgetting(study: StudyRecords) -> Section:

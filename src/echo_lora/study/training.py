@@ -246,10 +246,6 @@ def ceiling(study: StudyRecords) -> Section:
     means: list[tuple[str, str, float, float]] = []
     for arm in study.arms:
         runs = study.confirmation(arm).values()
-        exact = [last for run in runs if (last := _last_exact(run))]
-        if exact:
-            off, on = (mean_of(pair[i] for pair in exact) for i in (0, 1))
-            means.append((arm, "validation, teacher-forced", off, on))
         kept = [run for run in runs if results(run, echo=True)]
         if kept:
             off, on = (mean_of(run_accuracy(run, echo=echo) for run in kept) for echo in (False, True))
@@ -276,17 +272,7 @@ def ceiling(study: StudyRecords) -> Section:
         "Hollow: as deployed, without the echo. Filled: with the echo kept on, which no deployed adapter can do. The "
         "gap is what better distillation could still win; the filled mark is the ceiling of this echo."
     )
-    text = [
-        "Teacher-forced means that the model sees the right answer up to each token and is asked for the next one; an "
-        "answer is exact if all its tokens come out right. Means over the seeds."
-    ]
+    text = ["Means over the seeds."]
     head = ["arm", "how", "echo off", "echo on", "difference"]
     figure = Figure(caption, [panel.svg()], Table("Exact answers without and with the echo", head, rows))
     return Section("ceiling", title, text, figures=[figure])
-
-
-def _last_exact(run: Record) -> tuple[float, float] | None:
-    found = [
-        (e["eval_exact_off"], e["eval_exact_on"]) for e in run["history"] if {"eval_exact_off", "eval_exact_on"} <= {*e}
-    ]
-    return found[-1] if found else None

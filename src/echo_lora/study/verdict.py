@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from echo_lora.study.layout import count_of, is_known, listed, points_text, rang
 from echo_lora.study.records import Record, RunName, StudyRecords, results
 from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare
 
+DULL = 0.98  # share of a run's answers
 SIGN = {"better": "▲", "worse": "▼", "no difference shown": "◇", "too few data": "?"}
 
 
@@ -163,7 +165,29 @@ def notices(study: StudyRecords) -> list[str]:
             "The runs that count were scored on validation rows: this is a search for settings, and what it finds is "
             "to be confirmed on test rows."
         )
-    return found + check_pairing(study)[1]
+    runs = [run for arm in study.arms for run in study.confirmation(arm).values()]
+    commits = sorted({str(run["commit"]) for run in runs if "commit" in run})
+    if len(commits) > 1:
+        found.append(f"The runs were made by different commits ({listed(commits)}): they may not be comparable.")
+    return found + dull_tasks(study) + check_pairing(study)[1]
+
+
+def dull_tasks(study: StudyRecords) -> list[str]:
+    """Tasks on which no method could differ: every run answers nearly all alike, or is right, or wrong, in all. [O]"""
+    dull: dict[str, list[bool]] = {}
+    for arm in study.arms:
+        for run in study.confirmation(arm).values():
+            for result in results(run):
+                said = Counter(result.get("predictions", [])).most_common(1)
+                says_one = bool(said) and said[0][1] >= DULL * len(result["correct_per_row"])
+                right = sum(result["correct_per_row"]) / len(result["correct_per_row"])
+                dull.setdefault(result["task"], []).append(says_one or not 1 - DULL < right < DULL)
+    return [
+        f"Task {task} can show no difference: in every run nearly all answers are the same, or right, or wrong. It "
+        "only makes the overall difference smaller."
+        for task, runs in dull.items()
+        if all(runs)
+    ]
 
 
 def missing_lines(missing: list[RunName]) -> list[str]:
