@@ -340,6 +340,27 @@ def test_missing_runs_are_named_and_the_verdict_is_only_so_far(tmp_path):
     assert "one seed gives no interval" in summary_lines(tmp_path)[0]
 
 
+@pytest.mark.parametrize("how", ["one answer", "never right"])
+def test_a_task_that_can_show_nothing_is_a_warning(tmp_path, how):
+    folder = small(tmp_path)
+    study = read_study(folder)
+    assert not any("can show no difference" in line for line in summary_lines(folder))
+    task = study.runs[0]["scores"][0]["result"]["task"]
+    for run in study.runs:
+        for score in run["scores"]:
+            result = score["result"]
+            if result["task"] != task:
+                continue
+            if how == "one answer":
+                result["predictions"] = ["1"] * len(result["predictions"])
+            else:
+                result["correct_per_row"] = [False] * len(result["correct_per_row"])
+    write_runs(folder, study.runs)
+    found = [line for line in summary_lines(folder) if "can show no difference" in line]
+    assert len(found) == 1
+    assert task in found[0]
+
+
 def test_arms_that_did_not_start_from_the_same_adapter_are_a_warning(tmp_path):
     def change(run):
         if (run["stage"], run["arm"], run["seed"]) == ("confirmation", "echo-lora", 2):

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from echo_lora.errors import EchoConfigError, EchoError
+from echo_lora.errors import EchoConfigError, EchoError, EchoTrainingError
 from echo_lora.sft import EchoSFTTrainer
 from echo_lora.study import compare as comparing
+from echo_lora.study import execute as executing
 from echo_lora.study.compare import Engine, choose, compare
 from echo_lora.study.design import (
     RunKey,
@@ -29,6 +30,7 @@ from echo_lora.study.design import (
 )
 from echo_lora.study.execute import RECORD, execute, read_record
 from echo_lora.study.records import RUNS_FILE, STUDY_FILE
+from echo_lora.study.report import write_report
 from tiny_recipe import ROWS, tiny_document, tiny_folder, write_rows
 
 TESTS = Path(__file__).parent
@@ -117,6 +119,12 @@ def numbers(folder: Path) -> list[dict]:
         ({"arms": {"lora": {}}}, "arms"),
         ({"general": {"file": "no.txt"}}, "no.txt: there is no such file"),
         ({"recipe": "no.yaml"}, "there is no such file, and no shipped recipe"),
+        ({"comparisons": []}, "comparisons = [] compares nothing"),
+        ({"set": {"output": "x"}}, "set.output: the study gives this to each run"),
+        ({"set": {"data.validation": None, "training.evaluate_every": None}}, "arm lora: answers to validation rows"),
+        ({"tune_on": "loss", "set": {"training.evaluate_every": None}}, "Set training.evaluate_every"),
+        ({"set": {"evaluation.tasks": [{"name": "words", "kind": "code"}]}}, "a study runs no generated code"),
+        ({"set": {"evaluation.tasks": [{"name": "words", "kind": "choice"}]}}, "arm echo-lora: keep_echo_on is for"),
         ({"learning_rate": 1}, "unknown key learning_rate. Did you mean 'learning_rates'?"),
     ],
 )
@@ -164,8 +172,9 @@ def test_shipped_studies_can_be_read():
             assert load_study(name).title
 
 
-def test_options_of_slurm_are_read_as_yaml():
-    assert slurm_options(["timeout_min=60", "slurm_partition=gpu"]) == {"timeout_min": 60, "slurm_partition": "gpu"}
+def test_options_of_slurm_are_texts_but_for_numbers():
+    options = slurm_options(["timeout_min=60", "slurm_partition=gpu", "slurm_time=01:00:00"])
+    assert options == {"timeout_min": 60, "slurm_partition": "gpu", "slurm_time": "01:00:00"}
     with pytest.raises(EchoConfigError, match="--slurm 60: write it as key=value"):
         slurm_options(["60"])
 
@@ -255,6 +264,71 @@ def test_the_rate_is_the_best_on_validation_rows_and_of_equals_the_lowest(tmp_pa
     assert choose(study) == {"lora": 3e-2, "echo-lora": 1e-2, "zero": 1e-2}
     by_loss = study.model_copy(update={"tune_on": "loss"})
     assert choose(by_loss) == {"lora": 3e-2, "echo-lora": 1e-2, "zero": 1e-2}
+
+
+def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path, monkeypatch):
+    study = loaded(tmp_path)
+    original = EchoSFTTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        if self.args.learning_rate == 3e-2:
+            raise EchoTrainingError("ce_off is nan at step 1")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(EchoSFTTrainer, "compute_loss", compute_loss)
+    for key in tuning_keys(study):
+        assert execute(study, key)
+    diverged = read_record(study, RunKey("tuning", "lora", 3e-2, 0))
+    assert diverged["diverged"] == "ce_off is nan at step 1"
+    assert choose(study) == dict.fromkeys(ARMS, 1e-2)
+    with pytest.raises(EchoTrainingError):
+        execute(study, RunKey("confirmation", "lora", 3e-2, 1))
+    comparing._gather(study, comparing._begin(study, "") | {"chosen": choose(study)})
+    assert "diverged" in (write_report(study.output).parent / "report.md").read_text()
+
+
+def test_a_study_goes_on_from_its_gathered_records(whole, tmp_path, monkeypatch):
+    for name in (STUDY_FILE, RUNS_FILE):
+        (tmp_path / "clone").mkdir(exist_ok=True)
+        (tmp_path / "clone" / name).write_bytes((whole / "study" / name).read_bytes())
+    monkeypatch.setattr(comparing, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
+    study = load_study(whole / "study.yaml", [f"output={tmp_path / 'clone'}"])
+    assert compare(study, Engine())
+    assert (tmp_path / "clone" / RUNS_FILE).read_bytes() == (whole / "study" / RUNS_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("moment", ["in training", "after training"])
+def test_a_run_cut_short_goes_on_to_the_same_answers(tmp_path, monkeypatch, moment):
+    """Five steps are no whole number of epochs: a checkpoint of the last one must not be trained on."""
+    settings = {"training.steps": 5, "training.log_every": 2, "training.schedule": "constant"}
+    study = loaded(tmp_path, set=settings)
+    key = RunKey("confirmation", "echo-lora", 1e-2, 1)
+    assert execute(study, key)
+    whole = read_record(study, key)
+    (tmp_path / "study" / key.folder / RECORD).unlink()
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "in training":
+            original = EchoSFTTrainer.compute_loss
+            patch.setattr(
+                EchoSFTTrainer,
+                "compute_loss",
+                lambda self, *a, **k: die() if self.state.global_step == 3 else original(self, *a, **k),
+            )
+        else:
+            patch.setattr(executing, "score", die)
+        with pytest.raises(KeyboardInterrupt):
+            execute(study, key)
+    assert execute(study, key)
+    again = read_record(study, key)
+    assert again["resumed_at"] == (3 if moment == "in training" else 5)
+    for name in ("steps", "adapter_sha256", "initial_adapter_sha256", "data_sha256", "questions_sha256", "general"):
+        assert again[name] == whole[name], name
+    predictions = [[s["result"]["predictions"] for s in record["scores"]] for record in (whole, again)]
+    assert predictions[0] == predictions[1]
 
 
 def test_another_design_in_the_same_folder_is_refused(whole):
@@ -349,6 +423,7 @@ def test_a_study_killed_and_begun_again_ends_with_the_same_numbers(tmp_path, who
     again = run_study(tmp_path)
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
+    assert len(records(tmp_path / "study")) == 12
     # one tokenizer and one model, made twice from the same seed in different folders
     first, second = numbers(whole / "study"), numbers(tmp_path / "study")
     for record in first + second:

@@ -134,7 +134,8 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
 
 def general_ids(tokenizer: Any, text: GeneralText) -> list[int]:
     """The tokens of the general text that are scored. Raises EchoDataError if it is too short."""
-    ids = tokenizer(Path(text.file).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: text.tokens]
+    words = Path(text.file).read_text(encoding="utf-8")
+    ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][: text.tokens]
     if len(ids) < text.tokens:
         raise EchoDataError(f"{text.file} has {len(ids)} tokens, fewer than general.tokens = {text.tokens}. Lower it.")
     return ids

@@ -35,8 +35,13 @@ def learning_rates(study: StudyRecords) -> Section:
     """What tuning found, and what was chosen."""
     title = "Choice of the learning rate"
     on_accuracy = study.tunes_on_accuracy
+    diverged = [run for arm in study.arms for runs in study.tuning(arm).values() for run in runs if "diverged" in run]
     curves = {
-        arm: {rate: mean_of([_tuned_on(run, on_accuracy) for run in runs]) for rate, runs in study.tuning(arm).items()}
+        arm: {
+            rate: mean_of([_tuned_on(run, on_accuracy) for run in runs])
+            for rate, runs in study.tuning(arm).items()
+            if not any("diverged" in run for run in runs)
+        }
         for arm in study.arms
     }
     curves = {arm: curve for arm, curve in curves.items() if curve}
@@ -86,8 +91,13 @@ def learning_rates(study: StudyRecords) -> Section:
             f"The rate chosen for {listed(study.label(arm) for arm in edge)} is the lowest or the highest tried: a "
             "better one may lie beyond."
         )
+    items = [
+        f"{study.label(run['arm'])}, learning rate {run['learning_rate']:g}, seed {run['seed']}: training diverged"
+        for run in diverged
+    ]
     table = Table(f"{what[0].upper()}{what[1:]}, by learning rate", ["arm", "learning rate", what, ""], rows)
-    return Section("rates", title, text, warnings, [Figure(caption, [panel.svg()], table, legend(study, curves))])
+    figure = Figure(caption, [panel.svg()], table, legend(study, curves))
+    return Section("rates", title, text, warnings, [figure], items=items)
 
 
 def _tuned_on(run: Record, on_accuracy: bool) -> float:
