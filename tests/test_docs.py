@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -18,6 +19,10 @@ import pytest
 
 import echo_lora
 from echo_lora.recipe import load_recipe, recipe_table, shipped_recipes
+from echo_lora.study.layout import points_text, range_text
+from echo_lora.study.records import read_study
+from echo_lora.study.report import write_report
+from echo_lora.study.verdict import declared_differences
 
 ROOT = Path(echo_lora.__file__).parent.parent.parent
 SOURCE = ROOT / "src" / "echo_lora"
@@ -307,3 +312,24 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_the_source():
 )
 def test_the_check_above_refuses_a_message_that_nobody_writes(message):
     assert not is_of_the_source(message, message_patterns())
+
+
+@pytest.mark.parametrize("name", ["small", "real"])
+def test_the_readme_and_the_model_card_quote_the_interval_of_the_study(name):
+    study = read_study(ROOT / "results" / "study" / name)
+    effect = declared_differences(study)[0].overall
+    assert effect is not None
+    quoted = f"{points_text(effect.estimate)} points (95 % interval {range_text(effect)})"
+    card = (SOURCE / "templates" / "model_card.md.j2").read_text(encoding="utf-8")
+    for text in (page("README.md"), page("results/study/README.md"), card):
+        assert quoted in " ".join(text.split())
+
+
+def test_the_reports_of_the_study_are_those_of_its_records(tmp_path):
+    shutil.copytree(ROOT / "results" / "study", tmp_path / "study")
+    write_report(tmp_path / "study")
+    reports = sorted((ROOT / "results" / "study").rglob("report.*"))
+    assert len(reports) == 6
+    for path in reports:
+        again = tmp_path / "study" / path.relative_to(ROOT / "results" / "study")
+        assert again.read_bytes() == path.read_bytes(), path
