@@ -187,9 +187,8 @@ def _settings(study: StudyRecords) -> Section:
     recipe = [[key, value] for key, value in _flat(about.get("recipe", {}))]
     rows = sorted({line for run in study.runs if run["stage"] == "confirmation" for line in run.get("rows", [])})
     warnings = []
-    for key in ("versions", "commit"):
-        if len({json.dumps(run[key], sort_keys=True) for run in study.runs if key in run}) > 1:
-            warnings.append(f"The runs were not all made with the same {key}: they may not be comparable.")
+    if len({json.dumps(run["versions"], sort_keys=True) for run in study.runs if "versions" in run}) > 1:
+        warnings.append("The runs were not all made with the same versions: they may not be comparable.")
     tables = [
         Table(
             "Arms: what each sets otherwise than the base recipe",

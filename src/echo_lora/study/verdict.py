@@ -165,8 +165,7 @@ def notices(study: StudyRecords) -> list[str]:
             "The runs that count were scored on validation rows: this is a search for settings, and what it finds is "
             "to be confirmed on test rows."
         )
-    runs = [run for arm in study.arms for run in study.confirmation(arm).values()]
-    commits = sorted({str(run["commit"]) for run in runs if "commit" in run})
+    commits = sorted({str(run["commit"]) for run in study.runs if "commit" in run})
     if len(commits) > 1:
         found.append(f"The runs were made by different commits ({listed(commits)}): they may not be comparable.")
     return found + dull_tasks(study) + check_pairing(study)[1]
