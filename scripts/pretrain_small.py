@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import time
 from importlib.resources import files
@@ -25,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from echo_lora.environment import commit, versions
+from echo_lora.export import new_folder
 
 # Task: its share of the rows, and parameters that keep numbers small and answers short.
 TASKS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -155,10 +155,6 @@ def main() -> None:
             recent = sum(losses[-100:]) / 100
             print(f"step {step + 1}/{args.steps}  loss {recent:.3f}  {time.perf_counter() - started:.0f} s", flush=True)
 
-    part = args.output.with_name(args.output.name + ".part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    (part / "general.txt").write_text(held_out, encoding="utf-8")
     record = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -168,8 +164,11 @@ def main() -> None:
         "versions": versions(),
         "commit": commit(),
     }
-    (part / "pretraining.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    os.replace(part, args.output)
+    with new_folder(args.output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "general.txt").write_text(held_out, encoding="utf-8")
+        (folder / "pretraining.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     print(json.dumps(record, indent=2))
 
 

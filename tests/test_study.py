@@ -186,7 +186,9 @@ def test_options_of_slurm_are_texts_but_for_numbers():
 def whole(tmp_path_factory):
     """A study that was never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    assert compare(loaded(folder), Engine(), command="echo-lora compare study.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # as `run_study`: other threads add in another order
+        assert compare(loaded(folder), Engine(), command="echo-lora compare study.yaml")
     return folder
 
 
@@ -351,6 +353,19 @@ def test_each_source_is_a_task_where_the_recipe_names_none(tmp_path):
     assert [score["result"]["task"] for score in read_record(study, key)["scores"]] == ["validation", "test"]
 
 
+@pytest.mark.parametrize("own", [None, "1"])
+def test_threads_are_shared_out_among_workers_and_the_environment_is_left_as_it_was(tmp_path, monkeypatch, own):
+    if own is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    study = loaded(tmp_path, learning_rates=[1e-2], seeds=[1], general=None, arms=dict(list(ARMS.items())[:2]))
+    assert compare(study, Engine(workers=2))
+    assert {record["threads"] for record in records(tmp_path / "study")} == {2 if own is None else 1}
+    assert os.environ.get("OMP_NUM_THREADS") == own
+
+
 def test_time_that_is_up_begins_no_run(tmp_path):
     assert not compare(loaded(tmp_path), Engine(), minutes=0)
     assert records(tmp_path / "study") == []
@@ -429,7 +444,7 @@ def test_a_study_killed_and_begun_again_ends_with_the_same_numbers(tmp_path, who
     for record in first + second:
         for name in ("model", "data", "evaluation"):
             record["recipe"].pop(name)
-        record.pop("rows"), record.pop("threads")
+        record.pop("rows")
         for score in record["scores"]:
             score["result"].pop("file", None)
     assert second == first

@@ -38,7 +38,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_yaml(str(source), SHIPPED, "recipe")
     tree, document = parse_yaml(path)
-    if path.resolve().parent != SHIPPED.resolve():  # the user's rows are not in the package
+    if not is_in(path, SHIPPED):  # the user's rows are not in the package
         _rebase(document, path.parent)
     document.setdefault("output", f"runs/{path.stem}")
     return validated(Recipe, document, str(source), tree, overrides)
@@ -70,7 +70,17 @@ def validated(
 
 def shipped_recipes() -> list[str]:
     """Names that `load_recipe` takes without a file."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    return names_in(SHIPPED)
+
+
+def names_in(shipped: Path) -> list[str]:
+    """What `find_yaml` finds in a folder of the package by name."""
+    return sorted(path.stem for path in shipped.glob("*.yaml"))
+
+
+def is_in(path: Path, shipped: Path) -> bool:
+    """Whether a file is one of a folder of the package: its paths then start at the working directory."""
+    return path.resolve().parent == shipped.resolve()
 
 
 def find_yaml(source: str, shipped: Path, kind: str) -> Path:
@@ -78,7 +88,7 @@ def find_yaml(source: str, shipped: Path, kind: str) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    names = names_in(shipped)
     if source in names:
         return shipped / f"{source}.yaml"
     raise EchoConfigError(

@@ -11,7 +11,6 @@ same numbers as one that was not.
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import threading
@@ -29,13 +28,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from echo_lora.environment import commit, processor, versions
+from echo_lora.environment import processor, versions
 from echo_lora.errors import EchoConfigError, EchoError
 from echo_lora.export import write_file
 from echo_lora.progress import progress_console
+from echo_lora.rows import source_rows
 from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
-from echo_lora.study.execute import execute, read_record, write_record
-from echo_lora.study.records import RUNS_FILE, STUDY_FILE
+from echo_lora.study.execute import COMMIT, execute, has_record, read_record, write_record
+from echo_lora.study.records import RUNS_FILE, STUDY_FILE, correct_by_task, read_runs, run_accuracy, write_archive
 from echo_lora.study.statistics import estimate_noise, power
 
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
@@ -116,7 +116,7 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
         "recipe": recipe,
         "command": command,
         "versions": versions(),
-        "commit": commit(),
+        "commit": COMMIT,
         "processor": processor(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
@@ -146,7 +146,7 @@ def _tuned_on(study: Study, record: dict[str, Any]) -> float:
     if "diverged" in record:
         return -np.inf
     if study.tune_on == "accuracy":
-        return float(np.mean([score["result"]["accuracy"] for score in record["scores"]]))
+        return run_accuracy(record)
     last = [entry["eval_loss"] for entry in record["history"] if "eval_loss" in entry][-1]
     return -last if np.isfinite(last) else -np.inf
 
@@ -156,8 +156,6 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
 
     The noise is that of the first comparison in the tuning runs, where there are any with answers; else it is assumed.
     """
-    from echo_lora.rows import source_rows
-
     recipe = recipe_of(study, RunKey("confirmation", study.baseline, chosen[study.baseline], study.seeds[0]))
     tasks = recipe.evaluation.tasks
     sources = getattr(recipe.data, study.score_on) or []
@@ -167,13 +165,13 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
     source = "assumed"
     if study.tunes and study.tune_on == "accuracy":
         pilot = [
-            _correct([_done(study, RunKey("tuning", arm, chosen[arm], seed)) for seed in study.tuning_seeds], False)
+            correct_by_task(_done(study, RunKey("tuning", arm, chosen[arm], seed)) for seed in study.tuning_seeds)
             for arm in study.pairs[0]
         ]
-        noise = estimate_noise(*pilot)
+        noise = estimate_noise(*({task: np.array(rows) for task, rows in correct.items()} for correct in pilot))
         source = f"tuning runs of {' and '.join(study.pairs[0])}"
         if len(study.tuning_seeds) < 3:  # too few to tell how much seeds differ
-            noise["seed_sd"] = max(noise.get("seed_sd", 0.0), ASSUMED["seed_sd"])
+            noise["seed_sd"] = max(noise["seed_sd"], ASSUMED["seed_sd"])
             source += f"; seed_sd at least {ASSUMED['seed_sd']}, assumed"
     found = power(
         study.smallest_effect,
@@ -183,16 +181,6 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
         **noise,
     )
     return found.to_dict() | {"source": source}
-
-
-def _correct(records: list[dict[str, Any]], echo: bool) -> dict[str, np.ndarray]:
-    """By task, bool (seeds, questions)."""
-    found: dict[str, list[list[bool]]] = {}
-    for record in records:
-        for score in record["scores"]:
-            if score["echo"] == echo:
-                found.setdefault(score["result"]["task"], []).append(score["result"]["correct_per_row"])
-    return {task: np.array(rows, dtype=bool) for task, rows in found.items()}
 
 
 def _done(study: Study, key: RunKey) -> dict[str, Any]:
@@ -209,7 +197,7 @@ def _gather(study: Study, about: dict[str, Any]) -> None:
     records = [record for key in keys if (record := read_record(study, key)) is not None]
     _check_pairing(records)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_file(Path(study.output) / RUNS_FILE, lambda path: path.write_bytes(gzip.compress(text.encode(), mtime=0)))
+    write_archive(Path(study.output) / RUNS_FILE, text)
 
 
 def _check_pairing(records: Iterable[dict[str, Any]]) -> None:
@@ -244,13 +232,9 @@ def _check_pairing(records: Iterable[dict[str, Any]]) -> None:
 
 def _restore(study: Study) -> None:
     """Give runs that are known from the gathered records alone, as after a clone, a folder with their record."""
-    path = Path(study.output) / RUNS_FILE
-    if not path.is_file():
-        return
-    for line in gzip.decompress(path.read_bytes()).splitlines():
-        record = json.loads(line)
+    for _, record in read_runs(Path(study.output) / RUNS_FILE):
         key = RunKey(*(record[name] for name in ("stage", "arm", "learning_rate", "seed")))
-        if read_record(study, key) is None:
+        if not has_record(study, key):
             write_record(study, key, record)
 
 
@@ -268,13 +252,14 @@ def _do(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Engine,
     All records are gathered after each run, so that a report of what there is can be made at any time.
     """
     _gather(study, about)
-    left = [key for key in keys if read_record(study, key) is None]
+    left = [key for key in keys if not has_record(study, key)]
     if not left:
         return True
     console = progress_console()
     console.print(f"{len(keys) - len(left)} of {len(keys)} {keys[0].stage} runs are done", markup=False)
     started, done, failed = time.monotonic(), 0, []
-    for key, error in (_on_cluster if engine.cluster else _on_this_machine)(study, left, engine, ends):
+    runs = _on_cluster(study, left, engine) if engine.cluster else _on_this_machine(study, left, engine, ends)
+    for key, error in runs:
         done += 1
         seconds = time.monotonic() - started
         state = "done" if error is None else "FAILED"
@@ -293,7 +278,8 @@ def _on_this_machine(
     study: Study, keys: list[RunKey], engine: Engine, ends: float | None
 ) -> Iterator[tuple[RunKey, str | None]]:
     """Runs in worker processes; each run that ended, and its error. A run that another process holds comes last."""
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // engine.workers))
+    own = os.environ.get("OMP_NUM_THREADS")
+    threads = int(own or max(1, (os.cpu_count() or 1) // engine.workers))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     pool = ProcessPoolExecutor(
         engine.workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(), threads)
@@ -321,12 +307,14 @@ def _on_this_machine(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+        if own is None:
+            del os.environ["OMP_NUM_THREADS"]
 
 
 HELD = "held"
 
 
-def _logged(study: Study, key: RunKey, wait_for_it: bool = True) -> str | None:
+def _logged(study: Study, key: RunKey, wait_for_it: bool) -> str | None:
     """`execute`, with all it prints in the run's log; None, its error, or HELD."""
     folder = Path(study.output) / key.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -354,9 +342,7 @@ def _start_worker(parent: int, threads: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _on_cluster(
-    study: Study, keys: list[RunKey], engine: Engine, ends: float | None
-) -> Iterator[tuple[RunKey, str | None]]:
+def _on_cluster(study: Study, keys: list[RunKey], engine: Engine) -> Iterator[tuple[RunKey, str | None]]:
     """Runs as a job array of submitit; the study's folder must be one that all machines see."""
     try:
         import submitit

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 
 from echo_lora.config import nearest
 from echo_lora.errors import EchoConfigError
-from echo_lora.recipe import find_yaml, load_recipe, parse_yaml, shipped_recipes, validated
+from echo_lora.recipe import find_yaml, is_in, load_recipe, names_in, parse_yaml, shipped_recipes, validated
 from echo_lora.schema import Recipe, Section
 
 SHIPPED = Path(__file__).parent.parent / "studies"
@@ -174,7 +174,7 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
     recipe, general = document.get("recipe"), document.get("general")
     if isinstance(recipe, str) and recipe not in shipped_recipes():
         document["recipe"] = str(path.parent / recipe)
-    if isinstance(general, dict) and isinstance(general.get("file"), str) and path.parent != SHIPPED:
+    if isinstance(general, dict) and isinstance(general.get("file"), str) and not is_in(path, SHIPPED):
         document["general"] = general | {"file": str(path.parent / general["file"])}
     study = validated(Study, document, str(source), tree, overrides)
     for name, arm in study.arms.items():
@@ -208,7 +208,7 @@ def _problem(study: Study, arm: Arm, recipe: Recipe) -> str | None:
 
 def shipped_studies() -> list[str]:
     """Names that `load_study` takes without a file."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    return names_in(SHIPPED)
 
 
 def recipe_of(study: Study, key: RunKey) -> Recipe:

@@ -25,11 +25,12 @@ from echo_lora.checkpoint import has_complete_checkpoint
 from echo_lora.environment import commit
 from echo_lora.errors import EchoCheckpointError, EchoDataError, EchoTrainingError
 from echo_lora.evaluate import score
-from echo_lora.export import save_verified, write_file
+from echo_lora.export import save_verified
 from echo_lora.model import EchoModel
 from echo_lora.rows import evaluation_rows
 from echo_lora.run import require_packages, train
 from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
+from echo_lora.study.records import write_archive
 
 RECORD = "record.json.gz"
 COMMIT = commit()  # of the code that this process has imported: the tree may move on before its last run ends
@@ -42,13 +43,13 @@ def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
     Raises an EchoError; what was complete is kept.
     """
     folder = Path(study.output) / key.folder
-    if (folder / RECORD).is_file():
+    if has_record(study, key):
         return True
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "lock", wait) as is_ours:
         if not is_ours:
             return False
-        if not (folder / RECORD).is_file():
+        if not has_record(study, key):
             write_record(study, key, _record(study, key, folder))
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return True
@@ -56,21 +57,27 @@ def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
 
 def write_record(study: Study, key: RunKey, record: dict[str, Any]) -> None:
     """Keep the record of a run. Raises EchoCheckpointError if the disk refuses."""
-    text = json.dumps(record, ensure_ascii=False)
-    # no time stamp in the archive: the same record is the same file
-    path = Path(study.output) / key.folder / RECORD
-    write_file(path, lambda file: file.write_bytes(gzip.compress(text.encode(), mtime=0)))
+    write_archive(_path(study, key), json.dumps(record, ensure_ascii=False))
+
+
+def has_record(study: Study, key: RunKey) -> bool:
+    """Whether the run has been done."""
+    return _path(study, key).is_file()
 
 
 def read_record(study: Study, key: RunKey) -> dict[str, Any] | None:
     """The record of a run, None if it has not been done. Raises EchoCheckpointError for a damaged one."""
-    path = Path(study.output) / key.folder / RECORD
+    path = _path(study, key)
     if not path.is_file():
         return None
     try:
         return json.loads(gzip.decompress(path.read_bytes()))
     except (OSError, EOFError, ValueError) as error:
         raise EchoCheckpointError(f"{path} can't be read: {error}. Remove it to have this run done again.") from error
+
+
+def _path(study: Study, key: RunKey) -> Path:
+    return Path(study.output) / key.folder / RECORD
 
 
 def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
     tasks = evaluation_rows(recipe, tokenizer, part) if answers else []  # before training: they may be wrong
     ids = [] if study.general is None else general_ids(tokenizer, study.general)
     try:
-        result, model, tokenizer = train(recipe, checkpoints, resume=resume)
+        result, model, _ = train(recipe, checkpoints, resume=resume)
     except EchoTrainingError as error:
         if key.stage == "confirmation":
             raise
@@ -106,27 +113,16 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
             with model.keeping_echo() if echo else nullcontext():
                 results = score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size, progress=False)
             scores += [{"part": part, "echo": echo, "seconds": r.seconds, "result": r.to_dict()} for r in results]
+    made = dataclasses.asdict(result)
+    del made["output"], made["final"]  # the folder may be moved; the last values end the history
     return {
         **dataclasses.asdict(key),
-        "recipe": result.recipe,
-        "versions": result.versions,
+        **made,
         "commit": COMMIT,
-        "device": result.device,
         "threads": torch.get_num_threads(),
-        "steps": result.steps,
-        "seconds": result.seconds,
-        "resumed_at": result.resumed_at,
-        "peak_memory": result.peak_memory,
-        "deployed_parameters": result.deployed_parameters,
-        "echo_parameters": result.echo_parameters,
-        "data_sha256": result.data_sha256,
         "questions_sha256": hashlib.sha256(
             json.dumps([[task.name, rows] for task, rows in tasks], sort_keys=True).encode()
         ).hexdigest(),
-        "initial_adapter_sha256": result.initial_adapter_sha256,
-        "adapter_sha256": result.adapter_sha256,
-        "rows": result.rows,
-        "history": result.history,
         "scores": scores,
         "general": forgetting(model, ids) if ids else None,
     }

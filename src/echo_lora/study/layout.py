@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from echo_lora.study.drawing import Axis, Style, axis, style_of, swatch
-from echo_lora.study.records import Record, StudyRecords, results
+from echo_lora.study.records import StudyRecords, results
 from echo_lora.study.statistics import Effect
 
 
@@ -83,11 +83,6 @@ def accuracies(study: StudyRecords, arm: str, task: str) -> dict[int, float]:
         elif task in values:
             found[seed] = values[task]
     return found
-
-
-def run_accuracy(run: Record, *, echo: bool = False) -> float:
-    """Mean over the tasks."""
-    return mean_of(result["accuracy"] for result in results(run, echo=echo))
 
 
 def mean_of(values: Iterable[float]) -> float:

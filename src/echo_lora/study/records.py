@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.export import write_file
 
 STUDY_FILE, RUNS_FILE = "study.json", "runs.jsonl.gz"
 NUMBER = (int, float)
@@ -136,6 +140,26 @@ def results(run: Record, *, echo: bool = False) -> list[dict[str, Any]]:
     return [score["result"] for score in run["scores"] if bool(score.get("echo")) == echo]
 
 
+def run_accuracy(run: Record, *, echo: bool = False) -> float:
+    """Mean over the tasks; NaN for a run that was not scored."""
+    found = [result["accuracy"] for result in results(run, echo=echo)]
+    return float(np.mean(found)) if found else math.nan
+
+
+def correct_by_task(runs: Iterable[Record]) -> dict[str, list[list[bool]]]:
+    """By task, the answers of each run: whether they are right, in the order of the questions."""
+    found: dict[str, list[list[bool]]] = {}
+    for run in runs:
+        for result in results(run):
+            found.setdefault(result["task"], []).append(result["correct_per_row"])
+    return found
+
+
+def write_archive(path: Path, text: str) -> None:
+    """Compressed without a time stamp: the same text is the same file. Raises EchoCheckpointError."""
+    write_file(path, lambda file: file.write_bytes(gzip.compress(text.encode(), mtime=0)))
+
+
 def read_study(folder: str | Path) -> StudyRecords:
     """Read a study's folder. A study without a single record is one too.
 
@@ -146,7 +170,7 @@ def read_study(folder: str | Path) -> StudyRecords:
     about = _read_about(folder / STUDY_FILE)
     runs: list[Record] = []
     lines: dict[tuple[Any, ...], int] = {}
-    for number, run in _read_runs(folder / RUNS_FILE):
+    for number, run in read_runs(folder / RUNS_FILE):
         where = f"{folder / RUNS_FILE}:{number}"
         _check_run(run, about, where)
         first = lines.setdefault(_key(run["stage"], run["arm"], run["learning_rate"], run["seed"]), number)
@@ -190,15 +214,15 @@ def _disagreements(about: dict[str, Any]) -> Iterator[str]:
             yield f"{key} names {name!r}, which is none of its arms"
 
 
-def _read_runs(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers and records; none if there is no such file yet."""
+def read_runs(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers and records of runs.jsonl.gz; none if there is no such file yet. Raises EchoDataError."""
     if not path.is_file():
         return
     try:
         text = gzip.decompress(path.read_bytes()).decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise EchoDataError(
-            f"{path} can't be read: {error}. Gather the records anew: call `echo-lora compare` again."
+            f"{path} can't be read: {error}. Remove it, then `echo-lora compare` gathers the records anew."
         ) from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -206,7 +230,8 @@ def _read_runs(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise EchoDataError(
-                    f"{path}:{number}: not JSON: {error.msg}. Gather the records anew: call `echo-lora compare` again."
+                    f"{path}:{number}: not JSON: {error.msg}. Remove it, then `echo-lora compare` gathers the records "
+                    "anew."
                 ) from error
 
 

@@ -17,6 +17,7 @@ from echo_lora.study.layout import Section, Table, count_of, listed
 from echo_lora.study.records import STUDY_FILE, StudyRecords, read_study
 from echo_lora.study.verdict import (
     SIGN,
+    Difference,
     declared_differences,
     difference_of,
     meaning_of,
@@ -48,13 +49,13 @@ def write_report(folder: str | Path) -> Path:
     same bytes. Raises EchoConfigError or EchoDataError if the folder is not a study's (`read_study`),
     EchoCheckpointError if the disk refuses.
     """
-    folders = _studies_in(folder)
-    if not folders:
-        study = read_study(folder)
-        return _write(_report(study), study.folder)
-    for one in folders:
-        write_report(one)
-    return _write(_report_of_several(folders), Path(folder))
+    sections = []
+    for one in _studies_in(folder) or [Path(folder)]:
+        study = read_study(one)
+        declared = declared_differences(study)
+        path = _write(_report(study, declared), study.folder)
+        sections.append(_section_of_several(study, declared))
+    return path if one == Path(folder) else _write(_report_of_several(sections), Path(folder))
 
 
 def _studies_in(folder: str | Path) -> list[Path]:
@@ -91,12 +92,11 @@ def summary_lines(folder: str | Path) -> list[str]:
     if folders := _studies_in(folder):
         return [line for one in folders for line in (read_study(one).about["title"], *summary_lines(one))]
     study = read_study(folder)
-    lines = [f"{difference.verdict}: {sentence_of(study, difference)}" for difference in declared_differences(study)]
-    return [*lines, *notices(study)]
+    return [*_verdicts(study, declared_differences(study)), *notices(study)]
 
 
-def _report(study: StudyRecords) -> Report:
-    declared, others = declared_differences(study), [difference_of(study, *pair) for pair in study.others]
+def _report(study: StudyRecords, declared: list[Difference]) -> Report:
+    others = [difference_of(study, *pair) for pair in study.others]
     primary = [*declared, *others][0]
     word = f"So far: {primary.verdict}" if study.missing else f"{primary.verdict[0].upper()}{primary.verdict[1:]}"
     return Report(
@@ -127,24 +127,21 @@ def _report(study: StudyRecords) -> Report:
     )
 
 
-def _report_of_several(folders: list[Path]) -> Report:
-    sections = []
-    for folder in folders:
-        study = read_study(folder)
-        verdicts = [f"{one.verdict}: {sentence_of(study, one)}" for one in declared_differences(study)]
-        sections.append(
-            Section(
-                folder.name,
-                study.about["title"],
-                [study.about.get("question", ""), f"The whole report: {folder.name}/{HTML_FILE}"],
-                notices(study),
-                items=verdicts,
-            )
-        )
+def _section_of_several(study: StudyRecords, declared: list[Difference]) -> Section:
+    name = study.folder.name
+    text = [study.about.get("question", ""), f"The whole report: {name}/{HTML_FILE}"]
+    return Section(name, study.about["title"], text, notices(study), items=_verdicts(study, declared))
+
+
+def _verdicts(study: StudyRecords, declared: list[Difference]) -> list[str]:
+    return [f"{one.verdict}: {sentence_of(study, one)}" for one in declared]
+
+
+def _report_of_several(sections: list[Section]) -> Report:
     return Report(
         title="Several studies",
         question="",
-        verdict=f"{len(folders)} studies",
+        verdict=f"{len(sections)} studies",
         sign="≡",
         sentence="Each has a question, a verdict and a report of its own.",
         meaning="",

@@ -20,10 +20,9 @@ from echo_lora.study.layout import (
     number_text,
     percent,
     points_text,
-    run_accuracy,
     short_label,
 )
-from echo_lora.study.records import Record, StudyRecords, results
+from echo_lora.study.records import Record, StudyRecords, results, run_accuracy
 
 POINTS = 60  # most points of a drawn curve; longer ones are averaged
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from echo_lora.errors import EchoDataError
 from echo_lora.study.layout import count_of, is_known, listed, points_text, range_text
-from echo_lora.study.records import Record, RunName, StudyRecords, results
+from echo_lora.study.records import Record, RunName, StudyRecords, correct_by_task, results
 from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare
 
 DULL = 0.98  # share of a run's answers
@@ -57,10 +57,7 @@ def difference_of(study: StudyRecords, arm: str, baseline: str) -> Difference:
 
 def _correct(study: StudyRecords, runs: list[Record]) -> dict[str, np.ndarray]:
     """By task, bool (seeds, questions). Raises EchoDataError if the runs did not answer the same questions."""
-    found: dict[str, list[list[bool]]] = {}
-    for run in runs:
-        for result in results(run):
-            found.setdefault(result["task"], []).append(result["correct_per_row"])
+    found = correct_by_task(runs)
     for task, rows in found.items():
         if len(rows) != len(runs) or len({len(row) for row in rows}) > 1:
             raise EchoDataError(
