@@ -7,12 +7,13 @@ import json
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file
 
 from architectures import ARCHITECTURES, VOCAB, collate, lora_config, random_row, tiny_base, tiny_echo_model
 from echo_lora import EchoConfig, EchoOutput, get_echo_model
-from echo_lora.echo import EchoNetworks, apply_control, echo_representation
+from echo_lora.echo import EchoNetworks, Standardize, apply_control, echo_representation
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoModelError
 
 
@@ -198,6 +199,42 @@ def test_representation_is_the_normalised_mean_without_gradient():
     assert not z.requires_grad
     torch.testing.assert_close(z.mean(-1), torch.zeros(3), atol=1e-6, rtol=0)
     torch.testing.assert_close(z.var(-1, unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_standardised_states_follow_all_rows_seen_and_are_left_alone_by_an_evaluation():
+    g = torch.Generator().manual_seed(0)
+    away = torch.randn(16, generator=g) * 30  # as pretrained models: rows differ by little from a long common vector
+    batches = [away + torch.randn(size, 16, generator=g) for size in (4, 4, 4)]
+    for group in (batches, list(torch.cat(batches).split(1))):
+        standardize = Standardize(16)
+        for batch in group:
+            z = echo_representation([batch], standardize)
+        rows = torch.cat(batches)
+        torch.testing.assert_close(standardize.mean, rows.mean(0))
+        torch.testing.assert_close(standardize.variance, rows.var(0, unbiased=False), rtol=1e-4, atol=1e-4)
+        expected = (group[-1] - rows.mean(0)) / rows.var(0, unbiased=False).sqrt()
+        torch.testing.assert_close(z, expected.clamp(-5, 5), rtol=1e-3, atol=1e-3)
+
+    before = {name: value.clone() for name, value in standardize.state_dict().items()}
+    with torch.no_grad():
+        assert standardize(rows + 1000).max() == Standardize.LIMIT
+    standardize.eval()(rows - 1000)
+    assert all(torch.equal(value, before[name]) for name, value in standardize.state_dict().items())
+    # later batches keep a weight: it forgets what it saw long ago
+    standardize.train()
+    for _ in range(200):
+        standardize(rows - 100)
+    torch.testing.assert_close(standardize.mean, (rows - 100).mean(0), rtol=1e-3, atol=1e-2)
+
+
+def test_standardising_leaves_the_echo_more_of_what_tells_rows_apart():
+    common = torch.randn(1, 64) * 20
+    states = common + torch.randn(8, 64)
+    cosine = [
+        F.cosine_similarity(z[:1], z[1:]).mean() for z in (echo_representation([states]), Standardize(64)(states))
+    ]
+    assert cosine[0] > 0.98
+    assert cosine[1].abs() < 0.3
 
 
 def test_controls():

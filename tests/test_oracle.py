@@ -114,6 +114,14 @@ def test_every_choice_of_the_method(method, site, mask, direction):
     assert_equals_oracle(model, mixed_rows())
 
 
+@pytest.mark.parametrize("echo_step", ["shared_prefix", "full"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_standardised_states(name, echo_step):
+    model = tiny_echo_model(name, normalization="standardize", echo_step=echo_step).train()
+    assert_equals_oracle(model, mixed_rows())
+    assert model.echo.standardize.batches == 1
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 @pytest.mark.parametrize("site", ["lora_input", "output"])
 def test_dora_on_other_layers(name, site):

@@ -222,18 +222,21 @@ def test_checkpoint_holds_a_plain_adapter_and_the_echo_apart(tmp_path):
     assert adapter_of(stock).keys() == saved.keys()
 
 
-def test_interrupted_and_resumed_is_bit_identical(tmp_path):
-    whole = echo_model()
+@pytest.mark.parametrize("normalization", ["layer", "standardize"])
+def test_interrupted_and_resumed_is_bit_identical(tmp_path, normalization):
+    whole = echo_model(normalization=normalization)
     trainer_of(tmp_path / "whole", whole, save_strategy="steps", save_steps=2).train()
 
     class Stop(EchoCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 5  # after the checkpoint of step 4
 
-    first = trainer_of(tmp_path / "parts", echo_model(), save_strategy="steps", save_steps=2)
+    first = trainer_of(
+        tmp_path / "parts", echo_model(normalization=normalization), save_strategy="steps", save_steps=2
+    )
     first.add_callback(Stop())
     first.train()
-    resumed = echo_model()
+    resumed = echo_model(normalization=normalization)
     torch.manual_seed(99)  # a resume must not depend on the state it finds
     trainer = trainer_of(tmp_path / "parts", resumed, save_strategy="steps", save_steps=2)
     trainer.train(resume_from_checkpoint=True)

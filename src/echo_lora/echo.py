@@ -1,6 +1,6 @@
 """The echo itself: from deep hidden states to one signal per target module.      (equations 2 and 3)
 
-    z   = LayerNorm( mean over source layers of stopgrad(h at the boundary) )          one per row
+    z   = norm( mean over source layers of stopgrad(h at the boundary) )               one per row
     e   = W2 tanh(W1 z)                                                                projection
     g   = sigmoid(U2 tanh(U1 z) + c)                                                   gate
     δ_m = λ_m · (g ⊙ e)                                                                one per target module m
@@ -14,6 +14,7 @@ Shapes: `B` rows, `d` hidden width of the model, `width` features of the target 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,14 +22,64 @@ from echo_lora.config import EchoConfig
 from echo_lora.errors import EchoDataError
 
 
-def echo_representation(hidden: list[Tensor]) -> Tensor:
+def echo_representation(hidden: list[Tensor], standardize: Standardize | None = None) -> Tensor:
     """z: the mean of the boundary states of the source layers, normalised without affine parameters.
 
     hidden: one (B, d) tensor per source layer, any float dtype. Returns (B, d) float32, without gradient.
     The stop-gradient keeps the echo a signal about the prompt, not a second path to train it. [P, R]
+    standardize: None normalises each row over its coordinates, LayerNorm [R].
     """
     mean = torch.stack([h.detach().to(hidden[0].device, torch.float32) for h in hidden]).mean(0)  # (B, d)
-    return F.layer_norm(mean, mean.shape[-1:])  # (B, d)
+    return F.layer_norm(mean, mean.shape[-1:]) if standardize is None else standardize(mean)  # (B, d)
+
+
+class Standardize(nn.Module):
+    """Each coordinate minus its mean, over its deviation, in the rows seen so far.                    [O]
+
+    Boundary states of different rows are nearly equal, and after LayerNorm still are: what is left here is how a row
+    differs from the others. Mean and variance follow the rows of routed training steps, with a memory of about
+    20 batches, over all processes; nothing else moves them. They are part of the echo's state in a checkpoint.
+    """
+
+    MEMORY = 0.05  # weight of the newest batch, once there have been 1 / 0.05
+    LIMIT = 5.0  # deviations: a coordinate that hardly varied so far must not blow up
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(hidden_size))
+        self.register_buffer("variance", torch.ones(hidden_size))
+        self.register_buffer("batches", torch.zeros(1))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states: (B, d) float32. Returns (B, d) float32, within ±LIMIT."""
+        if self.training and torch.is_grad_enabled():
+            self._follow(states)
+        z = (states - self.mean.to(states)) / (self.variance.to(states) + 1e-5).sqrt()
+        return z.clamp(-self.LIMIT, self.LIMIT)
+
+    @torch.no_grad()
+    def _follow(self, states: Tensor) -> None:
+        x = states.to(self.mean)
+        count = _over_processes(x.new_tensor([float(len(x))]))
+        mean = _over_processes(x.sum(0)) / count  # (d,) of this batch
+        variance = _over_processes((x - mean).square().sum(0)) / count
+        weight = (1 / (self.batches + 1)).clamp(min=self.MEMORY)
+        # of a mixture: exact over all rows while the weight still falls, also for batches of one row
+        away = mean - self.mean
+        self.mean += weight * away
+        self.variance.copy_((1 - weight) * (self.variance + weight * away.square()) + weight * variance)
+        self.batches += 1
+
+
+def _over_processes(x: Tensor) -> Tensor:
+    """The sum of x over all processes, in place."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 def apply_control(z: Tensor, kind: str) -> Tensor:
@@ -92,6 +143,7 @@ class EchoNetworks(nn.Module):
                 {_key(name): EchoBranch(hidden_size, width, config) for name, width in widths.items()}
             )
         self.names = list(widths)
+        self.standardize = Standardize(hidden_size) if config.normalization == "standardize" else None
 
     def forward(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """z: (B, d) float32.

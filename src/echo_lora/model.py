@@ -253,7 +253,8 @@ class EchoModel(PeftModelForCausalLM):
                 use_cache=True,
                 logits_to_keep=1,
             )
-        deltas, _, _ = self.echo(apply_control(echo_representation(hidden), self.echo_config.echo_kind))
+        z = echo_representation(hidden, self.echo.standardize)
+        deltas, _, _ = self.echo(apply_control(z, self.echo_config.echo_kind))
         cache.crop(-1)  # the boundary runs again, now with the echo
         everywhere = torch.ones_like(input_ids[:, :1], dtype=torch.bool)  # every pass that follows has one column
         passes = itertools.count()

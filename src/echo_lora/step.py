@@ -216,7 +216,7 @@ def training_step(
     on_Nd, echo_norm, gate_mean = None, None, None
     if is_routed:
         # echo
-        z = apply_control(echo_representation(hidden), config.echo_kind)  # (B, d)
+        z = apply_control(echo_representation(hidden, echo.standardize), config.echo_kind)  # (B, d)
         deltas, echo_norm, gate_mean = echo(z)
         mask_BA = injection_mask(rows.targets, config.injection_mask)
 

@@ -66,7 +66,7 @@ def three_pass(
         boundary = boundary_positions(labels)
         rows = torch.arange(len(labels), device=labels.device)
         hidden = [states[s + 1][rows, boundary] for s in config.resolve_source_layers(len(states) - 1)]
-        deltas, echo_norm, gate_mean = model.echo(echo_representation(hidden))
+        deltas, echo_norm, gate_mean = model.echo(echo_representation(hidden, model.echo.standardize))
         off = model(**inputs).logits
         with model._injector.injecting(Injection(deltas, injection_mask(targets, config.injection_mask))):
             on = model(**inputs).logits
