@@ -54,14 +54,13 @@ def oracle_step(
     with torch.no_grad():
         states = base(**inputs, output_hidden_states=True).hidden_states  # [s + 1]: output of layer s
     z_rows = []
-    means = [sum(states[s + 1][b, boundary[b]].float() for s in source_layers) / len(source_layers) for b in range(B)]
-    for mean in means:
+    for b in range(B):
+        mean = sum(states[s + 1][b, boundary[b]].float() for s in source_layers) / len(source_layers)
         if config.normalization == "layer":
             z_rows.append((mean - mean.mean()) / torch.sqrt(mean.var(unbiased=False) + 1e-5))
-        else:  # in the first step, when these rows are all that has been seen
-            seen = torch.stack(means)
-            deviations = (mean - seen.mean(0)) / torch.sqrt(seen.var(0, unbiased=False) + 1e-5)
-            z_rows.append(deviations.clamp(-5, 5))
+        else:
+            seen = model.echo.standardize
+            z_rows.append(((mean - seen.mean) / torch.sqrt(seen.variance + 1e-5)).clamp(-5, 5))
     z = torch.stack(z_rows)
 
     # pass 2: echo off

@@ -201,38 +201,63 @@ def test_representation_is_the_normalised_mean_without_gradient():
     torch.testing.assert_close(z.var(-1, unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
 
 
-def test_standardised_states_follow_all_rows_seen_and_are_left_alone_by_an_evaluation():
+def test_standardised_states_follow_the_rows_of_earlier_steps_however_these_were_split():
     g = torch.Generator().manual_seed(0)
-    away = torch.randn(16, generator=g) * 30  # as pretrained models: rows differ by little from a long common vector
-    batches = [away + torch.randn(size, 16, generator=g) for size in (4, 4, 4)]
-    for group in (batches, list(torch.cat(batches).split(1))):
+    common = torch.randn(16, generator=g) * 30  # as in pretrained models: rows differ by little from one long vector
+    steps = [common + torch.randn(4, 16, generator=g) for _ in range(3)]
+    rows = torch.cat(steps)
+    for size in (4, 3, 1):
         standardize = Standardize(16)
-        for batch in group:
-            z = echo_representation([batch], standardize)
-        rows = torch.cat(batches)
+        assert not echo_representation([rows], standardize.eval()).any()  # nothing has been seen
+        standardize.train()
+        for step in steps:
+            z = torch.cat([echo_representation([part], standardize) for part in step.split(size)])
+            standardize.end_step()
+            standardize.end_step()  # without rows between: nothing
         torch.testing.assert_close(standardize.mean, rows.mean(0))
         torch.testing.assert_close(standardize.variance, rows.var(0, unbiased=False), rtol=1e-4, atol=1e-4)
-        expected = (group[-1] - rows.mean(0)) / rows.var(0, unbiased=False).sqrt()
+        seen = torch.cat(steps[:-1])
+        expected = (steps[-1] - seen.mean(0)) / seen.var(0, unbiased=False).sqrt()
         torch.testing.assert_close(z, expected.clamp(-5, 5), rtol=1e-3, atol=1e-3)
 
-    before = {name: value.clone() for name, value in standardize.state_dict().items()}
-    with torch.no_grad():
-        assert standardize(rows + 1000).max() == Standardize.LIMIT
-    standardize.eval()(rows - 1000)
-    assert all(torch.equal(value, before[name]) for name, value in standardize.state_dict().items())
-    # later batches keep a weight: it forgets what it saw long ago
-    standardize.train()
-    for _ in range(200):
+    for _ in range(200):  # it forgets what it saw long ago
         standardize(rows - 100)
+        standardize.end_step()
     torch.testing.assert_close(standardize.mean, (rows - 100).mean(0), rtol=1e-3, atol=1e-2)
 
 
+def test_an_evaluation_does_not_move_standardised_states():
+    standardize = Standardize(8)
+    standardize(torch.randn(5, 8))
+    standardize.end_step()
+    before = {name: value.clone() for name, value in standardize.state_dict().items()}
+    with torch.no_grad():
+        assert standardize(torch.full((2, 8), 1000.0)).max() == Standardize.LIMIT
+    standardize.eval()(torch.randn(5, 8))
+    standardize.end_step()
+    assert all(torch.equal(value, before[name]) for name, value in standardize.state_dict().items())
+
+
+def test_a_model_lets_rows_count_when_its_step_changes():
+    model = tiny_echo_model(normalization="standardize", routing_schedule="linear")
+    model.train()
+    batch = collate([random_row(torch.Generator().manual_seed(n), 5, 3) for n in range(4)], "right")
+    statistics = model.echo.standardize
+    for _ in range(2):  # micro-batches of one step
+        model.set_routing_clock(0, 10)
+        model(**batch)
+    assert (statistics.steps, statistics.new_rows) == (0, 8)
+    model.set_routing_clock(1, 10)
+    assert (statistics.steps, statistics.new_rows) == (1, 0)
+    assert statistics.variance.min() > 0
+
+
 def test_standardising_leaves_the_echo_more_of_what_tells_rows_apart():
-    common = torch.randn(1, 64) * 20
-    states = common + torch.randn(8, 64)
-    cosine = [
-        F.cosine_similarity(z[:1], z[1:]).mean() for z in (echo_representation([states]), Standardize(64)(states))
-    ]
+    states = torch.randn(1, 64) * 20 + torch.randn(8, 64)
+    standardize = Standardize(64)
+    standardize(states)
+    standardize.end_step()
+    cosine = [F.cosine_similarity(z[:1], z[1:]).mean() for z in (echo_representation([states]), standardize(states))]
     assert cosine[0] > 0.98
     assert cosine[1].abs() < 0.3
 

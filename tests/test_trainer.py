@@ -231,9 +231,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, normalization):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 5  # after the checkpoint of step 4
 
-    first = trainer_of(
-        tmp_path / "parts", echo_model(normalization=normalization), save_strategy="steps", save_steps=2
-    )
+    first = trainer_of(tmp_path / "parts", echo_model(normalization=normalization), save_strategy="steps", save_steps=2)
     first.add_callback(Stop())
     first.train()
     resumed = echo_model(normalization=normalization)

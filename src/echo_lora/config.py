@@ -42,7 +42,7 @@ class EchoConfig:
         None, "decoder layers whose LoRA modules receive the echo; default: 4-7 of 32, scaled"
     )
     normalization: Literal["layer", "standardize"] = _option(
-        "layer", "LayerNorm of each row, or each coordinate against its mean and deviation in the rows seen so far"
+        "layer", "LayerNorm of each row, or each coordinate against its mean and deviation in the rows of earlier steps"
     )
     injection_site: Literal["output", "lora_input"] = _option(
         "output", "add the echo to the output of the wrapped module, or to the input of lora_A"

@@ -34,45 +34,65 @@ def echo_representation(hidden: list[Tensor], standardize: Standardize | None = 
 
 
 class Standardize(nn.Module):
-    """Each coordinate minus its mean, over its deviation, in the rows seen so far.                    [O]
+    """Each coordinate minus its mean, over its deviation, in the rows of earlier steps.                [O]
 
     Boundary states of different rows are nearly equal, and after LayerNorm still are: what is left here is how a row
-    differs from the others. Mean and variance follow the rows of routed training steps, with a memory of about
-    20 batches, over all processes; nothing else moves them. They are part of the echo's state in a checkpoint.
+    differs from the others. Mean and variance follow the rows of routed training steps, over all processes, with a
+    memory of about 20 steps. A step's own rows count from the next step on, so that z does not depend on how the step
+    is split; before the first, z is zero. All of it is part of the echo's state in a checkpoint.
     """
 
-    MEMORY = 0.05  # weight of the newest batch, once there have been 1 / 0.05
+    MEMORY = 0.05  # weight of the newest step, once there have been 1 / 0.05
     LIMIT = 5.0  # deviations: a coordinate that hardly varied so far must not blow up
 
     mean: Tensor
     variance: Tensor
-    batches: Tensor
+    steps: Tensor
+    new_rows: Tensor  # number, mean and sum of squared deviations of the rows of the step under way
+    new_mean: Tensor
+    new_squares: Tensor
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(hidden_size))
-        self.register_buffer("variance", torch.ones(hidden_size))
-        self.register_buffer("batches", torch.zeros(1))
+        for name in ("mean", "variance", "new_mean", "new_squares"):
+            self.register_buffer(name, torch.zeros(hidden_size))
+        for name in ("steps", "new_rows"):
+            self.register_buffer(name, torch.zeros(1))
 
     def forward(self, states: Tensor) -> Tensor:
         """states: (B, d) float32. Returns (B, d) float32, within ±LIMIT."""
         if self.training and torch.is_grad_enabled():
-            self._follow(states)
+            self._see(states)
         z = (states - self.mean.to(states)) / (self.variance.to(states) + 1e-5).sqrt()
-        return z.clamp(-self.LIMIT, self.LIMIT)
+        return z.clamp(-self.LIMIT, self.LIMIT) * (self.steps > 0).to(z)
 
     @torch.no_grad()
-    def _follow(self, states: Tensor) -> None:
+    def _see(self, states: Tensor) -> None:
+        """Join these rows, of all processes, to those of the step under way."""
         x = states.to(self.mean)
-        count = _over_processes(x.new_tensor([float(len(x))]))
-        mean = _over_processes(x.sum(0)) / count  # (d,) of this batch
-        variance = _over_processes((x - mean).square().sum(0)) / count
-        weight = (1 / (self.batches + 1)).clamp(min=self.MEMORY)
-        # of a mixture: exact over all rows while the weight still falls, also for batches of one row
-        away = mean - self.mean
+        rows = _over_processes(x.new_tensor([float(len(x))]))
+        mean = _over_processes(x.sum(0)) / rows  # (d,)
+        squares = _over_processes((x - mean).square().sum(0))  # (d,)
+        away, share = mean - self.new_mean, rows / (self.new_rows + rows)
+        self.new_squares += squares + away.square() * self.new_rows * share
+        self.new_mean += share * away
+        self.new_rows += rows
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Let the rows of the step that ended count. Without any, nothing changes."""
+        if not self.new_rows:
+            return
+        weight = (1 / (self.steps + 1)).clamp(min=self.MEMORY)
+        away = self.new_mean - self.mean
         self.mean += weight * away
-        self.variance.copy_((1 - weight) * (self.variance + weight * away.square()) + weight * variance)
-        self.batches += 1
+        # of a mixture, with the distance of the two means
+        self.variance.copy_(
+            (1 - weight) * (self.variance + weight * away.square()) + weight * self.new_squares / self.new_rows
+        )
+        self.steps += 1
+        for buffer in (self.new_rows, self.new_mean, self.new_squares):
+            buffer.zero_()
 
 
 def _over_processes(x: Tensor) -> Tensor:

@@ -183,13 +183,20 @@ class EchoModel(PeftModelForCausalLM):
 
         EchoTrainer and EchoCallback do this; a training loop of one's own calls it before each step.
         """
+        if (step, total_steps) != self._routing_clock:
+            self._end_step()
         self._routing_clock = (step, total_steps)
+
+    def _end_step(self) -> None:
+        if self.echo.standardize is not None:
+            self.echo.standardize.end_step()
 
     def _clock(self) -> tuple[int, int]:
         if self._routing_clock is not None:
             return self._routing_clock
         if self.echo_config.routing_schedule == "constant" and self.echo_config.routing_start in (0.0, 1.0):
-            return 0, 1  # every step is the same
+            self._end_step()  # every forward is taken for a step
+            return 0, 1  # and every step is the same
         raise EchoModelError(
             "the echo does not know which training step this is, so it can't draw the routing. Use EchoTrainer or "
             "EchoSFTTrainer, add EchoCallback() to your Trainer's callbacks, or call "
