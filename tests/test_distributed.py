@@ -53,6 +53,7 @@ def launch(folder: Path, plan: str, **settings: Any) -> subprocess.CompletedProc
         "base": "llama",
         "method": "lora",
         "dtype": "float32",
+        "normalization": "layer",
         "data": [24, 0],
         "stop": None,
     }
@@ -147,6 +148,15 @@ def test_sft_on_two_processes_gives_what_one_does(tmp_path, reference, plan):
 def test_fsdp2_gives_what_one_process_does(tmp_path, reference, settings):
     of_one = settings | ({"gradient_accumulation_steps": 4} if "gradient_accumulation_steps" in settings else {})
     assert_same(reference(**of_one), train(tmp_path, "fsdp2", **settings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["ddp", "fsdp2"])
+def test_statistics_of_states_are_those_of_all_processes(tmp_path, reference, plan):
+    settings = {"normalization": "standardize"}
+    one = reference(**settings)
+    assert one.echo["standardize.steps"] > 0
+    assert_same(one, train(tmp_path, plan, **settings))
 
 
 @pytest.mark.slow

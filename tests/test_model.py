@@ -230,12 +230,12 @@ def test_an_evaluation_does_not_move_standardised_states():
     standardize = Standardize(8)
     standardize(torch.randn(5, 8))
     standardize.end_step()
-    before = {name: value.clone() for name, value in standardize.state_dict().items()}
+    before = {name: value.clone() for name, value in standardize.named_buffers()}
     with torch.no_grad():
         assert standardize(torch.full((2, 8), 1000.0)).max() == Standardize.LIMIT
     standardize.eval()(torch.randn(5, 8))
     standardize.end_step()
-    assert all(torch.equal(value, before[name]) for name, value in standardize.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in standardize.named_buffers())
 
 
 def test_a_model_lets_rows_count_when_its_step_changes():

@@ -54,10 +54,11 @@ class Standardize(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
+        # not persistent: accelerate's FSDP2 shards whatever a state_dict names, and fails at what is no parameter
         for name in ("mean", "variance", "new_mean", "new_squares"):
-            self.register_buffer(name, torch.zeros(hidden_size))
+            self.register_buffer(name, torch.zeros(hidden_size), persistent=False)
         for name in ("steps", "new_rows"):
-            self.register_buffer(name, torch.zeros(1))
+            self.register_buffer(name, torch.zeros(1), persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """states: (B, d) float32. Returns (B, d) float32, within ±LIMIT."""
@@ -164,6 +165,10 @@ class EchoNetworks(nn.Module):
             )
         self.names = list(widths)
         self.standardize = Standardize(hidden_size) if config.normalization == "standardize" else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint keeps: the parameters and the statistics of `standardize`, themselves, not copies."""
+        return self.state_dict() | dict(self.named_buffers())
 
     def forward(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """z: (B, d) float32.

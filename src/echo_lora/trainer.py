@@ -349,7 +349,11 @@ class EchoTrainerMixin(Trainer):
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
-        echo = None if self._echo_model is None else _whole_tensors(self._echo_model.echo)
+        echo = (
+            None
+            if self._echo_model is None
+            else {name: whole(tensor) for name, tensor in self._echo_model.echo.tensors().items()}
+        )
         if self.args.should_save and echo is not None:
             save_file(echo, folder / ECHO_STATE)
         self._prove(folder)
@@ -479,7 +483,7 @@ class EchoTrainerMixin(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._echo_model is not None:
-            fill(self._echo_model.echo.state_dict(), load_file(folder / ECHO_STATE))
+            fill(self._echo_model.echo.tensors(), load_file(folder / ECHO_STATE))
 
     def _load_best_model(self) -> None:
         if self._is_sharded:
@@ -594,10 +598,6 @@ def _adapter_folder(folder: Path, model: PeftModel) -> Path:
     """Where PEFT puts the active adapter."""
     name = model.active_adapters[0]
     return folder if name == "default" else folder / name
-
-
-def _whole_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
 
 def _refuse_lonely_rows(trainer: Any) -> None:
