@@ -152,11 +152,13 @@ def test_fsdp2_gives_what_one_process_does(tmp_path, reference, settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["ddp", "fsdp2"])
-def test_statistics_of_states_are_those_of_all_processes(tmp_path, reference, plan):
+def test_statistics_of_states_are_those_of_all_processes_also_after_a_resume(tmp_path, reference, plan):
     settings = {"normalization": "standardize"}
     one = reference(**settings)
     assert one.echo["standardize.steps"] > 0
-    assert_same(one, train(tmp_path, plan, **settings))
+    train(tmp_path, plan, stop=3, **settings)
+    assert load_file(tmp_path / "checkpoint-3" / "echo_state.safetensors")["standardize.new_rows"] == 4
+    assert_same(one, train(tmp_path, plan, resume=True, **settings))
 
 
 @pytest.mark.slow

@@ -252,6 +252,42 @@ def test_a_model_lets_rows_count_when_its_step_changes():
     assert statistics.variance.min() > 0
 
 
+def test_an_answer_with_the_echo_kept_on_does_not_move_standardised_states():
+    model = tiny_echo_model(normalization="standardize").train()
+    batch = collate([random_row(torch.Generator().manual_seed(n), 5, 3) for n in range(4)], "left")
+    with torch.no_grad():  # only forwards of a training step count
+        model(**batch)
+    assert not model.echo.standardize.new_rows
+    model(**batch)
+    before = {name: value.clone() for name, value in model.echo.named_buffers()}
+    with model.keeping_echo():
+        model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2)
+    assert before["standardize.new_rows"] == 4
+    assert all(torch.equal(value, before[name]) for name, value in model.echo.named_buffers())
+
+
+def test_statistics_survive_a_cast_of_the_model_and_a_row_that_overflows():
+    standardize = Standardize(8)
+    standardize(torch.randn(4, 8))
+    standardize.end_step()
+    mean = standardize.mean.clone()
+    standardize.to(torch.bfloat16)
+    assert standardize.mean.dtype == torch.float32
+    assert torch.equal(standardize.mean, mean)
+    standardize(torch.full((2, 8), torch.inf))
+    standardize.end_step()
+    assert torch.equal(standardize.mean, mean)
+
+
+def test_a_first_step_of_one_row_leaves_the_echo_silent():
+    standardize = Standardize(8)
+    standardize(torch.randn(1, 8))
+    standardize.end_step()
+    assert not standardize(torch.randn(1, 8)).any()
+    standardize.end_step()
+    assert standardize(torch.randn(1, 8)).any()
+
+
 def test_standardising_leaves_the_echo_more_of_what_tells_rows_apart():
     states = torch.randn(1, 64) * 20 + torch.randn(8, 64)
     standardize = Standardize(64)
@@ -267,6 +303,7 @@ def test_controls():
     assert torch.equal(apply_control(z, "real"), z)
     assert torch.equal(apply_control(z, "shallow"), z)
     assert not apply_control(z, "zero").any()
+    assert not apply_control(torch.zeros(4, 16), "noise").any()
     noise = apply_control(z, "noise")
     torch.testing.assert_close(noise.norm(dim=-1), z.norm(dim=-1), rtol=1e-3, atol=0)
     assert not torch.allclose(noise, z)

@@ -222,28 +222,53 @@ def test_checkpoint_holds_a_plain_adapter_and_the_echo_apart(tmp_path):
     assert adapter_of(stock).keys() == saved.keys()
 
 
-@pytest.mark.parametrize("normalization", ["layer", "standardize"])
-def test_interrupted_and_resumed_is_bit_identical(tmp_path, normalization):
-    whole = echo_model(normalization=normalization)
+class Stop(EchoCallback):
+    """Ends training after a step, as an interruption does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def assert_same_training(one, other) -> None:
+    for name, value in adapter_of(one).items():
+        assert torch.equal(value, adapter_of(other)[name]), name
+    for name, value in one.echo.tensors().items():
+        assert torch.equal(value, other.echo.tensors()[name]), name
+
+
+@pytest.mark.parametrize(
+    "config", [{"normalization": "layer"}, {"normalization": "standardize", "routing_end": 1.0}], ids=str
+)
+def test_interrupted_and_resumed_is_bit_identical(tmp_path, config):
+    whole = echo_model(**config)
     trainer_of(tmp_path / "whole", whole, save_strategy="steps", save_steps=2).train()
-
-    class Stop(EchoCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 5  # after the checkpoint of step 4
-
-    first = trainer_of(tmp_path / "parts", echo_model(normalization=normalization), save_strategy="steps", save_steps=2)
-    first.add_callback(Stop())
+    first = trainer_of(tmp_path / "parts", echo_model(**config), save_strategy="steps", save_steps=2)
+    first.add_callback(Stop(5))  # after the checkpoint of step 4
     first.train()
-    resumed = echo_model(normalization=normalization)
+    resumed = echo_model(**config)
     torch.manual_seed(99)  # a resume must not depend on the state it finds
     trainer = trainer_of(tmp_path / "parts", resumed, save_strategy="steps", save_steps=2)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 6
-    for name, value in adapter_of(whole).items():
-        assert torch.equal(value, adapter_of(resumed)[name]), name
-    for name, value in whole.echo.tensors().items():
-        assert torch.equal(value, resumed.echo.tensors()[name]), name
-    assert ("standardize.mean" in whole.echo.tensors()) == (normalization == "standardize")
+    assert_same_training(whole, resumed)
+
+
+def test_statistics_of_a_step_are_resumed_in_a_model_that_stopped_in_another(tmp_path):
+    config = {"normalization": "standardize", "routing_end": 1.0}
+    whole = echo_model(**config)
+    trainer_of(tmp_path / "whole", whole, save_strategy="steps", save_steps=2).train()
+    model = echo_model(**config)
+    trainer = trainer_of(tmp_path / "parts", model, save_strategy="steps", save_steps=2)
+    trainer.add_callback(Stop(5))
+    trainer.train()
+    pending = load_file(tmp_path / "parts" / "checkpoint-4" / "echo_state.safetensors")
+    assert pending["standardize.new_rows"] > 0  # of step 4, which count from step 5 on
+    trainer.remove_callback(Stop)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
+    assert_same_training(whole, model)
 
 
 def test_saving_does_not_change_training(tmp_path):

@@ -13,6 +13,8 @@ Shapes: `B` rows, `d` hidden width of the model, `width` features of the target 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -65,13 +67,25 @@ class Standardize(nn.Module):
         if self.training and torch.is_grad_enabled():
             self._see(states)
         z = (states - self.mean.to(states)) / (self.variance.to(states) + 1e-5).sqrt()
-        return z.clamp(-self.LIMIT, self.LIMIT) * (self.steps > 0).to(z)
+        return z.clamp(-self.LIMIT, self.LIMIT) * self.variance.any().to(z)  # after a first step of one row too
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardize:
+        """A cast of the whole model moves the statistics, but leaves them in float32: their changes are small."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     @torch.no_grad()
     def _see(self, states: Tensor) -> None:
         """Join these rows, of all processes, to those of the step under way."""
         x = states.to(self.mean)
+        x = x[x.isfinite().all(1)]  # a scaled float16 step that overflows is skipped; it must not stay here either
         rows = _over_processes(x.new_tensor([float(len(x))]))
+        if not rows:
+            return
         mean = _over_processes(x.sum(0)) / rows  # (d,)
         squares = _over_processes((x - mean).square().sum(0))  # (d,)
         away, share = mean - self.new_mean, rows / (self.new_rows + rows)
@@ -113,7 +127,8 @@ def apply_control(z: Tensor, kind: str) -> Tensor:
     if kind == "zero":
         return torch.zeros_like(z)
     if kind == "noise":
-        return F.layer_norm(torch.randn_like(z), z.shape[-1:])
+        noise = F.layer_norm(torch.randn_like(z), z.shape[-1:])
+        return noise * z.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
     if kind == "shuffled":
         if len(z) < 2:
             raise EchoDataError(

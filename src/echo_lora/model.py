@@ -181,13 +181,16 @@ class EchoModel(PeftModelForCausalLM):
     def set_routing_clock(self, step: int, total_steps: int) -> None:
         """Tell which optimizer step (from 0) of how many comes next; routing is a function of it.
 
+        Another step than before ends the one under way, whose rows then count where states are standardised.
         EchoTrainer and EchoCallback do this; a training loop of one's own calls it before each step.
         """
         if (step, total_steps) != self._routing_clock:
-            self._end_step()
+            self.end_step()
         self._routing_clock = (step, total_steps)
 
-    def _end_step(self) -> None:
+    def end_step(self) -> None:
+        """Forget the clock, as at the start of a training: what comes next belongs to no step before."""
+        self._routing_clock = None
         if self.echo.standardize is not None:
             self.echo.standardize.end_step()
 
@@ -195,7 +198,7 @@ class EchoModel(PeftModelForCausalLM):
         if self._routing_clock is not None:
             return self._routing_clock
         if self.echo_config.routing_schedule == "constant" and self.echo_config.routing_start in (0.0, 1.0):
-            self._end_step()  # every forward is taken for a step
+            self.end_step()  # every forward is taken for a step
             return 0, 1  # and every step is the same
         raise EchoModelError(
             "the echo does not know which training step this is, so it can't draw the routing. Use EchoTrainer or "
@@ -260,8 +263,9 @@ class EchoModel(PeftModelForCausalLM):
                 use_cache=True,
                 logits_to_keep=1,
             )
-        z = echo_representation(hidden, self.echo.standardize)
-        deltas, _, _ = self.echo(apply_control(z, self.echo_config.echo_kind))
+        with torch.no_grad():  # no row of a training step
+            z = echo_representation(hidden, self.echo.standardize)
+            deltas, _, _ = self.echo(apply_control(z, self.echo_config.echo_kind))
         cache.crop(-1)  # the boundary runs again, now with the echo
         everywhere = torch.ones_like(input_ids[:, :1], dtype=torch.bool)  # every pass that follows has one column
         passes = itertools.count()

@@ -71,6 +71,13 @@ FINGERPRINT = [
 class EchoCallback(TrainerCallback):
     """Sets the routing clock of an EchoModel; all that a stock Trainer needs to train one."""
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if isinstance(model, EchoModel):
+            model.end_step()  # a resume may have loaded another step into the model than it stopped at
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -85,7 +92,11 @@ class _Watch(EchoCallback):
     def __init__(self, trainer: EchoTrainerMixin) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = self.trainer.accelerator.unwrap_model(kwargs["model"])
+        super().on_train_begin(args, state, control, model=model)
         self.trainer._begin()
 
     def on_step_begin(

@@ -278,7 +278,7 @@ def _on_this_machine(
     study: Study, keys: list[RunKey], engine: Engine, ends: float | None
 ) -> Iterator[tuple[RunKey, str | None]]:
     """Runs in worker processes; each run that ended, and its error. A run that another process holds comes last."""
-    own = os.environ.get("OMP_NUM_THREADS")
+    own = os.environ.get("OMP_NUM_THREADS") or None
     threads = int(own or max(1, (os.cpu_count() or 1) // engine.workers))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     pool = ProcessPoolExecutor(
