@@ -314,7 +314,7 @@ def test_the_check_above_refuses_a_message_that_nobody_writes(message):
     assert not is_of_the_source(message, message_patterns())
 
 
-@pytest.mark.parametrize("name", ["small", "real"])
+@pytest.mark.parametrize("name", ["small", "long", "real"])
 def test_the_readme_and_the_model_card_quote_the_interval_of_the_study(name):
     study = read_study(ROOT / "results" / "study" / name)
     effect = declared_differences(study)[0].overall
@@ -329,7 +329,7 @@ def test_the_reports_of_the_study_are_those_of_its_records(tmp_path):
     shutil.copytree(ROOT / "results" / "study", tmp_path / "study")
     write_report(tmp_path / "study")
     reports = sorted((ROOT / "results" / "study").rglob("report.*"))
-    assert len(reports) == 6
+    assert len(reports) == 8
     for path in reports:
         again = tmp_path / "study" / path.relative_to(ROOT / "results" / "study")
         assert again.read_bytes() == path.read_bytes(), path
