@@ -12,21 +12,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers import TrainerCallback
 
 from architectures import lora_config, tiny_echo_model
 from echo_lora import EchoSFTTrainer, EchoTrainer
-from test_trainer import DATASETS, ROUTED, arguments, collator, rows, sft_arguments, sft_base
-
-
-class Stop(TrainerCallback):
-    """Ends training after a step, as an interruption does; the schedule is that of the whole run."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        control.should_training_stop = state.global_step == self.step
+from test_trainer import DATASETS, ROUTED, Stop, arguments, collator, rows, sft_arguments, sft_base
 
 
 def prepared(args: Any) -> Any:

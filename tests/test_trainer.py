@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from architectures import VOCAB, collate, lora_config, tiny_base
@@ -222,8 +222,8 @@ def test_checkpoint_holds_a_plain_adapter_and_the_echo_apart(tmp_path):
     assert adapter_of(stock).keys() == saved.keys()
 
 
-class Stop(EchoCallback):
-    """Ends training after a step, as an interruption does."""
+class Stop(TrainerCallback):
+    """Ends training after a step, as an interruption does; the schedule is that of the whole run."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -254,16 +254,16 @@ class EchoModel(PeftModelForCausalLM):
         attention_mask = kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         boundary_B = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
         cache = DynamicCache(config=self.get_base_model().config)
-        with torch.no_grad(), reading(self._source_layers, boundary_B, input_ids.shape[1]) as hidden:
-            self._plain_forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        with torch.no_grad():  # no row of a training step
+        with torch.no_grad():  # nor are these rows of a training step, for the statistics of states
+            with reading(self._source_layers, boundary_B, input_ids.shape[1]) as hidden:
+                self._plain_forward(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
             z = echo_representation(hidden, self.echo.standardize)
             deltas, _, _ = self.echo(apply_control(z, self.echo_config.echo_kind))
         cache.crop(-1)  # the boundary runs again, now with the echo

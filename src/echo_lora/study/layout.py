@@ -7,10 +7,8 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from echo_lora.study.drawing import Axis, Style, axis, style_of, swatch
-from echo_lora.study.records import StudyRecords, results
+from echo_lora.study.records import StudyRecords, mean_of, results
 from echo_lora.study.statistics import Effect
 
 
@@ -83,11 +81,6 @@ def accuracies(study: StudyRecords, arm: str, task: str) -> dict[int, float]:
         elif task in values:
             found[seed] = values[task]
     return found
-
-
-def mean_of(values: Iterable[float]) -> float:
-    found = list(values)
-    return float(np.mean(found)) if found else math.nan
 
 
 def with_minus(text: str) -> str:

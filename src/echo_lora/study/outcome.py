@@ -20,7 +20,6 @@ from echo_lora.study.layout import (
     counts_text,
     ends_of,
     mean_and_range,
-    mean_of,
     number_text,
     p_text,
     percent,
@@ -29,7 +28,7 @@ from echo_lora.study.layout import (
     range_text,
     with_range,
 )
-from echo_lora.study.records import StudyRecords, results
+from echo_lora.study.records import StudyRecords, mean_of, results
 from echo_lora.study.statistics import Effect
 from echo_lora.study.verdict import Difference, check_pairing, missing_lines, power_lines
 

@@ -142,7 +142,12 @@ def results(run: Record, *, echo: bool = False) -> list[dict[str, Any]]:
 
 def run_accuracy(run: Record, *, echo: bool = False) -> float:
     """Mean over the tasks; NaN for a run that was not scored."""
-    found = [result["accuracy"] for result in results(run, echo=echo)]
+    return mean_of(result["accuracy"] for result in results(run, echo=echo))
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """The mean; NaN of nothing."""
+    found = list(values)
     return float(np.mean(found)) if found else math.nan
 
 

@@ -16,13 +16,12 @@ from echo_lora.study.layout import (
     arm_style,
     legend,
     listed,
-    mean_of,
     number_text,
     percent,
     points_text,
     short_label,
 )
-from echo_lora.study.records import Record, StudyRecords, results, run_accuracy
+from echo_lora.study.records import Record, StudyRecords, mean_of, results, run_accuracy
 
 POINTS = 60  # most points of a drawn curve; longer ones are averaged
 
