@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from echo_lora import EchoConfig, EchoModel, get_echo_model
+from echo_lora.step import AlignedRows, align_rows
 
 VOCAB = 61
 LAYERS = 4
@@ -155,3 +156,8 @@ def collate(rows: list[Row], side: str = "right", *, train_on_prompt: bool = Fal
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
     return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def one_row() -> AlignedRows:
+    """A prompt of one token and an answer of two."""
+    return align_rows(torch.tensor([[3, 4, 5]]), None, torch.tensor([[-100, 4, 5]]))

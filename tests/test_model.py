@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
+import pickle
 
 import peft
 import pytest
@@ -12,7 +15,7 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file
 
 from architectures import ARCHITECTURES, VOCAB, collate, lora_config, random_row, tiny_base, tiny_echo_model
-from echo_lora import EchoConfig, EchoOutput, get_echo_model
+from echo_lora import EchoConfig, EchoModel, EchoOutput, get_echo_model
 from echo_lora.echo import EchoNetworks, Standardize, apply_control, echo_representation
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoModelError
 
@@ -26,6 +29,62 @@ BATCH = ((8, 3), (5, 4))
 
 
 # ------------------------------------------------------------ a PEFT model
+
+
+def test_forward_takes_what_pefts_takes_by_position():
+    ours, theirs = (list(inspect.signature(c.forward).parameters) for c in (EchoModel, PeftModelForCausalLM))
+    assert ours == theirs
+
+
+def test_labels_given_by_position_train_the_echo():
+    model, batch = tiny_echo_model(), batch_of(*BATCH)
+    by_name = model(**batch)
+    by_position = model(batch["input_ids"], batch["attention_mask"], None, batch["labels"])
+    assert isinstance(by_position, EchoOutput)
+    assert torch.equal(by_position.loss, by_name.loss)
+    with pytest.raises(EchoDataError, match="inputs_embeds"):
+        model(None, batch["attention_mask"], torch.ones(2, 11, 32), batch["labels"])
+
+
+@pytest.mark.parametrize("site", ["output", "lora_input"])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_hooks_of_its_own(copied, is_checkpointed, site):
+    model, batch = tiny_echo_model(injection_site=site), batch_of(*BATCH)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
+        model.get_base_model().disable_input_require_grads()  # a closure, which can't be pickled
+    expected = model(**batch).loss
+    other = copied(model)
+    with torch.no_grad():
+        for parameter in model.echo.parameters():  # what the original does must not reach the copy
+            parameter.fill_(5.0)
+    loss = other(**batch).loss
+    assert torch.equal(loss, expected)
+    loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in other.echo.parameters())
+
+
+@pytest.mark.parametrize("leave", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_base_is_left_without_anything_of_the_echo(name, leave, is_checkpointed):
+    model, batch = tiny_echo_model(name), batch_of(*BATCH)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
+    model(**batch).loss.backward()
+    base = getattr(model, leave)()
+    for module in base.modules():
+        assert "echo_lora" not in repr([*module._forward_hooks.values(), *module._forward_pre_hooks.values()])
+        assert "echo_lora" not in repr(getattr(module, "_gradient_checkpointing_func", None))
+    if not is_checkpointed:  # else transformers' own hook on the embeddings is a closure
+        assert b"echo_lora" not in pickle.dumps(base)
+    assert base.is_activation_checkpointing == is_checkpointed
+    again = get_echo_model(base, lora_config(name), EchoConfig(routing_schedule="constant"))
+    again.train()(**batch).loss.backward()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])

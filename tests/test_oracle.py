@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from architectures import ARCHITECTURES, VOCAB, Row, collate, lora_config, random_row, tiny_echo_model
+from architectures import ARCHITECTURES, VOCAB, Row, collate, lora_config, one_row, random_row, tiny_echo_model
 from echo_lora import EchoConfig, get_echo_model, losses
 from echo_lora.base_models import PACKAGED, load_base_model, packaged_model
 from oracle import oracle_step
@@ -144,13 +144,55 @@ def test_gradient_checkpointing(name, site, mask):
     assert_equals_oracle(model, mixed_rows(), prepare=lambda m: m.gradient_checkpointing_enable())
 
 
+ROPES = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+    },
+    "llama3": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
+
+
+@pytest.mark.parametrize("echo_step", ["shared_prefix", "full"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_kind_of_rope_scaling(kind, echo_step, monkeypatch):
+    """The rows have 17 tokens, one more than the model was made for: angles depend on whether the last one is seen."""
+    config_class, arguments, targets = ARCHITECTURES["llama"]
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
+    arguments = arguments | {"max_position_embeddings": 16 if kind == "dynamic" else 64, "rope_parameters": rope}
+    monkeypatch.setitem(ARCHITECTURES, "llama", (config_class, arguments, targets))
+    fresh = tiny_echo_model(echo_step=echo_step)  # dynamic angles stay grown
+    seen = []
+    rotary = fresh.get_base_model().model.rotary_emb
+    rotary.register_forward_hook(lambda module, _args, out: seen.append(module.inv_freq.clone()))
+    batch = collate(mixed_rows())
+    with torch.no_grad():
+        stock = tiny_echo_model(echo_step=echo_step).get_base_model()
+        stock(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        fresh.echo_losses(**batch, is_routed=True)
+    assert len(seen) > 2
+    for angles in seen:
+        torch.testing.assert_close(angles, stock.model.rotary_emb.inv_freq)
+    assert_equals_oracle(tiny_echo_model(echo_step=echo_step), mixed_rows())
+
+
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("chunk", [1, 7, 256])
 def test_every_chunk_size(chunk, method, is_checkpointed, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * VOCAB)
     model = tiny_echo_model("gemma2", method=method)  # whose logits are capped after the output layer
-    assert model._usable_head(model.get_base_model(), torch.tensor([[3, 4]])) is not None
+    assert model._usable_head(model.get_base_model(), one_row()) is not None
     assert_equals_oracle(
         model, mixed_rows(), prepare=lambda m: m.gradient_checkpointing_enable() if is_checkpointed else None
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from architectures import ARCHITECTURES, collate, lora_config, random_row, tiny_base, tiny_echo_model
+from architectures import ARCHITECTURES, collate, lora_config, one_row, random_row, tiny_base, tiny_echo_model
 from echo_lora import EchoConfig, EchoTrainer, get_echo_model, inject, losses
 from echo_lora.prefix import PrefixRecorder
 from oracle import oracle_step
@@ -131,7 +131,7 @@ def test_checkpointing_recomputes_in_the_same_dtype(name, precision):
 def test_what_runs_in_which_dtype(precision, computes, lora_input, keys, site, monkeypatch):
     """computes: what linear layers give. lora_input: what lora_A is given, and δ is added to."""
     model = in_precision("llama", precision, injection_site=site)
-    model._usable_head(model.get_base_model(), torch.tensor([[3, 4]]))
+    model._usable_head(model.get_base_model(), one_row())
     seen: dict[str, set[torch.dtype]] = {}
 
     def watch(owner, attribute, note):

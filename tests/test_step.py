@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from architectures import collate, random_row, tiny_echo_model
+from architectures import collate, one_row, random_row, tiny_echo_model
 from echo_lora import step
 from echo_lora.errors import EchoDataError, EchoModelError
-from echo_lora.inject import Injection
+from echo_lora.inject import Injection, decoder_layers
 from echo_lora.prefix import PrefixRecorder
 from echo_lora.step import align_rows, boundary_positions, injection_mask
 
@@ -163,9 +163,39 @@ def test_an_attention_that_uses_no_cache_is_found_out():
         recorder.prefix()
 
 
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_a_plain_model_shares_its_prefix_by_default(name, is_checkpointed, caplog):
+    """A release that renames an argument must not make every step twice as long with a warning only."""
+    model = tiny_echo_model(name)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
+    widths = []
+    decoder_layers(model.get_base_model())[1][-1].register_forward_pre_hook(
+        lambda _m, args, kwargs: widths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    with caplog.at_level(logging.WARNING):
+        model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True)
+    assert widths[-2:] == [10, 3]  # both passes; before them the output layer was compared
+    assert not caplog.records
+
+
+def test_a_forward_that_lacks_what_the_step_needs_is_named(monkeypatch):
+    model = tiny_echo_model()
+    base = model.get_base_model()
+    forward = base.forward
+    monkeypatch.setattr(base, "forward", lambda input_ids, attention_mask=None, **_: forward(input_ids=input_ids))
+    with (
+        model.keeping_echo(),
+        pytest.raises(EchoModelError, match=r"LlamaForCausalLM\.forward takes no past_key_values"),
+    ):
+        model.generate(input_ids=torch.tensor([[3, 4]]))
+
+
 def test_the_on_pass_runs_the_answer_columns_only():
     model = tiny_echo_model()
-    model._usable_head(model.get_base_model(), torch.tensor([[3, 4]]))  # runs once, before anything is counted
+    model._usable_head(model.get_base_model(), one_row())  # runs once, before anything is counted
     widths = []
     model.get_base_model().model.embed_tokens.register_forward_pre_hook(
         lambda _m, args: widths.append(args[0].shape[1])
@@ -176,7 +206,7 @@ def test_the_on_pass_runs_the_answer_columns_only():
 
 def test_logits_at_supervised_positions_only():
     model = tiny_echo_model()
-    model._usable_head(model.get_base_model(), torch.tensor([[3, 4]]))
+    model._usable_head(model.get_base_model(), one_row())
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda _m, _args, out: shapes.append(tuple(out.shape[:-1])))
     model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True).loss.backward()
@@ -185,7 +215,7 @@ def test_logits_at_supervised_positions_only():
 
 def test_with_prompts_trained_on_the_on_pass_still_has_logits_at_answers_only():
     model = tiny_echo_model()
-    model._usable_head(model.get_base_model(), torch.tensor([[3, 4]]))
+    model._usable_head(model.get_base_model(), one_row())
     batch = collate(rows_of((8, 3), (6, 2)), train_on_prompt=True)
     shapes, widths = [], []
     model.get_output_embeddings().register_forward_hook(lambda _m, _args, out: shapes.append(tuple(out.shape[:-1])))
@@ -266,7 +296,7 @@ def test_an_output_layer_that_is_trained_keeps_its_gradient(is_routed):
     model = tiny_echo_model("llama")
     head = model.get_output_embeddings()
     head.weight.requires_grad_(True)
-    assert model._usable_head(model.get_base_model(), torch.tensor([[3, 4]])) is None
+    assert model._usable_head(model.get_base_model(), one_row()) is None
     model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=is_routed).loss.backward()
     assert head.weight.grad.abs().sum() > 0
 
@@ -283,9 +313,44 @@ def test_a_model_that_does_more_to_its_logits_keeps_them(caplog):
     assert loss != tiny_echo_model().echo_losses(**batch, is_routed=True).ce_off
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: 7.6 * logits,
+        lambda logits: 30 * torch.tanh(logits / 30),
+        lambda logits: logits.index_fill(-1, torch.tensor([5]), -1e9),
+        lambda logits: logits + logits.new_ones(logits.shape[-1]).cumsum(0),
+        lambda logits: torch.cat([logits, logits[..., :2]], dim=-1),
+    ],
+    ids=["factor", "soft cap", "forbidden token", "bias", "more tokens"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_model_does_to_its_logits_is_found_whatever_the_first_tokens_are(change, dtype):
+    """Padding of zero embedding has logits of zero, and small logits pass a soft cap unchanged."""
+    model = tiny_echo_model().to(dtype)
+    base = model.get_base_model()
+    batch = collate(rows_of((8, 3), (2, 2)), "left")
+    base.model.embed_tokens.weight.data[0] = 0
+    base.lm_head.weight.data *= 0.01
+    aligned = align_rows(**batch)
+    assert model._usable_head(base, aligned) is not None
+    model._head_is_known = False
+    base.register_forward_hook(lambda _m, _args, out: out.__setitem__("logits", change(out.logits)))
+    assert model._usable_head(base, aligned) is None
+
+
+def test_comparing_the_output_layer_leaves_random_numbers_and_hooks_alone():
+    model = tiny_echo_model()
+    hooks = len(model.get_base_model().lm_head._forward_pre_hooks)
+    before = torch.get_rng_state()
+    model._usable_head(model.get_base_model(), one_row())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(model.get_base_model().lm_head._forward_pre_hooks) == hooks
+
+
 def test_an_unrouted_step_is_one_pass():
     model = tiny_echo_model()
-    model._usable_head(model.get_base_model(), torch.tensor([[3, 4]]))
+    model._usable_head(model.get_base_model(), one_row())
     calls = []
     model.get_base_model().model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     output = model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=False)
@@ -419,7 +484,7 @@ def test_a_target_that_gives_no_tensor_is_named():
     """A router of experts gives its choice beside its logits."""
     model = tiny_echo_model(injection_site="output")
     layer = model.get_base_model().get_submodule("model.layers.0.self_attn.q_proj")
-    (hook,) = [hook for hook in layer._forward_hooks.values() if "add_echo" in hook.__qualname__]
+    (hook,) = layer._forward_hooks.values()
     with (
         model._injector.injecting(Injection({}, torch.ones(1, 2))),
         pytest.raises(EchoModelError, match="gives a tuple"),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+PROBED_LOGITS = (1.0, 100.0)
 FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # what configurations call a factor of logits
 
 
@@ -46,13 +47,16 @@ class Head:
         return any(parameter.requires_grad for parameter in self.linear.parameters())
 
     @contextmanager
-    def intercepting(self) -> Iterator[list[Tensor]]:
-        """Collect what the model sends to its output layer, which then works on the first column only."""
+    def intercepting(self, replacement: Tensor | None = None) -> Iterator[list[Tensor]]:
+        """Collect what the model sends to its output layer, which then works on the first column only.
+
+        replacement: works on these states instead.
+        """
         states: list[Tensor] = []
 
         def intercept(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             states.append(args[0])  # (B, A, d)
-            return (args[0][:, :1].detach(), *args[1:])
+            return (args[0][:, :1].detach() if replacement is None else replacement, *args[1:])
 
         handle = self.linear.register_forward_pre_hook(intercept)
         try:
@@ -60,15 +64,29 @@ class Head:
         finally:
             handle.remove()
 
-    def why_not(self, forward: Callable[..., Any], input_ids: Tensor) -> str | None:
-        """Why this is not what the model computes; None if it is. input_ids: (1, T), run without gradient."""
+    @torch.no_grad()
+    def why_not(self, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor) -> str | None:
+        """Why this is not what the model computes; None if it is.
+
+        Compares both on random states, once with logits of about 1 and once of about 100, which a soft cap would bend.
+        What the tokens are does not matter then, and logits that happen to be zero hide no factor.
+        input_ids, position_ids: (1, T), run without gradient; the random number generators are left as they were.
+        """
         devices = [input_ids.device] if input_ids.device.type != "cpu" else []
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+        with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
             with self.intercepting() as states:
-                own = forward(input_ids=input_ids, use_cache=False).logits[:, 0]  # (1, V)
+                forward(input_ids=input_ids, position_ids=position_ids, use_cache=False)
             if len(states) != 1 or states[0].dim() != 3:
                 return f"the output layer {type(self.linear).__name__} was not called once with (rows, tokens, d)"
-            ours = self(states[0][:, :1])[:, 0]
-        if ours.shape == own.shape and torch.allclose(ours.float().to(own.device), own.float(), rtol=1e-2, atol=1e-3):
-            return None
-        return "the model does more to its logits than its configuration tells"
+            x = torch.randn(states[0].shape, generator=torch.Generator().manual_seed(0)).to(states[0])
+            largest = self.linear(x).abs().max()
+            for size in PROBED_LOGITS:
+                with self.intercepting(x * (size / largest)) as states:
+                    theirs = forward(
+                        input_ids=input_ids, position_ids=position_ids, use_cache=False
+                    ).logits  # (1, T, V)
+                ours = self(x * (size / largest)).to(theirs.device)
+                bound = 8 * torch.finfo(x.dtype).eps * ours.float().abs().max()
+                if ours.shape != theirs.shape or not ((ours.float() - theirs.float()).abs() <= bound).all():
+                    return "the model does more to its logits than its configuration tells"
+        return None

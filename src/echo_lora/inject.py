@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,10 +101,11 @@ class Injector:
         self.modules = modules
         self.current: Injection | None = None
         for name, module in modules.items():
+            # bound methods and partials, not closures: a deep copy of the model copies its hooks with it
             if site == "lora_input":
-                module.lora_A[adapter].register_forward_pre_hook(self._input_hook(name))
+                module.lora_A[adapter].register_forward_pre_hook(partial(self._add_to_input, name))
             else:
-                module.register_forward_hook(self._output_hook(name, module))
+                module.register_forward_hook(partial(self._add_to_output, name))
 
     @staticmethod
     def widths(modules: dict[str, LoraLayer], site: str) -> dict[str, int]:
@@ -148,21 +150,15 @@ class Injector:
 
         return measure
 
-    def _input_hook(self, name: str) -> Any:
-        def add_echo(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self.current is None or _is_weight_probe(args[0]):
-                return None
-            return (_add(args[0], self.current, name), *args[1:])
+    def _add_to_input(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.current is None or _is_weight_probe(args[0]):
+            return None
+        return (_add(args[0], self.current, name), *args[1:])
 
-        return add_echo
-
-    def _output_hook(self, name: str, layer: LoraLayer) -> Any:
-        def add_echo(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if self.current is None or self.adapter not in layer.active_adapters:
-                return None
-            return _add(output, self.current, name)
-
-        return add_echo
+    def _add_to_output(self, name: str, layer: LoraLayer, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if self.current is None or self.adapter not in layer.active_adapters:
+            return None
+        return _add(output, self.current, name)
 
 
 def _is_weight_probe(x: Tensor) -> bool:

@@ -17,21 +17,32 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, TaskType
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from echo_lora.config import EchoConfig
 from echo_lora.echo import EchoNetworks, apply_control, echo_representation
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.head import Head
 from echo_lora.inject import Injection, Injector, decoder_layers, target_modules
-from echo_lora.prefix import PrefixSharing
+from echo_lora.prefix import PrefixSharing, cache_argument
 from echo_lora.routing import is_routed
-from echo_lora.step import EchoOutput, align_rows, reading, training_step, why_full
+from echo_lora.step import (
+    AlignedRows,
+    EchoOutput,
+    align_rows,
+    angles_depend_on_length,
+    reading,
+    training_step,
+    why_full,
+)
 
 logger = logging.getLogger(__name__)
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")  # initialisations that read or rewrite the base
 IGNORED_INPUTS = {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits"}
+PROBE_COLUMNS = 2  # on which the output layer is compared with the model's own logits
+# What a forward may lack: columns that need no logits are cut off afterwards, and the rest are requests, not inputs.
+DISPENSABLE = {"position_ids", "logits_to_keep", "use_cache", "output_router_logits"}
 
 
 def get_echo_model(
@@ -114,7 +125,6 @@ class EchoModel(PeftModelForCausalLM):
         self._head_is_known = False
         self._routing_clock: tuple[int, int] | None = None
         self._said: set[str] = set()
-        self._forward_parameters = set(inspect.signature(base.forward).parameters)
 
         widths = Injector.widths(modules, echo_config.injection_site)
         self.echo = EchoNetworks(base.config.get_text_config().hidden_size, widths, echo_config)
@@ -124,7 +134,18 @@ class EchoModel(PeftModelForCausalLM):
 
     # -------------------------------------------------------------- the step
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(  # the parameters of PeftModelForCausalLM, so that what is given by position arrives
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """In training mode with labels: the whole step, returning an EchoOutput. Else: the plain PEFT model.
 
         input_ids, attention_mask, labels: (B, T) int64, rows padded on either side, labels -100 outside the
@@ -134,11 +155,21 @@ class EchoModel(PeftModelForCausalLM):
         Raises EchoDataError for rows without prompt or answer and for packed rows, EchoModelError if the
         routing clock is not set or a forced `echo_step` is impossible.
         """
-        if not self.applies(kwargs.get("labels")):
+        kwargs |= {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "task_ids": task_ids,
+        }
+        if not self.applies(labels):
             kwargs.pop("completion_mask", None)
-            return super().forward(*args, **kwargs)
+            return super().forward(**kwargs)
         step, total = self._clock()
-        return self.echo_losses(*args, is_routed=is_routed(self.echo_config, step, total), **kwargs)
+        return self.echo_losses(is_routed=is_routed(self.echo_config, step, total), **kwargs)
 
     def echo_losses(
         self,
@@ -163,16 +194,18 @@ class EchoModel(PeftModelForCausalLM):
             )
         base = self.get_base_model()
         is_checkpointed = self._is_checkpointed(base)
+        shows_length = angles_depend_on_length(base.config)
+        rows = align_rows(input_ids, attention_mask, labels, completion_mask, shows_length=shows_length)
         return training_step(
             self._plain_forward,
             self._source_layers,
             self.echo,
             self._injector,
             self.echo_config,
-            align_rows(input_ids, attention_mask, labels, completion_mask),
+            rows,
             is_routed=is_routed,
             sharing=self._sharing if is_routed and self._shares_prefix(base) else None,
-            head=self._usable_head(base, input_ids),
+            head=self._usable_head(base, rows),
             is_checkpointed=is_checkpointed,
             num_items=num_items_in_batch,
             router_aux_loss_coef=_router_aux_loss_coef(base.config),
@@ -253,14 +286,15 @@ class EchoModel(PeftModelForCausalLM):
         input_ids = kwargs["input_ids"]  # (B, P)
         attention_mask = kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         boundary_B = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
-        cache = DynamicCache(config=self.get_base_model().config)
+        base = self.get_base_model()
+        cache = DynamicCache(config=base.config)
         with torch.no_grad():  # nor are these rows of a training step, for the statistics of states
             with reading(self._source_layers, boundary_B, input_ids.shape[1]) as hidden:
                 self._plain_forward(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-                    past_key_values=cache,
+                    cache=cache,
                     use_cache=True,
                     logits_to_keep=1,
                 )
@@ -275,16 +309,50 @@ class EchoModel(PeftModelForCausalLM):
             injected = not is_boundary or self.echo_config.injection_mask == "predictive"
             self._injector.current = Injection(deltas, everywhere & injected)
 
-        handle = self.get_base_model().register_forward_pre_hook(inject)
+        kwargs[cache_argument(base.forward) or "past_key_values"] = cache
+        handle = base.register_forward_pre_hook(inject)
         try:
             with self._injector.injecting(None):
-                return super().generate(past_key_values=cache, **kwargs)
+                return super().generate(**kwargs)
         finally:
             handle.remove()
 
-    def _plain_forward(self, **kwargs: Any) -> Any:
-        known = {k: v for k, v in kwargs.items() if k in self._forward_parameters}
-        return super().forward(**known)
+    # ---------------------------------------------------------- leaving the echo
+
+    def unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """As PEFT's: the base without adapter, and without anything of the echo."""
+        return self._left(self.base_model.unload(*args, **kwargs))
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """As PEFT's: the base with the adapter merged, and without anything of the echo."""
+        return self._left(self.base_model.merge_and_unload(*args, **kwargs))
+
+    def _left(self, base: PreTrainedModel) -> PreTrainedModel:
+        """The base as it was before the echo; the injector's hooks went with the LoRA modules."""
+        self._sharing.remove()
+        for function in _checkpoint_functions(base):
+            arguments = dict(getattr(function, "keywords", {}))
+            if isinstance(context := arguments.get("context_fn"), _ContextFn):
+                del arguments["context_fn"]
+                base.activation_checkpointing_enable(arguments | context.theirs)
+                break
+        return base
+
+    def _plain_forward(self, *, cache: Cache | None = None, **kwargs: Any) -> Any:
+        """The plain PEFT model. Raises EchoModelError if its forward does not take what the step needs."""
+        base = self.get_base_model()
+        if cache is not None:
+            kwargs[cache_argument(base.forward) or "past_key_values"] = cache
+        taken = inspect.signature(base.forward).parameters
+        if "input_ids" in taken:  # else a wrapper, which passes on what it is given
+            refused = kwargs.keys() - taken.keys()
+            if refused - DISPENSABLE:
+                raise EchoModelError(
+                    f"{type(base).__name__}.forward takes no {', '.join(sorted(refused - DISPENSABLE))}, which the "
+                    "echo's step needs. Use another model, or train this one without the echo."
+                )
+            kwargs = {name: value for name, value in kwargs.items() if name not in refused}
+        return super().forward(**kwargs)
 
     def _shares_prefix(self, base: PreTrainedModel) -> bool:
         if self.echo_config.echo_step == "full":
@@ -297,14 +365,15 @@ class EchoModel(PeftModelForCausalLM):
         self._say_once(f"The echo-on pass runs in full, not on the answer only: {reason}.")
         return False
 
-    def _usable_head(self, base: PreTrainedModel, input_ids: Tensor) -> Head | None:
-        """The output layer, if the losses may apply it themselves."""
+    def _usable_head(self, base: PreTrainedModel, rows: AlignedRows) -> Head | None:
+        """The output layer, if the losses may apply it themselves; asked once, on some tokens of the first row."""
         if not self._head_is_known:
             self._head_is_known = True
             reason: str | None = "the model names no output layer"
             if base.get_output_embeddings() is not None:
                 head = Head(base)
-                reason = head.why_not(self._plain_forward, input_ids[:1, :2])
+                last_tokens = rows.input_ids[:1, -PROBE_COLUMNS:], rows.position_ids[:1, -PROBE_COLUMNS:]
+                reason = head.why_not(self._plain_forward, *last_tokens)
                 self._head = head if reason is None else None
             if reason is not None:
                 self._say_once(f"Logits of all answer tokens are made at once, which takes memory: {reason}.")
@@ -330,9 +399,8 @@ class EchoModel(PeftModelForCausalLM):
                 "gradient checkpointing with use_reentrant=True would recompute the echo-on pass without its echo. "
                 "Set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        theirs = [checkpointing["context_fn"]] if checkpointing.get("context_fn") else []
         checkpointing["context_fn"] = _ContextFn(
-            *theirs, self._injector.checkpoint_contexts, self._sharing.checkpoint_contexts
+            checkpointing.get("context_fn"), self._injector.checkpoint_contexts, self._sharing.checkpoint_contexts
         )
         self.get_base_model().activation_checkpointing_enable(checkpointing, **kwargs)
 
@@ -340,11 +408,7 @@ class EchoModel(PeftModelForCausalLM):
         """Whether layers are recomputed; one that would forget the pass it belongs to is set right first."""
         if not base.training:
             return False
-        functions = [
-            getattr(m, "_gradient_checkpointing_func", None)
-            for m in base.modules()
-            if getattr(m, "gradient_checkpointing", False)
-        ]
+        functions = _checkpoint_functions(base)
         if functions and any(getattr(m, "_compiled_call_impl", None) is not None for m in base.modules()):
             raise EchoModelError(
                 "torch.compile can't trace gradient checkpointing with a context, which the echo needs. Compile no "
@@ -367,11 +431,18 @@ class EchoModel(PeftModelForCausalLM):
 ContextFn = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 
+def _checkpoint_functions(base: PreTrainedModel) -> list[Any]:
+    """The functions by which modules of the base checkpoint their layers; none where checkpointing is off."""
+    on = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
+    return [getattr(module, "_gradient_checkpointing_func", None) for module in on]
+
+
 class _ContextFn:
     """A `context_fn` that enters ours, and theirs for those who bring one, such as selective checkpointing."""
 
-    def __init__(self, *functions: ContextFn) -> None:
-        self.functions = functions
+    def __init__(self, theirs: ContextFn | None, *ours: ContextFn) -> None:
+        self.theirs = {} if theirs is None else {"context_fn": theirs}
+        self.functions = (*self.theirs.values(), *ours)
 
     def __call__(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         forward, recompute = zip(*(function() for function in self.functions), strict=True)

@@ -12,17 +12,27 @@ gradient of its keys and values, or of its output, arrives.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, cat, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from echo_lora.errors import EchoModelError
 from echo_lora.inject import Setting
 
-CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")  # one thing, as different attentions name it
+# One thing, as models and attentions name it; `cache` since transformers 5.24.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """What this function calls its key-value cache; None if it takes none."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 class PrefixRecorder(Cache):
@@ -87,14 +97,24 @@ class PrefixSharing:
         self.current: Cache | None = None
         self.depth = len(layers)
         self.why_not: str | None = None
+        self.handles: list[RemovableHandle] = []
         for layer in layers:
-            found = [(m, name) for m in layer.modules() if m is not layer and (name := _cache_argument(m)) is not None]
+            named = [(m, cache_argument(m.forward)) for m in layer.modules() if m is not layer]
+            found = [(module, name) for module, name in named if name is not None]
             if len(found) != 1:
                 self.why_not = f"{type(layer).__name__} holds {len(found)} modules that take a key-value cache, not one"
                 continue
-            layer.register_forward_pre_hook(self._take_away, with_kwargs=True)
             module, name = found[0]
-            module.register_forward_pre_hook(self._hand_over(name), with_kwargs=True)
+            self.handles += [
+                layer.register_forward_pre_hook(self._take_away, with_kwargs=True),
+                # bound methods and partials, not closures: a deep copy of the model copies its hooks with it
+                module.register_forward_pre_hook(partial(self._hand_over, name), with_kwargs=True),
+            ]
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self.handles:
+            handle.remove()
 
     def using(self, cache: Cache | None) -> AbstractContextManager[None]:
         """Give this cache to every attention inside; None leaves them as they are."""
@@ -110,13 +130,5 @@ class PrefixSharing:
             return None
         return args, {key: None if key in CACHE_NAMES else value for key, value in kwargs.items()}
 
-    def _hand_over(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return None if self.current is None else (args, kwargs | {name: self.current})
-
-        return hook
-
-
-def _cache_argument(module: nn.Module) -> str | None:
-    parameters = inspect.signature(module.forward).parameters
-    return next((name for name in CACHE_NAMES if name in parameters), None)
+    def _hand_over(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return None if self.current is None else (args, kwargs | {name: self.current})

@@ -25,7 +25,6 @@ Legend: `B` rows, `T` tokens in a row, `P` prompt, `A` answer, `d` hidden width,
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -42,7 +41,9 @@ from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.head import Head
 from echo_lora.inject import Injection, Injector
 from echo_lora.losses import loss_terms
-from echo_lora.prefix import PrefixRecorder, PrefixSharing
+from echo_lora.prefix import PrefixRecorder, PrefixSharing, cache_argument
+
+ROPE_OF_FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional", "mrope")
 
 
 @dataclass
@@ -101,14 +102,20 @@ def boundary_positions(labels: Tensor) -> Tensor:
 
 
 def align_rows(
-    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, completion_mask: Tensor | None = None
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    completion_mask: Tensor | None = None,
+    *,
+    shows_length: bool = False,
 ) -> AlignedRows:
     """Move padding so that all boundaries fall in one column; drop what no supervised token depends on.
 
     input_ids, labels: (B, T); attention_mask: (B, T) or None, padding on either side. [O]
     completion_mask: (B, T), 1 at answer tokens, where the labels cover prompt tokens too; None: all labels are answers.
     In a row of several turns the prefix ends at the first answer token. Where two passes over rows that all start in
-    one column run fewer columns, they do that.
+    one column run fewer columns, they do that. shows_length: a last column, which predicts nothing, has the position
+    T - 1: both passes see the length that a forward of the batch as it was would have seen.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -128,17 +135,21 @@ def align_rows(
     if 2 * longest - shortest < P + 2 * A:  # columns of both passes
         P, A, starts = shortest, longest - shortest, torch.zeros_like(prompt)
 
+    A += shows_length
     position = torch.arange(P + A, device=labels.device)[None] - starts[:, None]  # (B, P+A), < 0 is padding
     inside = (position >= 0) & (position < length[:, None])
     source = position.clamp(0, labels.shape[1] - 1)
     ids = torch.where(inside, input_ids.gather(1, source), input_ids.gather(1, prompt[:, None] - 1))
     targets = torch.where(inside, answer.gather(1, source), -100)
     prompt_targets = torch.where((position > 0) & (targets == -100) & inside, labels.gather(1, source), -100)
+    # padding counts no further than its row: position embeddings have an end
+    position_ids = position[:, :-1].clamp(min=0).minimum(length[:, None] - 1)
+    if shows_length:
+        position_ids[:, -1] = labels.shape[1] - 1
     return AlignedRows(
         input_ids=ids[:, :-1],
         attention_mask=inside[:, :-1].long(),
-        # padding counts no further than its row: position embeddings have an end
-        position_ids=position[:, :-1].clamp(min=0).minimum(length[:, None] - 1),
+        position_ids=position_ids,
         targets=targets[:, P:],
         prefix_length=P - 1,
         boundary=starts + prompt - 1,
@@ -159,6 +170,20 @@ def injection_mask(targets: Tensor, kind: str) -> Tensor:
     return torch.cat([torch.zeros_like(is_predictive[:, :1]), is_predictive[:, :-1]], dim=1)
 
 
+def angles_depend_on_length(config: Any) -> bool:
+    """Whether the model's rotary angles depend on the largest position of a batch, as with dynamic NTK or LongRoPE."""
+
+    def kinds(parameters: Any) -> Iterator[str | None]:
+        if isinstance(parameters, dict):
+            yield parameters.get("rope_type", parameters.get("type"))
+            for of_layer_type in parameters.values():
+                yield from kinds(of_layer_type)
+
+    text = config.get_text_config()
+    found = {kind for name in ("rope_parameters", "rope_scaling") for kind in kinds(getattr(text, name, None))}
+    return not found <= {None, *ROPE_OF_FIXED_ANGLES}
+
+
 def why_full(base_model: PreTrainedModel) -> str | None:
     """Why the echo-on pass can't share the prefix with the echo-off pass exactly; None if it can."""
     config = base_model.config.get_text_config()
@@ -171,7 +196,7 @@ def why_full(base_model: PreTrainedModel) -> str | None:
         return "some layers use the keys and values of others"
     if config._attn_implementation not in ("eager", "sdpa"):
         return f"attention {config._attn_implementation!r} has not been shown to agree with and without a prefix"
-    if "past_key_values" not in inspect.signature(base_model.forward).parameters:
+    if cache_argument(base_model.forward) is None:
         return f"{type(base_model).__name__} takes no key-value cache"
     return None
 
@@ -267,7 +292,7 @@ def _run(
             input_ids=rows.input_ids[:, start:],
             attention_mask=rows.attention_mask,
             position_ids=rows.position_ids[:, start:],
-            past_key_values=prefix,
+            cache=prefix,
             use_cache=False,
             logits_to_keep=keep,
             # the auxiliary loss is that of the echo-off pass, and its mask must fit the columns
