@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WITHOUT_EMBEDDING = ("rwkv", "mamba", "mamba2", "falcon_mamba")  # begin hidden_states with the output of layer 0
+
 
 @dataclass
 class OracleLosses:
@@ -68,6 +70,8 @@ def _sums(
     boundary = [next(t for t, label in enumerate(row_labels) if label != -100) - 1 for _, row_labels in rows]
     with torch.no_grad():
         states = base(**inputs, output_hidden_states=True).hidden_states  # [s + 1]: output of layer s
+    if base.config.model_type in WITHOUT_EMBEDDING:
+        states = (None, *states)
     z_rows = []
     for b in range(B):
         mean = sum(states[s + 1][b, boundary[b]].float() for s in source_layers) / len(source_layers)

@@ -194,8 +194,15 @@ class EchoModel(PeftModelForCausalLM):
             )
         base = self.get_base_model()
         is_checkpointed = self._is_checkpointed(base)
-        shows_length = angles_depend_on_length(base.config)
-        rows = align_rows(input_ids, attention_mask, labels, completion_mask, shows_length=shows_length)
+        shares_prefix = self._shares_prefix(base)
+        rows = align_rows(
+            input_ids,
+            attention_mask,
+            labels,
+            completion_mask,
+            shows_length=angles_depend_on_length(base.config),
+            starts_together=not shares_prefix,
+        )
         return training_step(
             self._plain_forward,
             self._source_layers,
@@ -204,7 +211,7 @@ class EchoModel(PeftModelForCausalLM):
             self.echo_config,
             rows,
             is_routed=is_routed,
-            sharing=self._sharing if is_routed and self._shares_prefix(base) else None,
+            sharing=self._sharing if is_routed and shares_prefix else None,
             head=self._usable_head(base, rows),
             is_checkpointed=is_checkpointed,
             num_items=num_items_in_batch,
@@ -372,8 +379,8 @@ class EchoModel(PeftModelForCausalLM):
             reason: str | None = "the model names no output layer"
             if base.get_output_embeddings() is not None:
                 head = Head(base)
-                last_tokens = rows.input_ids[:1, -PROBE_COLUMNS:], rows.position_ids[:1, -PROBE_COLUMNS:]
-                reason = head.why_not(self._plain_forward, *last_tokens)
+                positions = None if rows.position_ids is None else rows.position_ids[:1, -PROBE_COLUMNS:]
+                reason = head.why_not(self._plain_forward, rows.input_ids[:1, -PROBE_COLUMNS:], positions)
                 self._head = head if reason is None else None
             if reason is not None:
                 self._say_once(f"Logits of all answer tokens are made at once, which takes memory: {reason}.")
