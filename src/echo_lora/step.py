@@ -116,9 +116,9 @@ def align_rows(
     completion_mask: (B, T), 1 at answer tokens, where the labels cover prompt tokens too; None: all labels are answers.
     In a row of several turns the prefix ends at the first answer token. Where two passes over rows that all start in
     one column run fewer columns, they do that. shows_length: a last column, which predicts nothing, has the position
-    T - 1: both passes see the length that a forward of the batch as it was would have seen. starts_together: rows always
-    start in one column, so that no token follows padding, which a model with a state would read, and the model counts
-    positions itself.
+    T - 1: both passes see the length that a forward of the batch as it was would have seen. starts_together: they
+    always start in one column, so that no token follows padding, which a model with a state would read, and the model
+    counts positions itself.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
