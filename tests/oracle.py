@@ -1,4 +1,4 @@
-"""The literal method, slow and obviously right: three passes over right-padded rows, nothing shared.
+"""The literal method, slow and obviously right: three passes over each row alone, nothing padded, nothing shared.
 
 Written from the equations of docs/method.md. It imports nothing of the fast path and reads the parameters of the
 echo networks by their names only. It is the only copy of the method beside the product.
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+WITHOUT_EMBEDDING = ("rwkv", "mamba", "mamba2", "falcon_mamba")  # begin hidden_states with the output of layer 0
 
 
 @dataclass
@@ -33,11 +35,26 @@ def oracle_step(
     is_routed: bool = True,
     num_items: int | None = None,
     train_on_prompt: bool = False,
+    together: bool = False,
 ) -> OracleLosses:
     """One step for rows of (token ids, labels), without padding; model is an EchoModel, used as a PEFT model.
 
     train_on_prompt: all tokens of a row but its first are trained on, those without a label in the echo-off pass only.
+    together: pad the rows on the right and run them as one batch, where it is the batch's width that a model's
+    numbers depend on.
     """
+    groups = [rows] if together else [[row] for row in rows]
+    terms = [_sums(model, group, source_layers, config, train_on_prompt) for group in groups]
+    n = sum(count for *_, count in terms) if num_items is None else num_items
+    ce_off, ce_on, kl, ce_prompt = (sum(values) / n for values in list(zip(*terms, strict=True))[:4])
+    loss = ce_prompt + ce_off + (ce_on + config.distillation_weight * kl if is_routed else 0)
+    return OracleLosses(loss, ce_off, ce_on, kl, torch.cat([z for *_, z, _ in terms]), ce_prompt)
+
+
+def _sums(
+    model: Any, rows: list[tuple[list[int], list[int]]], source_layers: list[int], config: Any, train_on_prompt: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """CE(off), CE(on), divergence and CE(off) at prompt tokens, summed over the tokens of these rows; z; their number."""
     base = model.get_base_model()
     B, T = len(rows), max(len(ids) for ids, _ in rows)
     input_ids = torch.zeros(B, T, dtype=torch.long)
@@ -53,6 +70,8 @@ def oracle_step(
     boundary = [next(t for t, label in enumerate(row_labels) if label != -100) - 1 for _, row_labels in rows]
     with torch.no_grad():
         states = base(**inputs, output_hidden_states=True).hidden_states  # [s + 1]: output of layer s
+    if base.config.model_type in WITHOUT_EMBEDDING:
+        states = (None, *states)
     z_rows = []
     for b in range(B):
         mean = sum(states[s + 1][b, boundary[b]].float() for s in source_layers) / len(source_layers)
@@ -117,7 +136,4 @@ def oracle_step(
             teacher, student = (q_on, q_off) if config.distillation_direction == "on_to_off" else (q_off, q_on)
             p_teacher = F.softmax(teacher.detach() / tau, -1)
             kl = kl + tau**2 * (p_teacher * (p_teacher.log() - F.log_softmax(student / tau, -1))).sum()
-    n = count if num_items is None else num_items
-    ce_off, ce_on, kl, ce_prompt = ce_off / n, ce_on / n, kl / n, ce_prompt / n
-    loss = ce_prompt + ce_off + (ce_on + config.distillation_weight * kl if is_routed else 0)
-    return OracleLosses(loss, ce_off, ce_on, kl, z, ce_prompt)
+    return ce_off, ce_on, kl, ce_prompt, z, count

@@ -65,7 +65,7 @@ class Head:
             handle.remove()
 
     @torch.no_grad()
-    def why_not(self, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor) -> str | None:
+    def why_not(self, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor | None) -> str | None:
         """Why this is not what the model computes; None if it is.
 
         Compares both on random states, once with logits of about 1 and once of about 100, which a soft cap would bend.

@@ -25,6 +25,7 @@ from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.head import Head
 from echo_lora.inject import Injection, Injector, decoder_layers, target_modules
 from echo_lora.prefix import PrefixSharing, cache_argument
+from echo_lora.probe import refuse_base, why_full_by_trial
 from echo_lora.routing import is_routed
 from echo_lora.step import (
     AlignedRows,
@@ -87,8 +88,7 @@ def get_echo_model(
             f"{type(model).__name__} carries a PEFT adapter already. Pass the base model (`.unload()` removes an "
             "adapter); to go on training a saved adapter, call `load_adapter` on the model that this function returns."
         )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise EchoModelError(f"{type(model).__name__} is an encoder-decoder; the echo needs a decoder-only model.")
+    refuse_base(model)
     peft_config.base_model_name_or_path = model.__dict__.get("name_or_path", None) or None  # as get_peft_model
     return EchoModel(model, peft_config, echo_config or EchoConfig(), adapter_name, **kwargs)
 
@@ -123,6 +123,7 @@ class EchoModel(PeftModelForCausalLM):
         self._sharing = PrefixSharing(list(layers))
         self._head: Head | None = None
         self._head_is_known = False
+        self._tried: dict[bool, str | None] = {}  # by whether a prefix was tried: what stands against sharing it
         self._routing_clock: tuple[int, int] | None = None
         self._said: set[str] = set()
 
@@ -194,8 +195,16 @@ class EchoModel(PeftModelForCausalLM):
             )
         base = self.get_base_model()
         is_checkpointed = self._is_checkpointed(base)
-        shows_length = angles_depend_on_length(base.config)
-        rows = align_rows(input_ids, attention_mask, labels, completion_mask, shows_length=shows_length)
+        reason = self._why_full(base, input_ids.device)
+        shares_prefix = self._shares_prefix(reason)
+        rows = align_rows(
+            input_ids,
+            attention_mask,
+            labels,
+            completion_mask,
+            shows_length=angles_depend_on_length(base.config),
+            starts_together=reason is not None,
+        )
         return training_step(
             self._plain_forward,
             self._source_layers,
@@ -204,7 +213,7 @@ class EchoModel(PeftModelForCausalLM):
             self.echo_config,
             rows,
             is_routed=is_routed,
-            sharing=self._sharing if is_routed and self._shares_prefix(base) else None,
+            sharing=self._sharing if is_routed and shares_prefix else None,
             head=self._usable_head(base, rows),
             is_checkpointed=is_checkpointed,
             num_items=num_items_in_batch,
@@ -354,10 +363,17 @@ class EchoModel(PeftModelForCausalLM):
             kwargs = {name: value for name, value in kwargs.items() if name not in refused}
         return super().forward(**kwargs)
 
-    def _shares_prefix(self, base: PreTrainedModel) -> bool:
+    def _why_full(self, base: PreTrainedModel, device: torch.device) -> str | None:
+        """Why the prefix can't be shared: what the model says of itself, or what it does when it is tried, once."""
+        reason = why_full(base) or self._sharing.why_not
+        if (reason is None) not in self._tried:
+            sharing = self._sharing if reason is None else None
+            self._tried[reason is None] = why_full_by_trial(self._plain_forward, base, sharing, device)
+        return reason or self._tried[True]
+
+    def _shares_prefix(self, reason: str | None) -> bool:
         if self.echo_config.echo_step == "full":
             return False
-        reason = why_full(base) or self._sharing.why_not
         if reason is None:
             return True
         if self.echo_config.echo_step == "shared_prefix":
@@ -372,8 +388,8 @@ class EchoModel(PeftModelForCausalLM):
             reason: str | None = "the model names no output layer"
             if base.get_output_embeddings() is not None:
                 head = Head(base)
-                last_tokens = rows.input_ids[:1, -PROBE_COLUMNS:], rows.position_ids[:1, -PROBE_COLUMNS:]
-                reason = head.why_not(self._plain_forward, *last_tokens)
+                positions = None if rows.position_ids is None else rows.position_ids[:1, -PROBE_COLUMNS:]
+                reason = head.why_not(self._plain_forward, rows.input_ids[:1, -PROBE_COLUMNS:], positions)
                 self._head = head if reason is None else None
             if reason is not None:
                 self._say_once(f"Logits of all answer tokens are made at once, which takes memory: {reason}.")

@@ -73,7 +73,7 @@ class AlignedRows:
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64, 1 at tokens
-    position_ids: Tensor  # (B, T) int64, from 0 at each row's first token
+    position_ids: Tensor | None  # (B, T) int64, from 0 at each row's first token; None: as the model counts them
     targets: Tensor  # (B, A) int64: what columns P-1 … P+A-2 predict; -100 where not supervised
     prefix_length: int  # P - 1: columns before the first boundary
     boundary: Tensor  # (B,) int64: each row's; P - 1 in all of them, or the rows start in one column
@@ -108,6 +108,7 @@ def align_rows(
     completion_mask: Tensor | None = None,
     *,
     shows_length: bool = False,
+    starts_together: bool = False,
 ) -> AlignedRows:
     """Move padding so that all boundaries fall in one column; drop what no supervised token depends on.
 
@@ -115,7 +116,9 @@ def align_rows(
     completion_mask: (B, T), 1 at answer tokens, where the labels cover prompt tokens too; None: all labels are answers.
     In a row of several turns the prefix ends at the first answer token. Where two passes over rows that all start in
     one column run fewer columns, they do that. shows_length: a last column, which predicts nothing, has the position
-    T - 1: both passes see the length that a forward of the batch as it was would have seen.
+    T - 1: both passes see the length that a forward of the batch as it was would have seen. starts_together: they
+    always start in one column, so that no token follows padding, which a model with a state would read, and the model
+    counts positions itself.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -132,7 +135,7 @@ def align_rows(
     P, A = int(prompt.max()), int((length - prompt).max())
     longest, shortest = int(length.max()), int(prompt.min())
     starts = P - prompt  # (B,) column of the first token
-    if 2 * longest - shortest < P + 2 * A:  # columns of both passes
+    if starts_together or 2 * longest - shortest < P + 2 * A:  # columns of both passes
         P, A, starts = shortest, longest - shortest, torch.zeros_like(prompt)
 
     A += shows_length
@@ -149,7 +152,8 @@ def align_rows(
     return AlignedRows(
         input_ids=ids[:, :-1],
         attention_mask=inside[:, :-1].long(),
-        position_ids=position_ids,
+        # some count from another number (RoBERTa), or take no positions (BART)
+        position_ids=None if starts_together and not shows_length else position_ids,
         targets=targets[:, P:],
         prefix_length=P - 1,
         boundary=starts + prompt - 1,
@@ -291,7 +295,7 @@ def _run(
         output = forward(
             input_ids=rows.input_ids[:, start:],
             attention_mask=rows.attention_mask,
-            position_ids=rows.position_ids[:, start:],
+            position_ids=None if rows.position_ids is None else rows.position_ids[:, start:],
             cache=prefix,
             use_cache=False,
             logits_to_keep=keep,
@@ -307,7 +311,7 @@ def reading(layers: list[nn.Module], column_B: Tensor, columns: int) -> Iterator
     states: list[Tensor] = []
 
     def read(module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output  # (B, T, d)
+        hidden = output[0] if isinstance(output, (tuple, list)) else output  # (B, T, d)
         if hidden.dim() != 3 or hidden.shape[1] != columns:
             raise EchoModelError(
                 f"{type(module).__name__} gives hidden states of shape {tuple(hidden.shape)} where the echo reads "
