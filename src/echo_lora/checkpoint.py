@@ -26,6 +26,7 @@ from echo_lora.export import whole
 logger = logging.getLogger(__name__)
 
 SEAL = "echo_checkpoint.json"
+IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers' mark of enable_jit_checkpoint, removed when it is saved
 
 
 def seal_checkpoint(folder: Path, *, configuration: dict[str, Any], initial_adapter_sha256: str | None) -> None:
@@ -36,7 +37,7 @@ def seal_checkpoint(folder: Path, *, configuration: dict[str, Any], initial_adap
         "files": {
             str(path.relative_to(folder)): _sha256(path)
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != SEAL
+            if path.is_file() and path.name not in (SEAL, IN_PROGRESS)
         },
     }
     temporary = folder / f".{SEAL}.tmp"

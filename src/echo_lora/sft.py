@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import AutoProcessor, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
@@ -51,6 +51,8 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         if self._has_echo:
             refuse_arguments(args)
         if echo_config is not None:
+            if isinstance(model, str):
+                model = _load_as_trl(model, args, kwargs)
             model, peft_config = _echo_wrapped(model, args, peft_config, echo_config), None
         super().__init__(model, args, *positional, peft_config=peft_config, **kwargs)
 
@@ -110,14 +112,38 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
+        """TRL's check, which looks at the class of the collator."""
+        super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collate", data_collator))
+
     def _send_telemetry(self) -> None:
         """Silent, unlike TRL's, unless ECHO_LORA_TELEMETRY=1 is set."""
         if os.environ.get("ECHO_LORA_TELEMETRY") == "1":
             super()._send_telemetry()
 
 
+def _load_as_trl(name: str, args: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model that SFTTrainer would load; what it would read from its arguments for that is taken out of them."""
+    given = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
+    given |= getattr(args, "model_init_kwargs", None) or {}
+    if (quantization := kwargs.pop("quantization_config", None)) is not None:
+        if "quantization_config" in given:
+            raise EchoConfigError(
+                "quantization_config is given to EchoSFTTrainer and in model_init_kwargs. Give it once, to the trainer."
+            )
+        given["quantization_config"] = quantization
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        given["device_map"] = None  # as TRL: "auto" fails in several processes
+    if kwargs.get("processing_class") is None and given.get("revision") is not None:
+        kwargs["processing_class"] = AutoProcessor.from_pretrained(
+            name, revision=given["revision"], trust_remote_code=given["trust_remote_code"]
+        )
+    set_seed(args.seed)
+    return create_model_from_path(name, **given)
+
+
 def _echo_wrapped(
-    model: str | PreTrainedModel, args: Any, peft_config: LoraConfig | None, echo_config: EchoConfig
+    model: PreTrainedModel, args: Any, peft_config: LoraConfig | None, echo_config: EchoConfig
 ) -> EchoModel:
     """The EchoModel that takes the place of the PEFT model SFTTrainer would make, from the same seed."""
     if isinstance(model, PeftModel):
@@ -135,14 +161,6 @@ def _echo_wrapped(
             "Give a .jinja file, or set the tokenizer's chat_template yourself."
         )
     set_seed(args.seed)  # PEFT draws the adapter's weights when it makes it
-    if isinstance(model, str):
-        model = create_model_from_path(
-            model,
-            **{
-                "trust_remote_code": getattr(args, "trust_remote_code", False),
-                **(getattr(args, "model_init_kwargs", None) or {}),
-            },
-        )
     return get_echo_model(model, peft_config, echo_config)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.training_args import OptimizerNames
 
 from echo_lora.checkpoint import (
     SEAL,
@@ -44,9 +45,10 @@ from echo_lora.checkpoint import (
     seal_checkpoint,
     whole_optimizer_state,
 )
-from echo_lora.errors import EchoConfigError, EchoDataError, EchoTrainingError
+from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
 from echo_lora.export import adapter_hash, adapter_tensors, compare_adapter, read_adapter, verify_adapter, whole
 from echo_lora.model import EchoModel
+from echo_lora.optimizer import refuse_shared_rate, separate_echo
 from echo_lora.routing import routing_probability
 from echo_lora.step import EchoOutput
 
@@ -62,21 +64,37 @@ FINGERPRINT = [
     *("optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_steps", "num_train_epochs"),
     *("lr_scheduler_kwargs", "optim_args", "average_tokens_across_devices", "neftune_noise_alpha"),
-    *("dataloader_drop_last", "train_sampling_strategy"),
+    *("dataloader_drop_last", "train_sampling_strategy", "auto_find_batch_size"),
     *("seed", "data_seed", "bf16", "fp16"),
-    "router_aux_loss_coef",  # SFTConfig's
+    *("label_smoothing_factor", "optim_target_modules"),  # of a baseline; refused beside the echo
+    *("router_aux_loss_coef", "loss_type"),  # SFTConfig's
 ]
 
 
 class EchoCallback(TrainerCallback):
-    """Sets the routing clock of an EchoModel; all that a stock Trainer needs to train one."""
+    """Sets the routing clock of an EchoModel, for the stock Trainer.
+
+    Raises EchoConfigError for what the stock Trainer would do to the echo that its configuration does not say, and
+    EchoModelError after a step that was trained without it.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        if isinstance(model, EchoModel):
-            model.end_step()  # a resume may have loaded another step into the model than it stopped at
+        if not isinstance(model, EchoModel):
+            return
+        model.end_step()  # a resume may have loaded another step into the model than it stopped at
+        if not model.echo_enabled:
+            return
+        refuse_arguments(args)
+        if not (args.deepspeed and model.echo_config.echo_lr_multiplier == 1):  # whose optimizer hides parameters
+            refuse_shared_rate(
+                kwargs["optimizer"],
+                model,
+                "Use EchoTrainer, give the stock Trainer optimizers=(optimizer, None) after separate_echo(optimizer, "
+                "model), or set echo_lr_multiplier=1.0.",
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,6 +102,17 @@ class EchoCallback(TrainerCallback):
         model = kwargs["model"]
         if isinstance(model, EchoModel):
             model.set_routing_clock(state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if isinstance(model, EchoModel) and model.echo_enabled and not model.is_stepping:
+            raise EchoModelError(
+                f"step {state.global_step + 1} was trained without the echo: the model was given no labels (as by a "
+                "Trainer with compute_loss_func), or the adapter that carries it was not the active one. Leave the "
+                "loss to the model, or set model.echo_enabled = False."
+            )
 
 
 class _Watch(EchoCallback):
@@ -95,8 +124,8 @@ class _Watch(EchoCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = self.trainer.accelerator.unwrap_model(kwargs["model"])
-        super().on_train_begin(args, state, control, model=model)
+        if self.trainer._echo_model is not None:
+            self.trainer._echo_model.end_step()
         self.trainer._begin()
 
     def on_step_begin(
@@ -106,8 +135,12 @@ class _Watch(EchoCallback):
         super().on_step_begin(args, state, control, model=model)
         self.trainer._rows_of_step.clear()
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if not self.trainer.args.max_grad_norm:  # else they were looked at before they were clipped
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = self.trainer.accelerator.unwrap_model(kwargs["model"])
+        super().on_pre_optimizer_step(args, state, control, model=model)
+        if not args.max_grad_norm:  # else they were looked at before they were clipped
             self.trainer._check_gradients()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -119,6 +152,11 @@ class _RowCollator:
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
         self.collate = collate
+
+    @property
+    def tokenizer(self) -> Any:
+        """Where Trainer looks for one to save beside the model."""
+        return getattr(self.collate, "tokenizer", None)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         has_answers = all(ANSWER in feature and "labels" in feature for feature in features)
@@ -196,6 +234,10 @@ class EchoTrainerMixin(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._base_accepts_loss_kwargs = self.model_accepts_loss_kwargs
+        self._given_optimizer = None if self.optimizer is None else f"{type(self.optimizer).__name__}"
+        if self.optimizer_cls_and_kwargs is not None:
+            self._given_optimizer = f"{self.optimizer_cls_and_kwargs[0].__name__} {self.optimizer_cls_and_kwargs[1]}"
         self.data_collator = _RowCollator(self.data_collator)
         self.train_dataset = numbered(self.train_dataset)
         self._meter = _Meter()
@@ -205,7 +247,8 @@ class EchoTrainerMixin(Trainer):
         refuse_parallelism(self.accelerator.state, has_echo=self._echo_model is not None)
         if self._echo_model is not None:
             self._echo_model.echo.float()  # TRL casts what is trainable on a quantised base to bf16
-            self.model_accepts_loss_kwargs = True  # the step reduces by num_items_in_batch whatever the base does
+            # the step reduces by num_items_in_batch whatever the base does
+            self.model_accepts_loss_kwargs |= self._echo_model.echo_enabled
             refuse_arguments(self.args)
             _refuse_packed_data(self.train_dataset, self.data_collator.collate)
             _refuse_lonely_rows(self)
@@ -235,7 +278,8 @@ class EchoTrainerMixin(Trainer):
         if echo is None or not echo.applies(inputs.get("labels")):
             inputs.pop(ANSWER, None)
         if not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            items = num_items_in_batch if self._base_accepts_loss_kwargs else None
+            return super().compute_loss(model, inputs, return_outputs, items)
         self._rows_of_step += [] if rows is None else rows.tolist()
         if echo is None or not echo.applies(inputs.get("labels")):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -286,29 +330,33 @@ class EchoTrainerMixin(Trainer):
     # --------------------------------------------------------------- optimizer
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The base's optimizer, with the echo networks in a group of their own. One that was given stays as it is."""
-        is_given = self.optimizer is not None
+        """The base's optimizer, or the one that was given, with the echo networks in groups of their own."""
         optimizer = super().create_optimizer(model)
-        if self._echo_model is None or is_given:
+        echo = self._echo_model
+        if echo is None or not echo.echo_enabled:
             return optimizer
-        of_echo = {id(p) for p in self._echo_model.echo.parameters()}
-        for group in list(optimizer.param_groups):
-            echo_params = [p for p in group["params"] if id(p) in of_echo]
-            if not echo_params:
-                continue
-            group["params"] = [p for p in group["params"] if id(p) not in of_echo]
-            lr = group["lr"] * self._echo_model.echo_config.echo_lr_multiplier
-            optimizer.add_param_group(group | {"params": echo_params, "lr": lr, "echo": True})
+        if not hasattr(optimizer, "param_groups"):  # accelerate's stand-in for one of DeepSpeed's
+            if echo.echo_config.echo_lr_multiplier != 1:
+                raise EchoConfigError(
+                    f"echo_lr_multiplier={echo.echo_config.echo_lr_multiplier:g} can't be applied to the optimizer of "
+                    "the DeepSpeed configuration. Remove its optimizer block, so that Trainer makes the optimizer."
+                )
+        elif self.lr_scheduler is not None and not self._created_lr_scheduler:
+            refuse_shared_rate(
+                optimizer, echo, "Call separate_echo(optimizer, model) before you make the scheduler, or give none."
+            )
+        else:
+            separate_echo(optimizer, echo)
         return optimizer
 
     # ----------------------------------------------------------------- metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._echo_model is not None and "loss" in logs:
-            logs |= self._meter.metrics(lambda x: self.accelerator.reduce(x, "sum"))
-            logs["routing_p"] = routing_probability(
-                self._echo_model.echo_config, max(self.state.global_step - 1, 0), self.state.max_steps
-            )
+            if metrics := self._meter.metrics(lambda x: self.accelerator.reduce(x, "sum")):
+                step = max(self.state.global_step - 1, 0)
+                metrics["routing_p"] = routing_probability(self._echo_model.echo_config, step, self.state.max_steps)
+                logs |= metrics
             self._meter.reset()
         super().log(logs, start_time)
 
@@ -331,6 +379,8 @@ class EchoTrainerMixin(Trainer):
         count = 0
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
+            if "labels" not in batch:
+                continue  # rows to predict
             if len(batch["labels"]) == 1 and model.echo_config.echo_kind == "shuffled":
                 continue  # a last row that is alone has no other's echo
             labels = batch["labels"].where(batch[ANSWER].bool(), -100) if ANSWER in batch else batch["labels"]
@@ -345,6 +395,7 @@ class EchoTrainerMixin(Trainer):
     # ------------------------------------------------------------- checkpoints
 
     def _begin(self) -> None:
+        self._meter.reset()  # auto_find_batch_size starts anew after a step that did not fit
         if isinstance(model := self.accelerator.unwrap_model(self.model), PeftModel):
             self.initial_adapter_hash = self.initial_adapter_hash or adapter_hash(model, model.active_adapters[0])
             logger.info("initial adapter sha256 %s", self.initial_adapter_hash)
@@ -355,10 +406,11 @@ class EchoTrainerMixin(Trainer):
         if self.args.should_save:
             (folder / SEAL).unlink(missing_ok=True)  # of an earlier run that reached this step
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        pushes, self.args.push_to_hub = self.args.push_to_hub, False
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self.args.push_to_hub = limit, pushes
         self.accelerator.wait_for_everyone()
         echo = (
             None
@@ -371,6 +423,8 @@ class EchoTrainerMixin(Trainer):
         if not self.args.should_save:
             return
         seal_checkpoint(folder, configuration=self.configuration(), initial_adapter_sha256=self.initial_adapter_hash)
+        if pushes:
+            self._push_from_checkpoint(str(folder))
         rotate_checkpoints(
             output_dir=str(folder.parent),
             save_total_limit=limit,
@@ -432,6 +486,7 @@ class EchoTrainerMixin(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         values = {f"training.{name}": getattr(self.args, name, None) for name in FINGERPRINT}
         values["training.batches"] = self._batches()
+        values["training.given_optimizer"] = self._given_optimizer
         if isinstance(model, PeftModel):
             adapter = model.peft_config[model.active_adapters[0]].to_dict()
             values |= {f"adapter.{key}": value for key, value in adapter.items() if key != "inference_mode"}
@@ -464,9 +519,10 @@ class EchoTrainerMixin(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer.train. True resumes from the last complete checkpoint in output_dir.
 
-        Raises EchoCheckpointError if there is none, if its files are not those that were sealed, or if this
-        run's configuration differs from the checkpoint's (with the differences).
+        Raises EchoCheckpointError if there is none, if its files are not those that were sealed, if it was saved with
+        save_only_model, or if this run's configuration differs from the checkpoint's (with the differences).
         """
+        self.initial_adapter_hash = None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
         if resume_from_checkpoint:
@@ -476,7 +532,17 @@ class EchoTrainerMixin(Trainer):
             ended = self._already_ended(Path(resume_from_checkpoint))
             if ended is not None:
                 return ended
+            self._refuse_without_optimizer(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _refuse_without_optimizer(self, folder: Path) -> None:
+        """Trainer would go on with a new optimizer, and a learning rate as at the first step."""
+        if not self.is_deepspeed_enabled and not any(folder.glob("optimizer*")):  # DeepSpeed has its own files
+            raise EchoCheckpointError(
+                f"{folder} was saved with save_only_model=True: it holds no optimizer and no learning rate schedule, "
+                "so the run can't be resumed from it. Resume from a checkpoint saved without it, or start a new run "
+                "from its adapter: model.load_adapter(folder, 'default', is_trainable=True)."
+            )
 
     def _already_ended(self, folder: Path) -> TrainOutput | None:
         """The result of a run whose last step this checkpoint holds: Trainer would train on to the end of its epoch."""
@@ -493,14 +559,23 @@ class EchoTrainerMixin(Trainer):
             self._load_adapter(folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._echo_model is not None:
-            fill(self._echo_model.echo.tensors(), load_file(folder / ECHO_STATE))
+        self._load_echo(folder)
 
     def _load_best_model(self) -> None:
+        """The best checkpoint's adapter, and its echo."""
+        folder = Path(self.state.best_model_checkpoint)
         if self._is_sharded:
-            self._load_adapter(Path(self.state.best_model_checkpoint))
+            self._load_adapter(folder)
+        elif isinstance(self.model, PeftModel) and self.model.active_adapters != ["default"]:
+            # transformers does not look into the folder of a named one
+            self.model.load_adapter(str(_adapter_folder(folder, self.model)), self.model.active_adapters[0])
         else:
             super()._load_best_model()
+        self._load_echo(folder)
+
+    def _load_echo(self, folder: Path) -> None:
+        if self._echo_model is not None:
+            fill(self._echo_model.echo.tensors(), load_file(folder / ECHO_STATE))
 
     def _load_adapter(self, folder: Path) -> None:
         adapter = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapters[0])
@@ -509,8 +584,6 @@ class EchoTrainerMixin(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self._is_sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        if not (Path(checkpoint) / OPTIMIZER_NAME).is_file():  # save_only_model=True
             return
         optimizer, scheduler = (
             torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
@@ -544,7 +617,14 @@ def refuse_arguments(args: Any) -> None:
         "eval_packing": "each row needs a boundary of its own",
         "label_smoothing_factor": "the step computes its own losses",
         "use_liger_kernel": "it replaces the forward that the step calls",
+        "optim_target_modules": "its patterns would take in the echo networks",
+        "ddp_static_graph": "the graph of a routed step is another one",
     }
+    if getattr(args, "optim", None) in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+        raise EchoConfigError(
+            f"optim={args.optim.value!r} can't be combined with the echo: it has one learning rate for all parameters, "
+            "and updates them before their gradients are known to be finite. Use 'adamw_torch'."
+        )
     for name, reason in reasons.items():
         if getattr(args, name, None):
             raise EchoConfigError(
@@ -580,6 +660,13 @@ def refuse_parallelism(state: Any, *, has_echo: bool) -> None:
     Raises EchoConfigError.
     """
     fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    parallelism = getattr(state, "parallelism_config", None)
+    for name in ("cp", "sp"):
+        if has_echo and getattr(parallelism, f"{name}_enabled", False):
+            raise EchoConfigError(
+                f"parallelism_config with {name}_size={getattr(parallelism, f'{name}_size')} can't be combined with "
+                "the echo: it cuts rows into parts, and the echo needs whole ones. Set it to 1."
+            )
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise EchoConfigError(
             f"fsdp_version={fsdp.fsdp_version} can't be used: it flattens the adapter's tensors, which then can't be "
@@ -615,7 +702,8 @@ def _refuse_lonely_rows(trainer: Any) -> None:
     """The control `shuffled` needs two rows in every batch."""
     if trainer._echo_model.echo_config.echo_kind != "shuffled":
         return
-    batch, rows = trainer.args.per_device_train_batch_size, len(trainer.train_dataset)
+    batch = trainer.args.per_device_train_batch_size
+    rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else 0  # of a stream, not known
     if batch < 2 or (rows % batch == 1 and not trainer.args.dataloader_drop_last):
         raise EchoConfigError(
             f"echo_kind='shuffled' gives each row the echo of another row of its batch, but {rows} rows in batches of "
