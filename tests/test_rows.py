@@ -7,6 +7,7 @@ import pytest
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.recipe import load_recipe
 from echo_lora.rows import evaluation_rows, join, prepare_part, source_rows
+from echo_lora.sources import ROW
 from tiny import tiny_tokenizer
 from tiny_recipe import ROWS, tiny_recipe, write_rows
 
@@ -52,7 +53,7 @@ def test_several_sources_are_one_dataset_with_rows_numbered_through(tmp_path):
     write_rows(tmp_path / "more.jsonl", ROWS[:5])
     recipe = loaded(tmp_path, data={"train": ["train.jsonl", "more.jsonl"]})
     dataset = join(prepare_part(recipe, tiny_tokenizer(), "train"))
-    assert dataset["row"][:] == list(range(len(ROWS) + 5))
+    assert dataset[ROW][:] == list(range(len(ROWS) + 5))
     assert dataset["input_ids"][len(ROWS)] == dataset["input_ids"][0]
 
 
@@ -117,7 +118,11 @@ def test_choices_are_passed_on(tmp_path):
             EchoConfigError,
             "evaluation task 'x' has no rows",
         ),
-        ({"data": {"train": "train.jsonl", "test": "bare.jsonl"}}, EchoDataError, r"bare\.jsonl: row 0 has no answer"),
+        (
+            {"data": {"train": "train.jsonl", "test": "bare.jsonl"}},
+            EchoDataError,
+            r"bare\.jsonl:1: row 0 has no answer",
+        ),
     ],
 )
 def test_what_can_not_be_scored_is_refused(tmp_path, changes, error, message):

@@ -228,7 +228,7 @@ def test_arms_of_a_seed_see_the_same_rows_in_the_same_order(tmp_path, monkeypatc
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
-            seen.setdefault(arm, []).append(inputs["row"].tolist())
+            seen.setdefault(arm, []).append(inputs["_echo_row"].tolist())
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(EchoSFTTrainer, "compute_loss", compute_loss)

@@ -451,7 +451,7 @@ def test_sft_evaluates_the_plain_model(tmp_path):
     data = Dataset.from_dict(DATASETS["conversational"])
     metrics = trainer.evaluate(data)
     batch = trainer.data_collator([trainer.train_dataset[0]])
-    batch.pop("row")
+    batch.pop("_echo_row")
     trainer.model.eval()
     expected = trainer.model(**batch).loss
     assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -100,6 +101,30 @@ def load_config(reference: str | Path, trust_remote_code: bool = False) -> Pretr
         reference,
         lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code),
     )
+
+
+def has_position_table(model: PreTrainedModel, positions: int) -> bool:
+    """Whether the model looks its positions up in a table of this length (GPT-2, OPT, GPT-J), or computes them.
+
+    XGLM's table has another name, for it grows.
+    """
+    tables = (*model.named_parameters(), *model.named_buffers())
+    return any(
+        tensor.dim() == 2
+        and positions <= len(tensor) <= positions + 4  # some have places for padding
+        and re.search(r"(^|\.)(wpe|pos\w*|\w+_pos\w*)(\.base_layer)?(\.weight)?$", name) is not None
+        for name, tensor in tables
+    )
+
+
+def empty_model(reference: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of `reference` on torch's meta device: shapes and names without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(reference, trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def packaged_model(cache_dir: str | Path | None = None) -> Path:

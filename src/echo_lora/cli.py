@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from echo_lora import __version__
 from echo_lora.errors import EchoError
+from echo_lora.sources import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from echo_lora.data import Segment
 
 STYLES = {"prompt": "none", "boundary": "black on yellow", "answer": "green", "ignored": "dim"}
+
+
+def path(text: str) -> Path:
+    """A path in which `~` stands for the home folder: shells leave it as it is in `--output=~/scores.json`."""
+    return expanded(text)
 
 
 class _Group(TyperGroup):
@@ -183,10 +189,13 @@ def evaluate(
     ],
     overrides: SetOption = None,
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="adapter to score; default: the one in the recipe's output folder")
+        Path | None,
+        typer.Option("--adapter", help="adapter to score; default: the one in the recipe's output folder", parser=path),
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="score the base too")] = False,
-    output: Annotated[Path | None, typer.Option("--output", help="write scores and predictions as JSON")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="write scores and predictions as JSON", parser=path)
+    ] = None,
     run_generated_code: Annotated[
         bool,
         typer.Option("--run-generated-code", help="allow tasks of kind code, which run what the model writes"),
@@ -229,8 +238,8 @@ def evaluate(
 
 @app.command(epilog="Example, after `echo-lora train tiny`: echo-lora merge runs/tiny/adapter runs/merged --verify")
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="folder of the adapter")],
-    output: Annotated[Path, typer.Argument(help="folder for the merged model; must not exist")],
+    adapter: Annotated[Path, typer.Argument(help="folder of the adapter", parser=path)],
+    output: Annotated[Path, typer.Argument(help="folder for the merged model; must not exist", parser=path)],
     base: Annotated[str | None, typer.Option("--base", help="base model; default: the one the adapter names")] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -258,7 +267,7 @@ def merge(
 
 @app.command(epilog="Example: echo-lora doctor")
 def doctor(
-    adapter: Annotated[Path | None, typer.Argument(help="folder of an adapter to look into")] = None,
+    adapter: Annotated[Path | None, typer.Argument(help="folder of an adapter to look into", parser=path)] = None,
     traceback: TracebackOption = False,
 ) -> None:
     """Show versions and devices. With a folder: what the adapter in it is, and who can load it."""
@@ -292,7 +301,9 @@ def doctor(
 
 @app.command(epilog="Example: echo-lora demo --output runs/demo")
 def demo(
-    output: Annotated[Path, typer.Option("--output", help="folder for both arms and the scores")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option("--output", help="folder for both arms and the scores", parser=path)] = Path(
+        "runs/demo"
+    ),
     traceback: TracebackOption = False,
 ) -> None:
     """Train LoRA and Echo-LoRA on the same rows, score both and the base."""
@@ -334,7 +345,9 @@ def bench(
     ] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=2, help="timed steps of each kind; default: 7")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a trial: 2 rows, 3 rounds, one shape")] = False,
-    output: Annotated[Path, typer.Option("--output", help="folder for bench.json, .md and .png")] = Path("runs/bench"),
+    output: Annotated[Path, typer.Option("--output", help="folder for bench.json, .md and .png", parser=path)] = Path(
+        "runs/bench"
+    ),
     traceback: TracebackOption = False,
 ) -> None:
     """Measure seconds and memory of a training step: Echo-LoRA, LoRA, and TRL's own."""
@@ -407,8 +420,10 @@ app.add_typer(data_app, name="data")
 
 @data_app.command("import", epilog="Example, beside LLM-Adapters' dataset/: echo-lora data import dataset data/all")
 def import_(
-    source: Annotated[Path, typer.Argument(help="folder with a folder for each task, or commonsense_170k.json")],
-    output: Annotated[Path | None, typer.Argument(help="folder for the rows; must not exist")] = None,
+    source: Annotated[
+        Path, typer.Argument(help="folder with a folder for each task, or commonsense_170k.json", parser=path)
+    ],
+    output: Annotated[Path | None, typer.Argument(help="folder for the rows; must not exist", parser=path)] = None,
     task: Annotated[
         list[str] | None, typer.Option("--task", metavar="NAME", help="import this task only; repeatable")
     ] = None,
@@ -441,7 +456,7 @@ def import_(
 
 @app.command(epilog="Example, after `echo-lora compare quick`: echo-lora report runs/study-quick")
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a study, whole or in part")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a study, whole or in part", parser=path)],
     traceback: TracebackOption = False,
 ) -> None:
     """Write the report of a study from its records: report.html, one page to look at, and report.md."""

@@ -409,7 +409,12 @@ def _write_recipe(folder: Path, names: list[str], scored: list[str]) -> None:
     held = [path for path in held if (folder / path).is_file()]
     if not train:  # no recipe is without rows to train on
         return
-    data = {"train": train} | ({"validation": held} if held else {}) | {"max_length": 256, "on_overlength": "drop"}
+    data: dict[str, Any] = {"train": train}
+    if held:
+        data["validation"] = held
+    # prompt and completion hold these, or no one trains on them
+    data["ignore_columns"] = ["question", "choices", "answer", "task_id", "canonical_solution"]
+    data |= {"max_length": 256, "on_overlength": "drop"}
     tasks = [{"name": name, "data": f"{name}/test.jsonl"} | _plain(BENCHMARKS[name]) for name in scored]
     document = {"model": "packaged:smollm2-135m", "data": data, "evaluation": {"tasks": tasks}}
     head = (

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from echo_lora.config import nearest
 from echo_lora.errors import EchoConfigError
 from echo_lora.schema import PARTS, DataSection, Recipe, Section, Source
+from echo_lora.sources import expanded
 
 __all__ = ["Recipe", "load_recipe", "recipe_of_run", "recipe_table", "shipped_recipes"]
 
@@ -138,8 +139,8 @@ def _rebase(document: dict[str, Any], folder: Path) -> None:
         if isinstance(value, list):
             return [rebased(item) for item in value]
         if isinstance(value, dict) and isinstance(value.get("file"), str):
-            return value | {"file": str(folder / value["file"])}
-        return str(folder / value) if isinstance(value, str) else value
+            return value | {"file": str(folder / expanded(value["file"]))}
+        return str(folder / expanded(value)) if isinstance(value, str) else value
 
     model, data, evaluation = (document.get(key) for key in ("model", "data", "evaluation"))
     if isinstance(model, str) and model.startswith("."):

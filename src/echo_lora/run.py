@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -38,14 +39,15 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
-from echo_lora.base_models import load_base_model, load_tokenizer
+from echo_lora.base_models import empty_model, has_position_table, load_base_model, load_config, load_tokenizer
 from echo_lora.checkpoint import SEAL, has_complete_checkpoint, last_complete_checkpoint
+from echo_lora.data import PreparedData, refuse_unfit_tokens
 from echo_lora.environment import MemoryWatch, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoModelError
 from echo_lora.export import adapter_hash, model_card, refuse_existing, save_verified, write_file
 from echo_lora.model import EchoModel, get_echo_model
 from echo_lora.progress import progress_console, stage
-from echo_lora.rows import join, prepare_part
+from echo_lora.rows import check_rows, join, prepare_part
 from echo_lora.schema import Recipe
 from echo_lora.sft import EchoSFTTrainer
 
@@ -204,14 +206,35 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     )
 
 
+def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, dict[str, list[PreparedData]]]:
+    """The tokenizer and the rows of data.train and data.validation, checked as far as that goes without weights.
+
+    What takes longer comes later: the form of all rows, their tokens, then what the model has embeddings for.
+    Raises EchoDataError.
+    """
+    check_rows(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    prepared = {part: prepare_part(recipe, tokenizer, part) for part in ("train", "validation")}
+    config = load_config(recipe.model, recipe.trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    for data in (data for part in prepared.values() for data in part):
+        refuse_unfit_tokens(
+            data.dataset,
+            data.source,
+            vocabulary=config.vocab_size,
+            positions=positions,
+            has_table=lambda: has_position_table(empty_model(recipe.model, recipe.trust_remote_code), positions or 0),
+        )
+    return tokenizer, prepared
+
+
 def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult, PeftModel, Any]:
     """Train the recipe's adapter, with checkpoints in this folder; the result, the trained model and its tokenizer.
 
     The model has its echo networks still. Raises an EchoError.
     """
     with stage(f"Reading rows with the tokenizer of {recipe.model}"):
-        tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-        prepared = {part: prepare_part(recipe, tokenizer, part) for part in ("train", "validation")}
+        tokenizer, prepared = prepare(recipe)
     with stage(f"Loading {recipe.model}"):
         base = load_base_model(
             recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
 from echo_lora.config import EchoConfig
 from echo_lora.evaluate.tasks import EvalTask
+from echo_lora.sources import expanded
 
 PARTS = ("train", "validation", "test")
 
@@ -86,6 +87,8 @@ class Source(Section):
             raise ValueError("count is missing: say how many rows of the task to generate")
         return self
 
+    _home = field_validator("file")(lambda value: None if value is None else str(expanded(value)))
+
     @property
     def name(self) -> str:
         """How errors and results name it."""
@@ -111,6 +114,9 @@ class DataSection(Section):
     validation: Sources | None = _option(None, "rows for training.evaluate_every")
     test: Sources | None = _option(None, "rows that the default evaluation scores")
     columns: dict[str, str] | None = _option(None, "our column name to the files' own, as in {prompt: question}")
+    ignore_columns: list[str] = _option(
+        [], "columns of files that may hold text without being used; any other such column is an error"
+    )
     train_on_prompt: bool = _option(
         False, "train on the prompt's tokens too, in the echo-off pass; the echo still acts on answers only"
     )
@@ -241,6 +247,8 @@ class Recipe(Section):
     seeds: SeedSection = _option(SeedSection(), "what is random, each with a seed of its own")
     evaluation: EvaluationSection = _option(EvaluationSection(), "what `echo-lora eval` scores")
     output: str = Field(description="folder that training makes; default: runs/ and the recipe's name")
+
+    _home = field_validator("output")(lambda value: str(expanded(value)))
 
     @model_validator(mode="after")
     def _agrees(self) -> Recipe:

@@ -22,6 +22,7 @@ from echo_lora.recipe import load_recipe, recipe_of_run
 from echo_lora.rows import evaluation_rows
 from echo_lora.run import RUN_FILE
 from echo_lora.schema import Recipe
+from echo_lora.sources import expanded
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def resolve(
     target: a recipe (its adapter is the one of its output folder, if it has been trained), the output folder of a
     run, or an adapter folder inside one. Raises EchoConfigError or EchoCheckpointError.
     """
-    folder = Path(target)
+    folder = expanded(target)
     if not folder.is_dir():
         recipe = load_recipe(target, overrides)
         trained = Path(recipe.output) / "adapter"

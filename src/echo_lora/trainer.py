@@ -35,6 +35,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.training_args import OptimizerNames
 
+from echo_lora.base_models import has_position_table
 from echo_lora.checkpoint import (
     SEAL,
     compare_configuration,
@@ -45,17 +46,17 @@ from echo_lora.checkpoint import (
     seal_checkpoint,
     whole_optimizer_state,
 )
+from echo_lora.data import ANSWER, refuse_unfit_tokens
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
 from echo_lora.export import adapter_hash, adapter_tensors, compare_adapter, read_adapter, verify_adapter, whole
 from echo_lora.model import EchoModel
 from echo_lora.optimizer import refuse_shared_rate, separate_echo
 from echo_lora.routing import routing_probability
+from echo_lora.sources import ROW
 from echo_lora.step import EchoOutput
 
 logger = logging.getLogger(__name__)
 
-ROW = "row"  # column with the number of each row in the user's data, for error messages
-ANSWER = "completion_mask"  # column that is 1 at answer tokens, where labels cover prompt tokens too
 ECHO_STATE = "echo_state.safetensors"
 
 # Arguments that decide what training computes; a resume must agree on them. [O]
@@ -148,10 +149,10 @@ class _Watch(EchoCallback):
 
 
 class _RowCollator:
-    """The user's collator, with the rows' numbers, and what is answer in their labels, carried past it."""
+    """The user's collator, with the rows' numbers carried past it, and for the echo what is answer in their labels."""
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], has_echo: bool = True) -> None:
+        self.collate, self.has_echo = collate, has_echo
 
     @property
     def tokenizer(self) -> Any:
@@ -159,7 +160,7 @@ class _RowCollator:
         return getattr(self.collate, "tokenizer", None)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        has_answers = all(ANSWER in feature and "labels" in feature for feature in features)
+        has_answers = self.has_echo and all(ANSWER in feature and "labels" in feature for feature in features)
         carried = {ROW, ANSWER} if has_answers else {ROW}
         rows = [feature[ROW] for feature in features if ROW in feature]
         batch = self.collate([{k: v for k, v in feature.items() if k not in carried} for feature in features])
@@ -238,8 +239,11 @@ class EchoTrainerMixin(Trainer):
         self._given_optimizer = None if self.optimizer is None else f"{type(self.optimizer).__name__}"
         if self.optimizer_cls_and_kwargs is not None:
             self._given_optimizer = f"{self.optimizer_cls_and_kwargs[0].__name__} {self.optimizer_cls_and_kwargs[1]}"
-        self.data_collator = _RowCollator(self.data_collator)
+        self.data_collator = _RowCollator(self.data_collator, has_echo=self._echo_model is not None)
         self.train_dataset = numbered(self.train_dataset)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluated}.items():
+            _refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
         self._meter = _Meter()
         self._rows_of_step: list[int] = []
         self.initial_adapter_hash: str | None = None
@@ -595,7 +599,8 @@ class EchoTrainerMixin(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if ROW not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, ROW, ANSWER]
+            ours = [ROW] if self._echo_model is None else [ROW, ANSWER]
+            self._signature_columns = [*self._signature_columns, *ours]
 
 
 class EchoTrainer(EchoTrainerMixin, Trainer):
@@ -607,6 +612,25 @@ def numbered(dataset: Any) -> Any:
     if isinstance(dataset, Dataset) and ROW not in dataset.column_names:
         return dataset.add_column(ROW, list(range(len(dataset))))
     return dataset
+
+
+def _refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
+    """Rows that the model has no embeddings for. Raises EchoDataError."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    vocabulary = len(model.get_input_embeddings().weight)
+    if not len(dataset):
+        raise EchoDataError(f"the {source} have no row. Give at least one.")
+    if not vocabulary:  # ZeRO-3 keeps the tensor elsewhere
+        return
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    refuse_unfit_tokens(
+        dataset,
+        source,
+        vocabulary=vocabulary,
+        positions=positions,
+        has_table=lambda: has_position_table(model, positions or 0),
+    )
 
 
 def refuse_arguments(args: Any) -> None:

@@ -22,6 +22,7 @@ from echo_lora.config import nearest
 from echo_lora.errors import EchoConfigError
 from echo_lora.recipe import find_yaml, is_in, load_recipe, names_in, parse_yaml, shipped_recipes, validated
 from echo_lora.schema import Recipe, Section
+from echo_lora.sources import expanded
 
 SHIPPED = Path(__file__).parent.parent / "studies"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -80,6 +81,8 @@ class Study(Section):
     )
     general: GeneralText | None = Field(None, description="text on which forgetting is measured")
     output: str = Field(description="folder of the study; default: runs/ and the study's name")
+
+    _home = field_validator("output")(lambda value: str(expanded(value)))
 
     @field_validator("arms")
     @classmethod
@@ -173,9 +176,9 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
     document.setdefault("output", f"runs/{path.stem}")
     recipe, general = document.get("recipe"), document.get("general")
     if isinstance(recipe, str) and recipe not in shipped_recipes():
-        document["recipe"] = str(path.parent / recipe)
+        document["recipe"] = str(path.parent / expanded(recipe))
     if isinstance(general, dict) and isinstance(general.get("file"), str) and not is_in(path, SHIPPED):
-        document["general"] = general | {"file": str(path.parent / general["file"])}
+        document["general"] = general | {"file": str(path.parent / expanded(general["file"]))}
     study = validated(Study, document, str(source), tree, overrides)
     for name, arm in study.arms.items():
         recipe = recipe_of(study, RunKey("confirmation", name, study.rates(name)[0], study.seeds[0]))
