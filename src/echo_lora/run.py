@@ -346,8 +346,9 @@ def _tidy(output: Path, checkpoints: Path, is_new: bool) -> None:
     """
     try:
         _remove_unfinished(checkpoints)
-        if checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= {STARTED}:
-            remove_files(checkpoints, [STARTED])
+        own = [STARTED, "README.md"]  # the second is TRL's
+        if checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= set(own):
+            remove_files(checkpoints, own)
         if is_new:
             remove_empty(output)
     except OSError as error:
