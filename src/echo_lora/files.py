@@ -6,8 +6,10 @@ Only what this package wrote is ever replaced or removed; whatever else lies in 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import platform
+import re
 import secrets
 import shutil
 import stat
@@ -78,6 +80,15 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         raise EchoCheckpointError(
             f"{path} could not be written: {error}. Free some space or choose another place; nothing was left behind."
         ) from error
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed processes left of a file or folder under temporary names. To be called under its lock."""
+    target = Path(os.path.realpath(target))
+    for folder in (target.parent, target):
+        for path in folder.glob(f".{glob.escape(target.name)}.*"):
+            if re.fullmatch(r"\.[0-9a-f]{8}", path.suffix):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:

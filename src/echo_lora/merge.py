@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from echo_lora.base_models import load_base_model, load_config, load_tokenizer
 from echo_lora.errors import EchoCheckpointError, EchoModelError
 from echo_lora.export import CONFIG_FILE, probe_ids, read_adapter, read_adapter_config
-from echo_lora.files import locked, new_folder, refuse_existing
+from echo_lora.files import locked, new_folder, refuse_existing, remove_leftovers
 from echo_lora.progress import stage
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -57,6 +57,7 @@ def merge(
     differ by more than the type's rounding or another process writes the output, EchoModelError for a quantised base.
     """
     with locked(output):
+        remove_leftovers(Path(output))
         refuse_existing(output)
         return _merge(adapter, output, base, dtype, verify, trust_remote_code)
 

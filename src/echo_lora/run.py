@@ -49,7 +49,7 @@ from echo_lora.checkpoint import (
 from echo_lora.environment import MemoryWatch, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt, EchoModelError
 from echo_lora.export import adapter_hash, model_card, save_verified
-from echo_lora.files import locked, refuse_existing, remove_empty, remove_files, write_file
+from echo_lora.files import locked, refuse_existing, remove_empty, remove_files, remove_leftovers, write_file
 from echo_lora.model import EchoModel, get_echo_model
 from echo_lora.progress import progress_console, stage
 from echo_lora.rows import join, prepare_part
@@ -345,6 +345,8 @@ def _tidy(output: Path, checkpoints: Path, is_new: bool) -> None:
     What can't be removed is told and left: an error here would hide the one that ended the run.
     """
     try:
+        for name in (output / "adapter", output / "loss.png", output / RUN_FILE, checkpoints / STARTED):
+            remove_leftovers(name)
         _remove_unfinished(checkpoints)
         own = [STARTED, "README.md"]  # the second is TRL's
         if checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= set(own):
