@@ -90,7 +90,7 @@ def test_a_folder_that_reads_back_differently_is_not_left(adapter, tmp_path, mon
     original = merge_module.load_tokenizer
 
     def damages_the_model(*args, **kwargs):
-        [folder] = [path for path in tmp_path.iterdir() if path.name.startswith(".merged")]
+        [folder] = [path for path in tmp_path.iterdir() if path.name.startswith(".merged") and path.is_dir()]
         tensors = load_file(folder / "model.safetensors")
         tensors["model.layers.0.self_attn.q_proj.weight"].mul_(5.0)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

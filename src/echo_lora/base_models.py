@@ -155,8 +155,20 @@ def packaged_model(cache_dir: str | Path | None = None) -> Path:
 # --------------------------------------------------------------------------------------------- references
 
 
+def canonical(reference: str | Path) -> str:
+    """A reference that means the same everywhere: a folder by its absolute path, any other as it is.
+
+    Raises EchoModelError for a folder that is not there.
+    """
+    name = str(reference)
+    return name if name.startswith("packaged:") else str(_resolve(reference))
+
+
 def _resolve(reference: str | Path) -> str | Path:
-    """The folder of a local or packaged model, or the hub id as it is."""
+    """The folder of a local or packaged model, by its absolute path, or the hub id as it is.
+
+    transformers and PEFT record what they are given: a relative path, read elsewhere, would pass for a hub id.
+    """
     name = str(reference)
     if name.startswith("packaged:"):
         if name != PACKAGED:
@@ -164,13 +176,14 @@ def _resolve(reference: str | Path) -> str | Path:
         return packaged_model()
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return path.absolute()
     if path.is_file():
         raise EchoModelError(
             f"{name} is a file. Name the folder that holds config.json, the tokenizer and *.safetensors."
         )
     # A hub id is `name` or `owner/name`.
-    if isinstance(reference, Path) or name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
+    is_path = isinstance(reference, Path) or path.is_absolute() or name.startswith((".", "~", "/"))
+    if is_path or name.endswith("/") or name.count("/") > 1 or "\\" in name:
         raise EchoModelError(f"{name}: there is no such folder. Correct the path, or name a model of the hub.")
     return name
 
@@ -198,6 +211,12 @@ def _load(what: str, reference: str | Path, load: Callable[[], T]) -> T:
         if isinstance(error, EchoModelError):
             raise
         reason = str(error).strip()
+        if "trust_remote_code" in reason:
+            raise EchoModelError(
+                f"{reference}: the {what} comes with code of its own, which is run only if you say so in this call. "
+                "Read it, then add --trust-remote-code to eval or merge, or to other commands "
+                "--set trust_remote_code=true."
+            ) from error
         raise EchoModelError(
             f"{reference}: the {what} can't be loaded: {reason}\n"
             "Check the name and the options. A model of the hub needs a connection, or an earlier download; "

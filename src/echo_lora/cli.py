@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,12 +34,17 @@ def path(text: str) -> Path:
 
 
 class _Group(TyperGroup):
-    """Reports an EchoError as its message and exit status 1."""
+    """Reports an EchoError as its message and exit status 1, a Ctrl-C with exit status 130."""
 
     def invoke(self, ctx: Any) -> Any:
         _calm_libraries()
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            if ctx.meta.get("traceback"):
+                raise
+            typer.echo(str(error) or "Interrupted.", err=True)
+            raise typer.Exit(130) from error
         except EchoError as error:
             if ctx.meta.get("traceback"):
                 raise
@@ -200,14 +206,22 @@ def evaluate(
         bool,
         typer.Option("--run-generated-code", help="allow tasks of kind code, which run what the model writes"),
     ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the base; a run's folder can't say so")
+    ] = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Score adapter and base on the recipe's tasks. Without an adapter, the base alone."""
     with _starting():
+        from echo_lora.files import locked
         from echo_lora.scoring import resolve, score_recipe, write_scores
 
-    recipe, found = resolve(target, overrides or (), adapter)
-    scores = score_recipe(recipe, found, with_base=base, run_generated_code=run_generated_code)
+    trusted = ["trust_remote_code=true"] if trust_remote_code else []
+    recipe, found = resolve(target, [*(overrides or ()), *trusted], adapter)
+    with nullcontext() if output is None else locked(output):
+        scores = score_recipe(recipe, found, with_base=base, run_generated_code=run_generated_code)
+        if output is not None:
+            write_scores(recipe, scores, output)
     if found is not None:
         _print_pairs({"adapter": str(found)})
     _print_table(
@@ -232,7 +246,6 @@ def evaluate(
             if value is not None:
                 typer.echo(f"{one.model}: {name}: {value:.1%}")
     if output is not None:
-        write_scores(recipe, scores, output)
         typer.echo(f"Written to {output}")
 
 

@@ -17,7 +17,8 @@ from scipy.stats import binomtest
 from echo_lora.checkpoint import has_complete_checkpoint
 from echo_lora.errors import EchoError
 from echo_lora.evaluate import TaskResult
-from echo_lora.export import ADAPTER_FILE, write_file
+from echo_lora.export import ADAPTER_FILE
+from echo_lora.files import write_file
 from echo_lora.recipe import load_recipe
 from echo_lora.run import RUN_FILE, RunResult
 from echo_lora.scoring import score_recipe

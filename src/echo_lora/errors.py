@@ -7,6 +7,8 @@
     ├── EchoCheckpointError   a checkpoint or a saved adapter is unusable or not what it should be
     └── EchoTrainingError     training had to stop (a loss or gradient that is not finite)
 
+EchoInterrupt is a KeyboardInterrupt that says what was reached and how to go on.
+
 A message says what is wrong, where (file and line, row, layer name, field), and what to do, and it
 carries the values. Wrong use of the command line is reported by typer with exit status 2.
 """
@@ -34,3 +36,7 @@ class EchoCheckpointError(EchoError, RuntimeError):
 
 class EchoTrainingError(EchoError, RuntimeError):
     """Training stopped; the message names the step, the rows and the term."""
+
+
+class EchoInterrupt(KeyboardInterrupt):
+    """The user's Ctrl-C; the message names the step, the newest checkpoint and how to go on."""

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +23,15 @@ from torch.distributed.tensor import DTensor
 
 from echo_lora.config import EchoConfig
 from echo_lora.errors import EchoCheckpointError
+from echo_lora.files import new_folder
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+# What a tokenizer may leave in a folder: an earlier one must not stay beside the files of another.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
 METHODS = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
 CARD_METRICS = (
     *("loss", "eval_loss", "ce_off", "ce_on", "distillation", "ce_prompt", "mean_token_accuracy"),
@@ -73,6 +76,7 @@ def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
         echo_config=None if echo_config is None else echo_config.to_dict(),
         method=METHODS[run["recipe"]["method"]],
         packaged=run["recipe"]["model"].startswith("packaged:"),
+        of_hub=not run["recipe"]["model"].startswith("packaged:") and not Path(run["recipe"]["model"]).is_absolute(),
         shown=CARD_METRICS,
     )
 
@@ -222,9 +226,11 @@ def save_verified(
     card: text of the README.md, in place of PEFT's own.
 
     Nothing appears under `folder` unless the proof holds. Raises EchoCheckpointError if it does not, if the
-    folder exists and is not empty (unless `overwrite`), or if the disk refuses.
+    folder exists and is not empty (unless `overwrite`, which replaces an adapter and keeps other files), or if the
+    disk refuses.
     """
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    stale = (ADAPTER_FILE, CONFIG_FILE, "README.md", *TOKENIZER_FILES)
+    with new_folder(folder, overwrite=overwrite, stale=stale) as temporary:
         adapter_name = model.active_adapters[0]
         model.save_pretrained(str(temporary), selected_adapters=[adapter_name])
         if adapter_name != "default":  # PEFT puts a named adapter one level down
@@ -237,68 +243,6 @@ def save_verified(
             (temporary / "README.md").write_text(card, encoding="utf-8")
         verify_adapter(model, temporary, adapter_name, trained=trained)
     return Path(folder)
-
-
-@contextmanager
-def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when the block ends well, and vanishes when it does not."""
-    folder = Path(folder)
-    refuse_existing(folder, overwrite=overwrite)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise EchoCheckpointError(
-            f"{folder.parent} can't be written: {error}. Choose another output folder."
-        ) from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise EchoCheckpointError(
-            f"{folder} could not be written: {error}. Free some space or choose another folder; nothing was left."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write a file under a temporary name, then rename it: the file is complete or absent.
-
-    Raises EchoCheckpointError if the disk refuses.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise EchoCheckpointError(
-            f"{path} could not be written: {error}. Free some space or choose another place; nothing was left behind."
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Raises EchoCheckpointError if the folder holds anything, unless it may be replaced."""
-    folder = Path(folder)
-    if folder.is_file():
-        raise EchoCheckpointError(f"{folder} is a file. Name a folder for the output.")
-    if folder.is_dir() and any(os.scandir(folder)) and not overwrite:
-        raise EchoCheckpointError(f"{folder} exists and is not empty. Choose another folder, or remove this one.")
 
 
 def probe_ids(model: PeftModel) -> Tensor:

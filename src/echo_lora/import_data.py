@@ -34,7 +34,7 @@ from echo_lora.evaluate.benchmarks import (
     benchmark_rows,
     instruction_of,
 )
-from echo_lora.export import new_folder, refuse_existing
+from echo_lora.files import new_folder, refuse_existing
 from echo_lora.sources import read_rows
 
 TASK_FILES = Path(__file__).parent / "evaluate" / "lm_eval_tasks"

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from echo_lora.base_models import load_base_model, load_config, load_tokenizer
 from echo_lora.errors import EchoCheckpointError, EchoModelError
-from echo_lora.export import CONFIG_FILE, new_folder, probe_ids, read_adapter, read_adapter_config, refuse_existing
+from echo_lora.export import CONFIG_FILE, probe_ids, read_adapter, read_adapter_config
+from echo_lora.files import locked, new_folder, refuse_existing, remove_leftovers
 from echo_lora.progress import stage
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -51,10 +52,24 @@ def merge(
     """Write the base with the adapter merged into its weights, and its tokenizer, as a model of its own.
 
     base: by default the one that the adapter names. dtype: type in which to load, merge and write; "auto" is the
-    type in which the base is stored. verify: read the written folder back and compare it too. Raises
-    EchoCheckpointError if the logits differ by more than the type's rounding, EchoModelError for a quantised base.
+    type in which the base is stored. verify: read the written folder back and compare it too. trust_remote_code: run
+    code that comes with the base, or with a tokenizer beside the adapter. Raises EchoCheckpointError if the logits
+    differ by more than the type's rounding or another process writes the output, EchoModelError for a quantised base.
     """
-    refuse_existing(output)
+    with locked(output):
+        remove_leftovers(Path(output))
+        refuse_existing(output)
+        return _merge(adapter, output, base, dtype, verify, trust_remote_code)
+
+
+def _merge(
+    adapter: str | Path,
+    output: str | Path,
+    base: str | Path | None,
+    dtype: Dtype,
+    verify: bool,
+    trust_remote_code: bool,
+) -> MergeResult:
     config = read_adapter_config(adapter)
     reference = base if base is not None else config.get("base_model_name_or_path")
     if not reference:
@@ -77,7 +92,7 @@ def merge(
             load_tokenizer(tokenizer_folder, trust_remote_code).save_pretrained(temporary)
             if verify:
                 again = AutoModelForCausalLM.from_pretrained(
-                    temporary, dtype=merged.dtype, trust_remote_code=trust_remote_code
+                    temporary, dtype=merged.dtype, trust_remote_code=trust_remote_code, use_safetensors=True
                 )
                 reread = _compare(again.eval(), before, probe, f"{output}: the merged model as it reads back")
     return MergeResult(

@@ -46,11 +46,16 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_of_run(record: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that the `run.json` of a finished run holds, as it was then. Raises EchoConfigError."""
+    """The recipe that the `run.json` of a finished run holds, as it was then. Raises EchoConfigError.
+
+    It may be somebody else's, so it does not decide whether code of the model is run: only `overrides` do.
+    """
     try:
         document = json.loads(Path(record).read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EchoConfigError(f"{record} holds no recipe: {error!r}. Name a recipe instead.") from error
+    if isinstance(document, dict):
+        document.pop("trust_remote_code", None)
     return validated(Recipe, document, str(record), None, overrides)
 
 
@@ -144,7 +149,7 @@ def _rebase(document: dict[str, Any], folder: Path) -> None:
 
     model, data, evaluation = (document.get(key) for key in ("model", "data", "evaluation"))
     if isinstance(model, str) and model.startswith("."):
-        document["model"] = rebased(model)
+        document["model"] = str((folder / model).absolute())  # "./base" must not become the hub id "base"
     tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
     for holder, keys in ((data, PARTS), *((task, ("data",)) for task in (tasks if isinstance(tasks, list) else []))):
         for key in keys:

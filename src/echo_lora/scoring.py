@@ -15,7 +15,8 @@ from echo_lora.errors import EchoCheckpointError
 from echo_lora.evaluate import TaskResult, score
 from echo_lora.evaluate.benchmarks import commonsense_average
 from echo_lora.evaluate.harness import require_permission
-from echo_lora.export import CONFIG_FILE, write_file
+from echo_lora.export import CONFIG_FILE
+from echo_lora.files import refuse_locked, write_file
 from echo_lora.merge import load_adapter
 from echo_lora.progress import stage
 from echo_lora.recipe import load_recipe, recipe_of_run
@@ -53,12 +54,15 @@ def resolve(
     """The recipe and the adapter that `eval` means.
 
     target: a recipe (its adapter is the one of its output folder, if it has been trained), the output folder of a
-    run, or an adapter folder inside one. Raises EchoConfigError or EchoCheckpointError.
+    run, or an adapter folder inside one. What a run's folder says about remote code does not count. Raises
+    EchoConfigError, or EchoCheckpointError, also while another process trains into the folder.
     """
     folder = expanded(target)
     if not folder.is_dir():
         recipe = load_recipe(target, overrides)
         trained = Path(recipe.output) / "adapter"
+        if adapter is None:  # which a run that is not over has not written yet
+            refuse_locked(recipe.output)
         return recipe, Path(adapter) if adapter is not None else trained if trained.is_dir() else None
     is_adapter = (folder / CONFIG_FILE).is_file()
     run = folder.resolve().parent if is_adapter else folder
@@ -67,6 +71,7 @@ def resolve(
             f"{folder} has no {RUN_FILE} {'beside' if is_adapter else 'in'} it, so nothing says what to score it on. "
             "Name a recipe, and the adapter with --adapter."
         )
+    refuse_locked(run)
     own = folder if is_adapter else folder / "adapter"
     return recipe_of_run(run / RUN_FILE, overrides), Path(adapter) if adapter is not None else own
 

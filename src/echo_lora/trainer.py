@@ -11,13 +11,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Sized
+import pickle
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -32,23 +35,34 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
 from echo_lora.base_models import has_position_table
 from echo_lora.checkpoint import (
     SEAL,
     compare_configuration,
+    describe_base,
     fill,
     last_complete_checkpoint,
     load_whole_optimizer_state,
     read_seal,
+    rotate_checkpoints,
     seal_checkpoint,
     whole_optimizer_state,
 )
 from echo_lora.data import ANSWER, refuse_unfit_tokens
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
-from echo_lora.export import adapter_hash, adapter_tensors, compare_adapter, read_adapter, verify_adapter, whole
+from echo_lora.export import (
+    ADAPTER_FILE,
+    adapter_hash,
+    adapter_tensors,
+    compare_adapter,
+    read_adapter,
+    verify_adapter,
+    whole,
+)
+from echo_lora.files import use_umask
 from echo_lora.model import EchoModel
 from echo_lora.optimizer import refuse_shared_rate, separate_echo
 from echo_lora.routing import routing_probability
@@ -247,6 +261,7 @@ class EchoTrainerMixin(Trainer):
         self._meter = _Meter()
         self._rows_of_step: list[int] = []
         self.initial_adapter_hash: str | None = None
+        self._base: dict[str, Any] = {}
         self.add_callback(_Watch(self))
         refuse_parallelism(self.accelerator.state, has_echo=self._echo_model is not None)
         if self._echo_model is not None:
@@ -429,12 +444,7 @@ class EchoTrainerMixin(Trainer):
         seal_checkpoint(folder, configuration=self.configuration(), initial_adapter_sha256=self.initial_adapter_hash)
         if pushes:
             self._push_from_checkpoint(str(folder))
-        rotate_checkpoints(
-            output_dir=str(folder.parent),
-            save_total_limit=limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model, and read back. Raises EchoCheckpointError if the folder does not hold the adapter."""
@@ -480,6 +490,7 @@ class EchoTrainerMixin(Trainer):
         tensors = adapter_tensors(model, name) if self._is_sharded else None
         if not self.args.should_save:
             return
+        use_umask(_adapter_folder(folder, model), ADAPTER_FILE)
         if tensors is None:
             verify_adapter(model, _adapter_folder(folder, model), name, trained=trained)
         else:  # one process can't run a forward
@@ -496,6 +507,7 @@ class EchoTrainerMixin(Trainer):
             values |= {f"adapter.{key}": value for key, value in adapter.items() if key != "inference_mode"}
         if self._echo_model is not None:
             values |= {f"echo.{key}": value for key, value in self._echo_model.echo_config.to_dict().items()}
+        values |= {f"base.{key}": value for key, value in self._base.items()}
         values["data.sha256"] = self._data_hash
         return values
 
@@ -527,6 +539,7 @@ class EchoTrainerMixin(Trainer):
         save_only_model, or if this run's configuration differs from the checkpoint's (with the differences).
         """
         self.initial_adapter_hash = None
+        self._base = self._describe_base()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
         if resume_from_checkpoint:
@@ -548,6 +561,14 @@ class EchoTrainerMixin(Trainer):
                 "from its adapter: model.load_adapter(folder, 'default', is_trainable=True)."
             )
 
+    def _describe_base(self) -> dict[str, Any]:
+        """Asked for before the model is shared out; one process may have read its weights for all."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            return {}
+        found = [describe_base(model) if self.accelerator.is_main_process else None]
+        return broadcast_object_list(found)[0]
+
     def _already_ended(self, folder: Path) -> TrainOutput | None:
         """The result of a run whose last step this checkpoint holds: Trainer would train on to the end of its epoch."""
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
@@ -559,6 +580,12 @@ class EchoTrainerMixin(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
+        adapted = self.accelerator.unwrap_model(self.model)
+        if isinstance(adapted, PeftModel) and not (_adapter_folder(folder, adapted) / ADAPTER_FILE).is_file():
+            raise EchoCheckpointError(  # PEFT would go on to a pickle
+                f"{_adapter_folder(folder, adapted) / ADAPTER_FILE} is missing, and weights are read from safetensors "
+                "only. Resume from another checkpoint."
+            )
         if self._is_sharded:
             self._load_adapter(folder)
         else:
@@ -585,9 +612,14 @@ class EchoTrainerMixin(Trainer):
         adapter = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapters[0])
         fill(adapter, read_adapter(_adapter_folder(folder, self.model)))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _no_code(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self._is_sharded or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with _no_code(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer, scheduler = (
             torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
@@ -605,6 +637,18 @@ class EchoTrainerMixin(Trainer):
 
 class EchoTrainer(EchoTrainerMixin, Trainer):
     """transformers' Trainer for a model of `get_echo_model`; datasets hold input_ids and labels."""
+
+
+@contextmanager
+def _no_code(checkpoint: str | None) -> Iterator[None]:
+    """Names the checkpoint whose optimizer, schedule or random states hold more than numbers: torch refuses them."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise EchoCheckpointError(
+            f"{checkpoint} holds states that only a pickle with code could restore; nothing of it was run: {error} "
+            "Resume from a checkpoint that you made."
+        ) from error
 
 
 def numbered(dataset: Any) -> Any:

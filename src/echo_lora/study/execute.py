@@ -7,21 +7,19 @@ finished, its record stands and it is not run again. A lock keeps two processes 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import gzip
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft import PeftModel
 
 from echo_lora.base_models import load_tokenizer
-from echo_lora.checkpoint import has_complete_checkpoint
+from echo_lora.checkpoint import clear_checkpoints, has_complete_checkpoint
 from echo_lora.environment import commit
 from echo_lora.errors import EchoCheckpointError, EchoDataError, EchoTrainingError
 from echo_lora.evaluate import score
@@ -46,12 +44,17 @@ def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
     if has_record(study, key):
         return True
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock", wait) as is_ours:
-        if not is_ours:
-            return False
+    lock = FileLock(folder / "lock")  # the system frees it when the process ends, however it ends
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return False
+    try:
         if not has_record(study, key):
             write_record(study, key, _record(study, key, folder))
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            clear_checkpoints(folder / "checkpoints")
+    finally:
+        lock.release()
     return True
 
 
@@ -86,7 +89,7 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
     checkpoints = folder / "checkpoints"
     resume = has_complete_checkpoint(checkpoints)
     if not resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        clear_checkpoints(checkpoints)
     part = "validation" if key.stage == "tuning" else study.score_on
     # tuning by loss needs no generated answer
     answers = key.stage == "confirmation" or study.tune_on == "accuracy"
@@ -161,15 +164,3 @@ def _nats(model: PeftModel, ids: list[int]) -> float:
             total += model(input_ids=window, labels=window).loss.item() * (window.shape[1] - 1)
             count += window.shape[1] - 1
     return total / count
-
-
-@contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process holds the lock inside; the system frees it when the process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True

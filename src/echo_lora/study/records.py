@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from echo_lora.errors import EchoConfigError, EchoDataError
-from echo_lora.export import write_file
+from echo_lora.files import write_file
 
 STUDY_FILE, RUNS_FILE = "study.json", "runs.jsonl.gz"
 NUMBER = (int, float)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echo_lora.export import write_file
+from echo_lora.files import write_file
 from echo_lora.study import outcome, training
 from echo_lora.study.layout import Section, Table, count_of, listed
 from echo_lora.study.records import STUDY_FILE, StudyRecords, read_study
