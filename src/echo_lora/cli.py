@@ -206,6 +206,10 @@ def evaluate(
         bool,
         typer.Option("--run-generated-code", help="allow tasks of kind code, which run what the model writes"),
     ] = False,
+    allow_unsandboxed: Annotated[
+        bool,
+        typer.Option("--allow-unsandboxed", help="run it even where no sandbox works: it can then read your files"),
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that comes with the base; a run's folder can't say so")
     ] = False,
@@ -219,7 +223,13 @@ def evaluate(
     trusted = ["trust_remote_code=true"] if trust_remote_code else []
     recipe, found = resolve(target, [*(overrides or ()), *trusted], adapter)
     with nullcontext() if output is None else locked(output):
-        scores = score_recipe(recipe, found, with_base=base, run_generated_code=run_generated_code)
+        scores = score_recipe(
+            recipe,
+            found,
+            with_base=base,
+            run_generated_code=run_generated_code,
+            allow_unsandboxed=allow_unsandboxed,
+        )
         if output is not None:
             write_scores(recipe, scores, output)
     if found is not None:
