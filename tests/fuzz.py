@@ -277,7 +277,7 @@ def _judge(case, status: int | None, text: str, left: list[str]) -> tuple[str, s
     if not is_clear or len(text) > LONGEST or (case.says and case.says not in text):
         return (
             "unclear error",
-            f"{len(text)} characters{f', without {case.says!r}' if case.says else ''}: {text[:600]!r}",
+            f"{len(text)} characters{f', without {case.says!r}' if case.says not in text else ''}: {text[:600]!r}",
         )
     return "clear error", ""
 

@@ -20,6 +20,8 @@ from echo_lora.errors import EchoConfigError
 REFERENCE_DEPTH = 32
 REFERENCE_SOURCE_LAYERS = (24, 25, 26, 27)  # -8 ... -5
 REFERENCE_TARGET_LAYERS = (4, 5, 6, 7)
+# Beyond these there is no room, or float32 has no numbers.
+LARGEST_BOTTLENECK, LARGEST_FACTOR, TEMPERATURES = 65_536, 1e6, (0.001, 1000)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -84,11 +86,21 @@ class EchoConfig:
             if len(set(layers)) != len(layers):
                 raise EchoConfigError(f"{name} = {layers} names a layer twice. Name each layer once.")
         self._require("bottleneck", self.bottleneck >= 1, "must be at least 1")
+        self._require("bottleneck", self.bottleneck <= LARGEST_BOTTLENECK, f"must be at most {LARGEST_BOTTLENECK}")
         self._require("scale_init", self.scale_init != 0, "must not be 0: no gradient would ever flow")
+        self._require("routing_seed", 0 <= self.routing_seed < 2**32, "must lie in [0, 2^32)")
+        for name in ("scale_init", "gate_bias_init", "distillation_weight", "echo_lr_multiplier"):
+            self._require(
+                name, abs(getattr(self, name)) <= LARGEST_FACTOR, f"must be at most {LARGEST_FACTOR:g} in size"
+            )
         for name in ("routing_start", "routing_end"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "is a probability and must lie in [0, 1]")
         self._require("distillation_weight", self.distillation_weight >= 0, "must not be negative")
         self._require("distillation_temperature", self.distillation_temperature > 0, "must be positive")
+        low, high = TEMPERATURES
+        self._require(
+            "distillation_temperature", low <= self.distillation_temperature <= high, f"must lie in [{low}, {high}]"
+        )
         self._require("echo_lr_multiplier", self.echo_lr_multiplier > 0, "must be positive")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
@@ -129,7 +141,14 @@ class EchoConfig:
 
     @classmethod
     def from_json(cls, text: str) -> EchoConfig:
-        return cls.from_dict(json.loads(text))
+        """Raises EchoConfigError for a text that is no JSON object, and as `from_dict`."""
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise EchoConfigError(f"the echo configuration is not JSON: {error}. Write it with to_json.") from error
+        if not isinstance(values, dict):
+            raise EchoConfigError(f"the echo configuration is {values!r}, not a JSON object. Write it with to_json.")
+        return cls.from_dict(values)
 
 
 def nearest(key: str, names: list[str]) -> str:
@@ -165,7 +184,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             raise EchoConfigError(f"{name} = {value!r} is not known. Use one of {allowed}.")
     elif hint is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
+        if not is_number or not abs(value) < 1e300:  # whole numbers may be too long for a float
             raise EchoConfigError(f"{name} = {value!r} must be a finite number.")
     elif hint is int:
         if not isinstance(value, int) or isinstance(value, bool):
