@@ -44,7 +44,7 @@ OUTCOMES = (
     *GOOD,
     *("traceback", "too slow", "partial output", "nonsense accepted", "sound refused", "unclear error"),
 )
-SECONDS = 60
+SECONDS = 60  # of a case at most
 LONGEST = 3000  # characters of a clear message
 MEMORY = 24 << 30  # bytes of address space: what is tried against arithmetic fails before the machine does
 NOBODY = 65534

@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ValidationError
 
 from echo_lora.errors import EchoConfigError
 
@@ -149,6 +152,16 @@ class EchoConfig:
         if not isinstance(values, dict):
             raise EchoConfigError(f"the echo configuration is {values!r}, not a JSON object. Write it with to_json.")
         return cls.from_dict(values)
+
+
+def first_problem(error: ValidationError) -> str:
+    """What pydantic found first: the place, the value, and what it must be."""
+    problem = error.errors()[0]
+    place, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    message = re.sub(r"^(Input|String|List|Value|Tuple|Dictionary) should", "must", message)
+    return f"{place} = {problem['input']!r} {message}" if place else message
 
 
 def nearest(key: str, names: list[str]) -> str:
