@@ -418,6 +418,37 @@ def three_choices(folder: Path) -> None:
     write_json(folder / "mmlu" / "dev.json", [{"subject": "a", "question": "q", "choices": [*"abc"], "answer": 0}])
 
 
+SOUND: dict[str, dict[str, Any]] = {
+    "boolq": INSTRUCTED,
+    "gsm8k": {"question": "2 + 2?", "answer": "It is 4.\n#### 4"},
+    "mmlu": {"subject": "a", "question": "q", "choices": [*"abcd"], "answer": 0},
+    "humaneval": {
+        "task_id": "H/0",
+        "prompt": "def f():\n",
+        "canonical_solution": "    return 1\n",
+        "test": "def check(f):\n    assert f() == 1\n",
+        "entry_point": "f",
+    },
+}
+
+
+def row_of(task: str, **changes: Any):
+    """A test file whose second row differs from the sound first one."""
+
+    def make(folder: Path) -> None:
+        write_json(folder / task / "test.json", [SOUND[task], SOUND[task] | changes])
+        if task == "mmlu":
+            write_json(folder / task / "dev.json", [SOUND[task]])
+
+    return make
+
+
+@pytest.mark.parametrize("task", SOUND)
+def test_the_rows_that_are_damaged_below_are_sound(tmp_path, task):
+    row_of(task)(tmp_path / "in")
+    assert [part.rows for part in import_data(tmp_path / "in", tmp_path / "out").parts if part.part == "test"] == [2]
+
+
 def empty_task(folder: Path) -> None:
     (folder / "boolq").mkdir(parents=True)
 
@@ -430,7 +461,27 @@ def empty_task(folder: Path) -> None:
         (other_task, r"piqa.train\.json: row 0 has answer = 'true', but piqa has solution1\|solution2"),
         (two_files, r"boolq has test\.json and test_public\.json, both of them its test part"),
         (no_dev, r"mmlu has no dev file"),
-        (three_choices, r"mmlu.test\.json: a row does not read as one of mmlu"),
+        (three_choices, r"mmlu.dev\.json: row 0 has choices = \['a', 'b', 'c'\], which must be a list of 4 texts"),
+        (
+            row_of("mmlu", answer=4),
+            r"mmlu.test\.json: row 1 has answer = 4, which must be the index of a choice: 0 to 3",
+        ),
+        (row_of("mmlu", answer=-1), r"row 1 has answer = -1, which must be the index"),
+        (row_of("mmlu", answer="B"), r"row 1 has answer = 'B', which must be the index"),
+        (row_of("mmlu", answer=True), r"row 1 has answer = True, which must be the index"),
+        (row_of("mmlu", subject="b"), r"row 1 has subject = 'b', of which the dev file has no row"),
+        (
+            row_of("boolq", answer="false"),
+            r"row 1 has answer = 'false', but output = 'the correct answer is true' says",
+        ),
+        (row_of("boolq", answer=True), r"row 1 has answer = True, which must be text that is not blank"),
+        (row_of("boolq", instruction=" "), r"row 1 has instruction = ' ', which must be text"),
+        (
+            row_of("boolq", question="q", choices=["true", "false"], label=2),
+            r"row 1 has label = 2, which does not give",
+        ),
+        (row_of("gsm8k", answer="It is four."), r"row 1 has answer = 'It is four.', in which there is no number"),
+        (row_of("humaneval", entry_point="g"), r"row 1 has entry_point = 'g', which is no function of its prompt"),
         (empty_task, r"boolq has no train or test file"),
         (lambda folder: None, r"in: there is no such folder or file"),
         (lambda folder: folder.mkdir(), r"in has no folder of a known task"),

@@ -5,6 +5,9 @@ What a command needs is imported inside it: torch and transformers take seconds,
 
 from __future__ import annotations
 
+import errno
+import io
+import math
 import os
 import shlex
 import sys
@@ -17,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from echo_lora import __version__
-from echo_lora.errors import EchoError
+from echo_lora.errors import EchoError, shortened
 from echo_lora.sources import expanded
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from echo_lora.data import Segment
 
+MOST = 1_000_000_000  # of what can be counted: more is a slip
 STYLES = {"prompt": "none", "boundary": "black on yellow", "answer": "green", "ignored": "dim"}
 
 
@@ -39,16 +43,25 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         _calm_libraries()
         try:
-            return super().invoke(ctx)
+            done = super().invoke(ctx)
+            sys.stdout.flush()  # a full disk is to show here
+            return done
         except KeyboardInterrupt as error:
             if ctx.meta.get("traceback"):
                 raise
             typer.echo(str(error) or "Interrupted.", err=True)
             raise typer.Exit(130) from error
         except EchoError as error:
+            message = str(error)
             if ctx.meta.get("traceback"):
                 raise
-            typer.echo(f"Error: {error}", err=True)
+            typer.echo(f"Error: {message}", err=True)
+            raise typer.Exit(1) from error
+        except (OSError, MemoryError) as error:  # the machine's; with what is tried, the last remedy is known here only
+            if ctx.meta.get("traceback") or getattr(error, "errno", None) == errno.EPIPE:
+                raise
+            reason = shortened(str(error) or "there is not enough memory")
+            typer.echo(f"Error: the system refuses: {reason}. Make room, or run again with --traceback.", err=True)
             raise typer.Exit(1) from error
 
 
@@ -125,7 +138,7 @@ def train(
 def preview(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="rows to show of each source")] = 3,
+    rows: Annotated[int, typer.Option("--rows", min=0, max=MOST, help="rows to show of each source")] = 3,
     traceback: TracebackOption = False,
 ) -> None:
     """Show training rows token by token. Prompt, boundary, answer and ignored tokens are told apart."""
@@ -364,9 +377,11 @@ def bench(
         typer.Option("--shape", metavar="PxA", help="random rows of P prompt and A answer tokens; repeatable"),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="rows of a step; default: training.batch_size")
+        int | None, typer.Option("--rows", min=1, max=MOST, help="rows of a step; default: training.batch_size")
     ] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", min=2, help="timed steps of each kind; default: 7")] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=2, max=MOST, help="timed steps of each kind; default: 7")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a trial: 2 rows, 3 rounds, one shape")] = False,
     output: Annotated[Path, typer.Option("--output", help="folder for bench.json, .md and .png", parser=path)] = Path(
         "runs/bench"
@@ -402,7 +417,7 @@ def compare(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the study; repeatable")
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="runs at a time on this machine")] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=1024, help="runs at a time on this machine")] = 1,
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0, help="begin no run after this time; call again to go on")
     ] = None,
@@ -415,6 +430,8 @@ def compare(
     """Compare methods: arms, learning rates and seeds, paired, with a verdict. Goes on where it was stopped."""
     from echo_lora.study.design import load_study, slurm_options
 
+    if minutes is not None and not math.isfinite(minutes):
+        raise typer.BadParameter("--minutes must be a finite number; leave it out for no limit")
     loaded = load_study(study, overrides or ())
     options = None if slurm is None else slurm_options(slurm)
     with _starting():
@@ -452,7 +469,7 @@ def import_(
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="download; then the only argument is OUTPUT")] = False,
     hold_out: Annotated[
-        int, typer.Option("--hold-out", min=0, help="rows of each train part to set aside for validation")
+        int, typer.Option("--hold-out", min=0, max=MOST, help="rows of each train part to set aside for validation")
     ] = 0,
     traceback: TracebackOption = False,
 ) -> None:
@@ -493,6 +510,8 @@ def report(
 
 def main() -> None:
     """The entry point."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is no text in the terminal's encoding stops nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="echo-lora")
 
 

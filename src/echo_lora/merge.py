@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from echo_lora.base_models import load_base_model, load_config, load_tokenizer
 from echo_lora.errors import EchoCheckpointError, EchoModelError
-from echo_lora.export import CONFIG_FILE, probe_ids, read_adapter, read_adapter_config
+from echo_lora.export import CONFIG_FILE, adapter_problems, probe_ids, read_adapter, read_adapter_config
 from echo_lora.files import locked, new_folder, refuse_existing, remove_leftovers
 from echo_lora.progress import stage
 
@@ -112,17 +112,19 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_named_alike: b
     EchoCheckpointError if the adapter is corrupted or does not fit the base, naming the first module where it doesn't.
     """
     folder, name = Path(folder), base.name_or_path
-    saved = read_adapter(folder)
-    made_for = read_adapter_config(folder).get("base_model_name_or_path")
+    config, saved = read_adapter_config(folder), read_adapter(folder)
+    made_for = config.get("base_model_name_or_path")
     advice = f"The adapter was made for {made_for or 'a base that it does not name'}. Name its own base."
     if is_named_alike and made_for and Path(made_for).name != Path(name).name:
         raise EchoCheckpointError(
             f"{folder} was made for {made_for}, not for {name}. Name that base as the recipe's model; or, if the two "
             f"are the same, correct base_model_name_or_path in {folder / CONFIG_FILE}."
         )
+    for problem in adapter_problems(config, saved):
+        raise EchoCheckpointError(f"{folder}: {problem}. Don't use this adapter; save it again, or fetch it again.")
     try:
         model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
-    except ValueError as error:  # none of its target modules is there
+    except Exception as error:  # whatever PEFT's own code meets where none of the target modules is there, for example
         raise EchoCheckpointError(f"{folder} does not fit {name}: {error}. {advice}") from error
     expected = get_peft_model_state_dict(model)
     for key in sorted(expected.keys() | saved.keys()):

@@ -117,9 +117,10 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
     Raises an EchoError, and then leaves nothing behind but complete checkpoints; EchoInterrupt at a Ctrl-C. Files in
     the folder that are not the run's own stay.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
         raise EchoConfigError(
-            "a recipe trains in one process, but WORLD_SIZE is above 1. Use EchoSFTTrainer in a script."
+            f"a recipe trains in one process, but WORLD_SIZE = {os.environ['WORLD_SIZE']}. Use EchoSFTTrainer in a "
+            "script, or unset the variable."
         )
     require_packages(recipe)
     recipe = recipe.model_copy(update={"model": canonical(recipe.model)})

@@ -49,7 +49,7 @@ METRIC = {"generate": "exact_match", "number": "exact_match", "code": "pass_at_1
 class EvalTask(BaseModel, extra="forbid", frozen=True):
     """One evaluation task. Raises EchoConfigError, which names the field, on construction."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name in results: letters, digits, _ and -")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,100}$", description="name in results: letters, digits, _ and -")
     file: str | None = Field(None, description="JSONL file with one row per line; none if rows come from elsewhere")
     kind: Kind = Field(
         "generate",
@@ -59,15 +59,18 @@ class EvalTask(BaseModel, extra="forbid", frozen=True):
     answer_pattern: str | None = Field(
         None,
         min_length=1,
+        max_length=1000,
         description="regular expression that reads the answer: its first match, or the first group "
         "that matched; default: the first line",
     )
-    max_new_tokens: int = Field(32, ge=1, description="longest generated answer; higher is slower")
-    num_beams: int = Field(1, ge=1, description="beams of the search for an answer; 1: greedy; more are slower")
+    max_new_tokens: int = Field(32, ge=1, le=1_000_000, description="longest generated answer; higher is slower")
+    num_beams: int = Field(
+        1, ge=1, le=1000, description="beams of the search for an answer; 1: greedy; more are slower"
+    )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="strings that end an answer, beside the tokenizer's end of sequence"
     )
-    limit: int | None = Field(None, ge=1, description="score the first rows only; default: all")
+    limit: int | None = Field(None, ge=1, le=1_000_000_000, description="score the first rows only; default: all")
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -80,7 +83,7 @@ class EvalTask(BaseModel, extra="forbid", frozen=True):
     def _compiles(cls, pattern: str | None) -> str | None:
         try:
             re.compile(pattern or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"the regular expression does not compile: {error}") from None
         return pattern
 
