@@ -204,3 +204,16 @@ def test_the_first_file_in_the_way_is_named(tmp_path):
     (tmp_path / ".hidden").touch()
     with pytest.raises(EchoCheckpointError, match=r"exists and is not empty: it holds \.hidden"):
         refuse_existing(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_device_or_a_pipe_is_never_replaced(tmp_path):
+    """With enough rights, a rename would put a folder or a file in the place of /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(EchoCheckpointError, match="pipe is a file"), new_folder(pipe, overwrite=True):
+        pass
+    with pytest.raises(EchoCheckpointError, match="pipe is not a file that could be replaced"):
+        write_file(pipe, lambda path: path.write_text("scores"))
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]

@@ -67,6 +67,8 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     Raises EchoCheckpointError if the disk refuses.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():  # a rename would put a file in the place of a device
+        raise EchoCheckpointError(f"{path} is not a file that could be replaced. Name another one for the output.")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         try:
@@ -95,7 +97,7 @@ def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
     """Raises EchoCheckpointError if the folder holds anything, unless it may be replaced."""
     folder = Path(folder)
     try:
-        if folder.is_file():
+        if folder.exists() and not folder.is_dir():  # a device or a pipe, too
             raise EchoCheckpointError(f"{folder} is a file. Name a folder for the output.")
         found = sorted(entry.name for entry in os.scandir(folder) if entry.name != LOCK) if folder.is_dir() else []
     except OSError as error:
