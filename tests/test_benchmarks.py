@@ -627,7 +627,10 @@ def test_rows_that_a_cutoff_excludes_are_named(small, tmp_path):
     prompts = [len(tok(row["prompt"])["input_ids"]) for row in rows]
     long = [i for i, length in enumerate(lengths) if length > 256]
     assert 3 < len(long) < 57
-    data = prepare_rows(rows, tok, max_length=256, on_overlength="drop", source="hellaswag/train.jsonl")
+    ignore = ["question", "choices", "answer"]
+    data = prepare_rows(
+        rows, tok, max_length=256, on_overlength="drop", source="hellaswag/train.jsonl", ignore_columns=ignore
+    )
     assert data.counts.dropped_rows == long
     assert {row.row for row in data.rows} == set(range(60)) - set(long)
     assert data.counts.answerless == sum(length > 256 for length in prompts)

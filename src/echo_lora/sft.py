@@ -54,6 +54,9 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SFTConfig(f"{Path(name).name}-Echo-SFT")  # TRL's way to name a run
+        data = kwargs.get("train_dataset", positional[1] if len(positional) > 1 else None)
+        if data is not None:
+            _first(data, "train")
         if self._has_echo:
             refuse_arguments(args)
         if echo_config is not None:
@@ -71,9 +74,7 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        first = next(iter(dataset), None)
-        if first is None:
-            raise EchoDataError(f"the {dataset_name} data have no row. Give at least one.")
+        first = _first(dataset, dataset_name)
         dataset = numbered(dataset)
         if not self._has_echo:
             dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
@@ -210,6 +211,13 @@ def _echo_wrapped(
         )
     set_seed(args.seed)  # PEFT draws the adapter's weights when it makes it
     return get_echo_model(model, peft_config, echo_config)
+
+
+def _first(dataset: Any, name: str) -> dict[str, Any]:
+    first = next(iter(dataset), None)
+    if first is None:
+        raise EchoDataError(f"the {name} data have no row. Give at least one.")
+    return first
 
 
 def _check_rows(dataset: Dataset, source: str) -> bool:

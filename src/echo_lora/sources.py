@@ -230,7 +230,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 def without_nulls(value: Any) -> Any:
     """A value of Arrow without the keys that Arrow adds to objects, so that all of them have the same ones."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
