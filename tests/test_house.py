@@ -16,8 +16,8 @@ ROOT = SOURCE.parent.parent
 
 # In the order the data flows; each may import from those before it. A folder is one room.
 ROOMS = [
-    *("errors", "config", "routing", "echo", "inject", "prefix", "head", "losses", "step", "model"),
-    *("base_models", "sources", "data", "evaluate", "schema", "recipe", "rows", "environment", "progress", "files"),
+    *("errors", "files", "config", "routing", "echo", "inject", "prefix", "head", "losses", "step", "model"),
+    *("base_models", "sources", "data", "evaluate", "schema", "recipe", "rows", "environment", "progress"),
     *("export", "import_data", "checkpoint", "trainer", "sft", "merge", "run"),
     *("scoring", "plan", "bench", "study", "demo", "cli"),
 ]

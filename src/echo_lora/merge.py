@@ -124,6 +124,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_named_alike: b
         model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
     except ValueError as error:  # none of its target modules is there
         raise EchoCheckpointError(f"{folder} does not fit {name}: {error}. {advice}") from error
+    # PEFT asks the hub for the base that it names, which may be a path of another machine
+    model.peft_config["default"].base_model_name_or_path = name
     expected = get_peft_model_state_dict(model)
     for key in sorted(expected.keys() | saved.keys()):
         problem = _misfit(key, expected.get(key), saved.get(key))

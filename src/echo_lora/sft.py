@@ -15,6 +15,7 @@ from transformers.trainer_utils import set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
+from echo_lora.base_models import canonical
 from echo_lora.config import EchoConfig
 from echo_lora.data import check_tokenized_dataset, end_token_ids, tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError
@@ -137,7 +138,7 @@ def _echo_wrapped(
     set_seed(args.seed)  # PEFT draws the adapter's weights when it makes it
     if isinstance(model, str):
         model = create_model_from_path(
-            model,
+            canonical(model),
             **{
                 "trust_remote_code": getattr(args, "trust_remote_code", False),
                 **(getattr(args, "model_init_kwargs", None) or {}),
