@@ -6,12 +6,13 @@ import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import echo_lora.sft  # noqa: F401
+import matplotlib.figure  # noqa: F401
+
 from echo_lora.checkpoint import has_complete_checkpoint
 from echo_lora.recipe import load_recipe
 from echo_lora.run import run
 
-STEPS = 12
+STEPS = 8
 
 
 def train(recipe: Path, output: Path, errors: Connection) -> None:

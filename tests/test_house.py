@@ -16,9 +16,9 @@ ROOT = SOURCE.parent.parent
 
 # In the order the data flows; each may import from those before it. A folder is one room.
 ROOMS = [
-    *("errors", "config", "routing", "echo", "inject", "prefix", "neftune", "head", "losses", "step"),
+    *("errors", "files", "config", "routing", "echo", "inject", "prefix", "neftune", "head", "losses", "step"),
     *("probe", "model", "optimizer", "base_models", "sources", "forms", "data", "evaluate", "schema", "recipe"),
-    *("rows", "environment", "progress", "files"),
+    *("rows", "environment", "progress"),
     *("export", "import_data", "checkpoint", "trainer", "sft", "merge", "run"),
     *("scoring", "plan", "bench", "study", "demo", "cli"),
 ]

@@ -403,6 +403,25 @@ def test_a_local_base_is_recorded_by_its_path_and_never_becomes_a_hub_name(tmp_p
         assert message in str(caught.value)
 
 
+def test_no_hub_is_asked_for_what_is_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    asked = []
+
+    def getaddrinfo(host, *args, **kwargs):
+        asked.append(host)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    result = run(loaded(tmp_path))
+    path = result.adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "runs/base"}))
+    merge(result.adapter, tmp_path / "merged", base=tmp_path / "base", verify=True)
+    assert asked == []
+    with pytest.raises(EchoModelError):  # the check above does see it
+        merge(result.adapter, tmp_path / "again")
+    assert asked
+
+
 def half_trained(folder: Path, monkeypatch, *overrides: str):
     """A recipe whose run died with a checkpoint of step 2."""
     recipe = loaded(folder, "training.save_every=2", *overrides)

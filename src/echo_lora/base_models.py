@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from echo_lora.config import nearest
 from echo_lora.errors import EchoModelError
+from echo_lora.files import use_umask
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -144,6 +145,7 @@ def packaged_model(cache_dir: str | Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as scratch:
         converted = Path(scratch) / "model"
         _convert(gguf_file, converted)
+        use_umask(converted)  # others may share the cache
         try:
             converted.rename(folder)
         except OSError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from scipy.stats import binomtest
 
 from echo_lora.checkpoint import has_complete_checkpoint
-from echo_lora.errors import EchoError
+from echo_lora.errors import EchoError, EchoInterrupt
 from echo_lora.evaluate import TaskResult
 from echo_lora.export import ADAPTER_FILE
 from echo_lora.files import write_file
@@ -53,6 +53,13 @@ def run_demo(output: str | Path) -> list[Line]:
     Raises an EchoError if an arm fails, or if the arms did not start from the same adapter.
     """
     output = Path(output)
+    try:
+        return _run_demo(output)
+    except KeyboardInterrupt as error:
+        raise EchoInterrupt(f"Interrupted. Repeat the command: what is complete in {output} is kept.") from error
+
+
+def _run_demo(output: Path) -> list[Line]:
     runs = {name: _trained(output / folder, setting) for name, (folder, setting) in ARMS.items()}
     if len({run.initial_adapter_sha256 for run in runs.values()}) != 1:
         raise EchoError(

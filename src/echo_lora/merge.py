@@ -126,6 +126,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_named_alike: b
         model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
     except Exception as error:  # whatever PEFT's own code meets where none of the target modules is there, for example
         raise EchoCheckpointError(f"{folder} does not fit {name}: {error}. {advice}") from error
+    # PEFT asks the hub for the base that it names, which may be a path of another machine
+    model.peft_config["default"].base_model_name_or_path = name
     expected = get_peft_model_state_dict(model)
     for key in sorted(expected.keys() | saved.keys()):
         problem = _misfit(key, expected.get(key), saved.get(key))

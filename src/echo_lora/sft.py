@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import maybe_convert_to_chatml
 from trl.trainer.utils import create_model_from_path
 
+from echo_lora.base_models import canonical
 from echo_lora.config import EchoConfig
 from echo_lora.data import ANSWER, IGNORED, check_tokenized_dataset, end_token_ids, tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError
@@ -188,7 +189,7 @@ def _load_as_trl(name: str, args: Any, kwargs: dict[str, Any]) -> PreTrainedMode
             name, revision=given["revision"], trust_remote_code=given["trust_remote_code"]
         )
     set_seed(args.seed)
-    return create_model_from_path(name, **given)
+    return create_model_from_path(canonical(name), **given)
 
 
 def _echo_wrapped(
