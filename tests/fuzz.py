@@ -15,6 +15,7 @@ a user's command does. What a case may come to:
     nonsense accepted   unsound input, exit status 0
     sound refused       sound input, exit status 1 or 2
     unclear error       a message that is long, empty, or does not name the place
+    broken case         a fault of this harness
 
 The first two are what is wanted. The cases are in `fuzz_cases.py`.
 """
@@ -42,7 +43,7 @@ TESTS = Path(__file__).parent
 GOOD = ("accepted", "clear error")
 OUTCOMES = (
     *GOOD,
-    *("traceback", "too slow", "partial output", "nonsense accepted", "sound refused", "unclear error"),
+    *("traceback", "too slow", "partial output", "nonsense accepted", "sound refused", "unclear error", "broken case"),
 )
 SECONDS = 60  # of a case at most
 LONGEST = 3000  # characters of a clear message
@@ -228,7 +229,10 @@ def run_case(case, template: Path, folder: Path, *, show: bool = False) -> Outco
     for name in case.needs:
         copy = shutil.copytree if (template / name).is_dir() else shutil.copy2
         copy(template / name, work / name)
-    case.arrange(work)
+    try:
+        case.arrange(work)
+    except Exception as error:
+        return Outcome(case.name, " ".join(case.args), "broken case", None, 0.0, repr(error))
     if case.as_nobody and os.geteuid() == 0:  # the superuser may read and write everything
         for path in [folder, *folder.rglob("*")]:
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)

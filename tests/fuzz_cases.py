@@ -514,7 +514,16 @@ def overrides() -> list[Case]:
             "é=3",
         ),
         *("lora.r==4", "lora.r:4", "--r=3", "lora.r=4;alpha=3", "lora.__class__=3", "__init__=3", "model_config=3"),
-        *("echo_config.routing_seed=1", "training=", "lora=4", "lora=[r]", "data=", "seeds=3", "lora.r=--- 4\n--- 5"),
+        *(
+            "lora=",
+            "echo_config.routing_seed=1",
+            "training=",
+            "lora=4",
+            "lora=[r]",
+            "data=",
+            "seeds=3",
+            "lora.r=--- 4\n--- 5",
+        ),
     ]
     sound = [
         "lora.r=4",
@@ -781,7 +790,7 @@ def parquet(rng: random.Random) -> list[Case]:
         "durations": (text | {"completion": pa.array([1, 2], pa.duration("s"))}, False),
         "maps": (text | {"completion": pa.array([[("a", 1)], [("b", 2)]], pa.map_(pa.string(), pa.int64()))}, False),
         "dates beside": (text | {"day": pa.array([1, 2], pa.date32())}, None),
-        "a timestamp out of range": (text | {"day": pa.array([2**62, 2], pa.timestamp("s"))}, None),
+        "a timestamp out of range": (text | {"day": pa.array([2**62, 2], pa.timestamp("ms"))}, None),
         "nanoseconds": (text | {"day": pa.array([1, 2], pa.timestamp("ns"))}, None),
         "bytes beside": (text | {"raw": pa.array([b"\xff", b"a"], pa.binary())}, None),
         "other columns": ({"question": ["a"], "answer": ["b"]}, False),

@@ -149,7 +149,7 @@ def test_an_adapter_with_values_that_are_not_finite_is_not_merged(adapter, tmp_p
     name = next(name for name in sorted(tensors) if "lora_B" in name)
     tensors[name][0, 0] = float("nan")
     save_file(tensors, adapter / ADAPTER_FILE)
-    with pytest.raises(EchoCheckpointError, match="lora_B.weight holds values that are not finite"):
+    with pytest.raises(EchoCheckpointError, match=r"lora_B\.weight holds values that are not finite"):
         merge(adapter, tmp_path / "merged")
     assert nothing_was_written(adapter)
 

@@ -15,7 +15,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -108,7 +108,7 @@ class _Loader(yaml.SafeLoader):
     is the text that it looks like. Keys are texts, each given once. Tags are refused.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- as the base class has it
 
     def get_event(self) -> Any:
         event = super().get_event()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -35,7 +36,15 @@ from echo_lora.progress import progress_console
 from echo_lora.rows import source_rows
 from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
 from echo_lora.study.execute import COMMIT, execute, has_record, read_record, write_record
-from echo_lora.study.records import RUNS_FILE, STUDY_FILE, correct_by_task, read_runs, run_accuracy, write_archive
+from echo_lora.study.records import (
+    RUNS_FILE,
+    STUDY_FILE,
+    correct_by_task,
+    read_about,
+    read_runs,
+    run_accuracy,
+    write_archive,
+)
 from echo_lora.study.statistics import estimate_noise, power
 
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
@@ -88,8 +97,8 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
     recipe.pop("output")  # the folder may be moved
     design = study.design() | {"recipe": recipe}
     if path.is_file():
-        about = json.loads(path.read_text(encoding="utf-8"))
-        begun = about["design"] | {"recipe": about["recipe"]}
+        about = read_about(path)
+        begun = about.get("design", {}) | {"recipe": about.get("recipe")}
         keys = [key for key in design if begun.get(key) != design[key]]
         if keys:
             raise EchoConfigError(
@@ -279,6 +288,10 @@ def _on_this_machine(
 ) -> Iterator[tuple[RunKey, str | None]]:
     """Runs in worker processes; each run that ended, and its error. A run that another process holds comes last."""
     own = os.environ.get("OMP_NUM_THREADS") or None
+    if own is not None and not re.fullmatch("[1-9][0-9]{0,3}", own):
+        raise EchoConfigError(
+            f"OMP_NUM_THREADS = {own} must be a number of threads. Correct the variable, or unset it."
+        )
     threads = int(own or max(1, (os.cpu_count() or 1) // engine.workers))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     pool = ProcessPoolExecutor(
