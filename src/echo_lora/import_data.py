@@ -216,7 +216,8 @@ def _problem_of_instruction(name: str, row: Row) -> str | None:
         return f"answer = {answer!r}, but output = {output!r} says another one"
     if name not in BENCHMARKS or all(row.get(column) is None for column in ("question", "choices", "label")):
         return None
-    question, choices, label = (row.get(column) for column in ("question", "choices", "label"))
+    question, choices = row.get("question"), row.get("choices")
+    label: Any = row.get("label")
     if not _is_text(question) or not isinstance(choices, list) or not all(map(_is_text, choices)):
         return f"question = {question!r} and choices = {choices!r}, which must be text and a list of texts"
     if not _is_index(label, len(choices)) or answer_of(name, choices, label) != answer:

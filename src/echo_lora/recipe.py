@@ -227,7 +227,7 @@ def _rebase(document: dict[str, Any], folder: Path) -> None:
 def _override(text: str) -> tuple[list[str], Any]:
     key, is_given, value = text.partition("=")
     keys = key.strip().split(".")
-    if not is_given or not all(keys) or len(keys) > DEEPEST:
+    if not is_given or not all(key.isprintable() and key for key in keys) or len(keys) > DEEPEST:
         raise EchoConfigError(f"--set {text}: write it as key=value, for example --set training.steps=20.")
     try:
         return keys, _parsed(value)[1]

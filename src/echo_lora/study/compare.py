@@ -47,6 +47,7 @@ from echo_lora.study.records import (
 )
 from echo_lora.study.statistics import estimate_noise, power
 
+KNOWN = ("runs", RUNS_FILE)  # what a study's folder may hold before its file is written
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
 # differ, and standard deviation between seeds. [O]
 ASSUMED = {"accuracy": 0.5, "discordance": 0.15, "seed_sd": 0.01}
@@ -106,6 +107,12 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
                 "A design is not changed after its first run: choose another output."
             )
         return about
+    others = [name for name in os.listdir(study.output) if name not in KNOWN] if os.path.isdir(study.output) else []
+    if others:
+        raise EchoConfigError(
+            f"{study.output} has no {STUDY_FILE}, but {', '.join(sorted(others)[:3])}: it is no study's folder. Choose "
+            "another output."
+        )
     about = {
         "name": Path(study.output).name,
         "title": study.title,
