@@ -921,7 +921,7 @@ NO_OUTPUT: dict[str, tuple[str, Arrange, bool]] = {
     **{
         name: NO_FILE[name]
         for name in (
-            *("empty", "dot", "root", "a loop", "below a loop", "below a file", "a long name", "a long path"),
+            *("empty", "dot", "a loop", "below a loop", "below a file", "a long name", "a long path"),
             *("the null device", "a pipe", "a socket", "in a closed folder", "nobody's home"),
         )
     },

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path:
 
     Raises EchoCheckpointError if there is none.
     """
-    found = sort_checkpoints(str(output_dir)) if Path(output_dir).is_dir() else []
+    found = sort_checkpoints(str(output_dir)) if os.path.isdir(output_dir) else []
     for folder in map(Path, reversed(found)):
         if (folder / SEAL).is_file():
             return folder

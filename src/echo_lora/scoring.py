@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def resolve(
     run, or an adapter folder inside one. Raises EchoConfigError or EchoCheckpointError.
     """
     folder = Path(target)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         recipe = load_recipe(target, overrides)
         trained = Path(recipe.output) / "adapter"
         return recipe, Path(adapter) if adapter is not None else trained if trained.is_dir() else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def read_rows(
     place in the file as `row`. Raises EchoDataError with file and line.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise EchoDataError(f"{path}: there is no such file. Correct the path, or put the file there.")
     rows = _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
     if not rows:
