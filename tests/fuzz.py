@@ -28,7 +28,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -240,7 +239,7 @@ def run_case(case, template: Path, folder: Path, *, show: bool = False) -> Outco
     seconds = time.monotonic() - started
     text = printed.read_text(encoding="utf-8", errors="replace")
     left = _changes(before, _contents(work)) + [f"tmp/{name}" for name in _contents(scratch)]
-    outcome, detail = _judge(case, status, text, left)
+    outcome, detail = judge(case, status, text, left)
     if show:
         print(text)
     _writable(folder)
@@ -250,7 +249,7 @@ def run_case(case, template: Path, folder: Path, *, show: bool = False) -> Outco
     )
 
 
-def _judge(case, status: int | None, text: str, left: list[str]) -> tuple[str, str]:
+def judge(case, status: int | None, text: str, left: list[str]) -> tuple[str, str]:
     end = text[-600:].strip()
     if status is None:
         return "too slow", f"no end within {SECONDS} s"
@@ -268,7 +267,6 @@ def _judge(case, status: int | None, text: str, left: list[str]) -> tuple[str, s
         if temporary:
             return "partial output", f"accepted, but left {temporary[:5]}"
         return "accepted", ""
-    left = [name for name in left if name not in case.may_leave]
     if left:
         return "partial output", f"status {status}, left or changed {left[:5]}; {end[-300:]}"
     if case.is_sound:
@@ -285,6 +283,8 @@ def _judge(case, status: int | None, text: str, left: list[str]) -> tuple[str, s
 
 def _forked_command(case, work: Path, scratch: Path, printed: Path) -> int | None:
     def command() -> None:
+        import resource
+
         from echo_lora.cli import main
 
         if case.is_unprivileged and os.geteuid() == 0:

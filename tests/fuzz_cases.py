@@ -1282,7 +1282,7 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Arrange:
     def arrange(folder: Path) -> None:
         found = load_file(folder / WEIGHTS)
         replaced = change(found)
-        save_file(found if replaced is None else replaced, folder / WEIGHTS)
+        save_file(replaced if isinstance(replaced, dict) else found, folder / WEIGHTS)
 
     return arrange
 
