@@ -43,6 +43,15 @@ _MARKED_TURN = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
 )
 
+# No model is larger; what is above is a damaged file, and nothing of its size is made.
+LARGEST = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "num_attention_heads": 100_000,
+    "vocab_size": 100_000_000,
+}
+
 T = TypeVar("T")
 
 
@@ -71,7 +80,19 @@ def load_base_model(
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
-    return _load("model", reference, lambda: AutoModelForCausalLM.from_pretrained(source, **options))
+    _config_of("model", reference, trust_remote_code)  # checked before anything of its sizes is made
+    model, found = _load(
+        "model",
+        reference,
+        lambda: AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options),
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise EchoModelError(
+            f"{reference}: the files hold no weights for {', '.join(missing[:3])} ({len(missing)} in all), which would "
+            "be random. Save the model again, fetch it again, or name another one."
+        )
+    return model
 
 
 def load_tokenizer(reference: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -94,14 +115,27 @@ def load_tokenizer(reference: str | Path, trust_remote_code: bool = False) -> Pr
 
 def load_config(reference: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of `reference`, without its weights."""
+    return _config_of("configuration", reference, trust_remote_code)
+
+
+def _config_of(what: str, reference: str | Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration, whose sizes are those of a model that can be. what: as of `_load`."""
     from transformers import AutoConfig
 
     source = _resolve(reference)
-    return _load(
-        "configuration",
+    config = _load(
+        what,
         reference,
         lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code),
     )
+    text = config.get_text_config()
+    for name, largest in LARGEST.items():
+        value = getattr(text, name, 1)
+        if isinstance(value, int) and not 1 <= value <= largest:
+            raise EchoModelError(
+                f"{reference}: {name} = {value} in its config.json must lie between 1 and {largest:,}. Restore it."
+            )
+    return config
 
 
 def has_position_table(model: PreTrainedModel, positions: int) -> bool:
@@ -176,10 +210,10 @@ def _resolve(reference: str | Path) -> str | Path:
         if name != PACKAGED:
             raise EchoModelError(f"{name} is not a packaged model.{nearest(name, [PACKAGED])}")
         return packaged_model()
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # False also for a name that no folder can have
         return path.absolute()
-    if path.is_file():
+    if os.path.exists(path):
         raise EchoModelError(
             f"{name} is a file. Name the folder that holds config.json, the tokenizer and *.safetensors."
         )
@@ -209,10 +243,10 @@ def _load(what: str, reference: str | Path, load: Callable[[], T]) -> T:
     """`load()`; what transformers objects to becomes an EchoModelError that keeps its words."""
     try:
         return load()
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, EchoModelError):
-            raise
-        reason = str(error).strip()
+    except EchoModelError:
+        raise
+    except Exception as error:  # a folder that was damaged or made by hand can make transformers raise anything
+        reason = str(error).strip() if isinstance(error, (OSError, ValueError, ImportError)) else repr(error)
         if "trust_remote_code" in reason:
             raise EchoModelError(
                 f"{reference}: the {what} comes with code of its own, which is run only if you say so in this call. "

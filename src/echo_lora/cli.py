@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from echo_lora import __version__
+from echo_lora.environment import require_place
 from echo_lora.errors import EchoError, shortened
 from echo_lora.sources import expanded
 
@@ -115,6 +116,8 @@ def train(
     from echo_lora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if not resume:
+        require_place(loaded.output)
     with _starting():
         from echo_lora.run import run
 
@@ -229,6 +232,8 @@ def evaluate(
     traceback: TracebackOption = False,
 ) -> None:
     """Score adapter and base on the recipe's tasks. Without an adapter, the base alone."""
+    if output is not None:
+        require_place(output, is_file=True)
     with _starting():
         from echo_lora.files import locked
         from echo_lora.scoring import resolve, score_recipe, write_scores
@@ -288,6 +293,7 @@ def merge(
     traceback: TracebackOption = False,
 ) -> None:
     """Merge an adapter into its base. Logits are compared before anything is written."""
+    require_place(output)
     with _starting():
         from echo_lora.merge import merge as merge_adapter
 
@@ -343,6 +349,7 @@ def demo(
     traceback: TracebackOption = False,
 ) -> None:
     """Train LoRA and Echo-LoRA on the same rows, score both and the base."""
+    require_place(output)
     with _starting():
         from echo_lora.demo import run_demo
 
@@ -389,6 +396,7 @@ def bench(
     traceback: TracebackOption = False,
 ) -> None:
     """Measure seconds and memory of a training step: Echo-LoRA, LoRA, and TRL's own."""
+    require_place(output)
     with _starting():
         from echo_lora.bench import NOTES, run_bench
 
@@ -433,6 +441,7 @@ def compare(
     if minutes is not None and not math.isfinite(minutes):
         raise typer.BadParameter("--minutes must be a finite number; leave it out for no limit")
     loaded = load_study(study, overrides or ())
+    require_place(loaded.output)
     options = None if slurm is None else slurm_options(slurm)
     with _starting():
         from echo_lora.study.compare import Engine
@@ -476,6 +485,7 @@ def import_(
     """Import the benchmarks: rows with whole prompts, task files for lm-eval, a recipe. Counts are checked."""
     if hub != (output is None):
         raise typer.BadParameter("give SOURCE and OUTPUT, or --hub and OUTPUT")
+    require_place(output or source)
     with _starting():
         from echo_lora.import_data import import_data
 

@@ -7,6 +7,7 @@ already is not trained again; an arm that was interrupted is resumed.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def _run_demo(output: Path) -> list[Line]:
 
 
 def _trained(folder: Path, setting: str) -> RunResult:
-    if not (folder / RUN_FILE).is_file():
+    if not os.path.isfile(folder / RUN_FILE):
         command = [
             sys.executable,
             "-m",

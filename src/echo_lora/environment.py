@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from echo_lora.errors import EchoConfigError
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 # What each package that may be missing is for.
@@ -58,6 +63,42 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def require_place(path: str | Path, *, is_file: bool = False) -> None:
+    """Raises EchoConfigError if no folder, or no file, can be made at a path: before hours of work, not after.
+
+    What is there already is no concern of this function if it is of the right kind.
+    """
+    name, kind = str(path), "file" if is_file else "folder"
+    if name.startswith("~"):
+        raise EchoConfigError(
+            f"{name}: there is no such home folder. Write the whole path, or ./~ for a name with a ~."
+        )
+    place = Path(os.path.abspath(name))
+    try:
+        there = place
+        while (mode := _mode(there)) is None:
+            there = there.parent
+        if there == place:
+            if not (stat.S_ISREG(mode) if is_file else stat.S_ISDIR(mode)):
+                raise OSError(f"it is there and is no {kind}")
+        elif not stat.S_ISDIR(mode):
+            raise OSError(f"{there} is no folder")
+        else:
+            os.rmdir(tempfile.mkdtemp(prefix=".echo-lora-", dir=there))
+    except (OSError, ValueError) as error:
+        raise EchoConfigError(f"{name} can't be the {kind} to write: {error}. Choose another place.") from error
+
+
+def _mode(path: Path) -> int | None:
+    """The mode of what a path leads to, None if it leads to nothing. Raises OSError where it can't be looked at."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise OSError(f"{path} is a link to nothing") from None
+        return None
 
 
 def devices() -> list[str]:

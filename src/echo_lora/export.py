@@ -89,7 +89,7 @@ def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
 def read_adapter(folder: str | Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder. Raises EchoCheckpointError if the file is missing or corrupted."""
     path = Path(folder) / ADAPTER_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise EchoCheckpointError(f"{path} is missing. Name the folder that holds adapter_config.json beside it.")
     try:
         return load_file(path)

@@ -214,10 +214,10 @@ def _problem_of_instruction(name: str, row: Row) -> str | None:
     said = re.search(pattern, output)
     if said is None or said[0] != answer or not output.rstrip().endswith(answer):
         return f"answer = {answer!r}, but output = {output!r} says another one"
-    native = [row.get(column) for column in ("question", "choices", "label")]
-    if name not in BENCHMARKS or native == [None, None, None]:
+    if name not in BENCHMARKS or all(row.get(column) is None for column in ("question", "choices", "label")):
         return None
-    question, choices, label = native
+    question, choices = row.get("question"), row.get("choices")
+    label: Any = row.get("label")
     if not _is_text(question) or not isinstance(choices, list) or not all(map(_is_text, choices)):
         return f"question = {question!r} and choices = {choices!r}, which must be text and a list of texts"
     if not _is_index(label, len(choices)) or answer_of(name, choices, label) != answer:

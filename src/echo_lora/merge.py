@@ -120,8 +120,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_named_alike: b
             f"{folder} was made for {made_for}, not for {name}. Name that base as the recipe's model; or, if the two "
             f"are the same, correct base_model_name_or_path in {folder / CONFIG_FILE}."
         )
-    for problem in adapter_problems(config, saved):
-        raise EchoCheckpointError(f"{folder}: {problem}. Don't use this adapter; save it again, or fetch it again.")
+    for what in adapter_problems(config, saved):
+        raise EchoCheckpointError(f"{folder}: {what}. Don't use this adapter; save it again, or fetch it again.")
     try:
         model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
     except Exception as error:  # whatever PEFT's own code meets where none of the target modules is there, for example

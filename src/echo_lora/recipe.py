@@ -15,7 +15,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -113,7 +113,7 @@ class _Loader(yaml.SafeLoader):
     is the text that it looks like. Keys are texts, each given once. Tags are refused.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- as the base class has it
 
     def get_event(self) -> Any:
         event = super().get_event()
@@ -232,7 +232,7 @@ def _rebase(document: dict[str, Any], folder: Path) -> None:
 def _override(text: str) -> tuple[list[str], Any]:
     key, is_given, value = text.partition("=")
     keys = key.strip().split(".")
-    if not is_given or not all(keys) or len(keys) > DEEPEST:
+    if not is_given or not all(key.isprintable() and key for key in keys) or len(keys) > DEEPEST:
         raise EchoConfigError(f"--set {text}: write it as key=value, for example --set training.steps=20.")
     try:
         return keys, _parsed(value)[1]

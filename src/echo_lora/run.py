@@ -353,7 +353,7 @@ def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
     Raises EchoCheckpointError if it is not free, or holds nothing to resume.
     """
     if resume:
-        if (output / RUN_FILE).exists():
+        if os.path.exists(output / RUN_FILE):
             raise EchoCheckpointError(
                 f"{output} holds a finished run; there is nothing to resume. Its adapter is in adapter/."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def resolve(
     EchoConfigError, or EchoCheckpointError, also while another process trains into the folder.
     """
     folder = expanded(target)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         recipe = load_recipe(target, overrides)
         trained = Path(recipe.output) / "adapter"
         if adapter is None:  # which a run that is not over has not written yet

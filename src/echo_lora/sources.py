@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ def expanded(path: str | Path) -> Path:
     Raises EchoConfigError for the home of an unknown user, and for an environment variable: a recipe means the same
     everywhere, so nothing is put in for one, and a folder of that name is hardly meant.
     """
-    if _VARIABLE.search(str(path)) and not Path(path).exists():
+    if _VARIABLE.search(str(path)) and not os.path.exists(path):
         raise EchoConfigError(
             f"{path}: environment variables are not replaced in paths. Write the path out, or let your shell replace "
             'the variable, as in --set "output=$HOME/runs".'
@@ -93,7 +94,7 @@ def read_rows(
 
 def _read(path: Path) -> Iterator[Any]:
     path = expanded(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise EchoDataError(f"{path}: there is no such file. Correct the path, or put the file there.")
     if path.suffix == ".parquet":
         return _read_parquet(path)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -36,10 +37,19 @@ from echo_lora.progress import progress_console
 from echo_lora.rows import source_rows
 from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
 from echo_lora.study.execute import COMMIT, RECORD, execute, has_record, read_record, write_record
-from echo_lora.study.records import RUNS_FILE, STUDY_FILE, correct_by_task, read_runs, run_accuracy, write_archive
+from echo_lora.study.records import (
+    RUNS_FILE,
+    STUDY_FILE,
+    correct_by_task,
+    read_about,
+    read_runs,
+    run_accuracy,
+    write_archive,
+)
 from echo_lora.study.statistics import estimate_noise, power
 
 RUN_NAME = [field.name for field in fields(RunKey)]
+KNOWN = ("runs", RUNS_FILE)  # what a study's folder may hold before its file is written
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
 # differ, and standard deviation between seeds. [O]
 ASSUMED = {"accuracy": 0.5, "discordance": 0.15, "seed_sd": 0.01}
@@ -101,8 +111,8 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
     recipe.pop("output")  # the folder may be moved
     design = study.design() | {"recipe": recipe}
     if path.is_file():
-        about = json.loads(path.read_text(encoding="utf-8"))
-        begun = about["design"] | {"recipe": about["recipe"]}
+        about = read_about(path)
+        begun = about.get("design", {}) | {"recipe": about.get("recipe")}
         keys = [key for key in design if begun.get(key) != design[key]]
         if keys:
             raise EchoConfigError(
@@ -110,6 +120,12 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
                 "A design is not changed after its first run: choose another output."
             )
         return about
+    others = [name for name in os.listdir(study.output) if name not in KNOWN] if os.path.isdir(study.output) else []
+    if others:
+        raise EchoConfigError(
+            f"{study.output} has no {STUDY_FILE}, but {', '.join(sorted(others)[:3])}: it is no study's folder. Choose "
+            "another output."
+        )
     about = {
         "name": Path(study.output).name,
         "title": study.title,
@@ -305,6 +321,10 @@ def _on_this_machine(
 ) -> Iterator[tuple[RunKey, str | None]]:
     """Runs in worker processes; each run that ended, and its error. A run that another process holds comes last."""
     own = os.environ.get("OMP_NUM_THREADS") or None
+    if own is not None and not re.fullmatch("[1-9][0-9]{0,3}", own):
+        raise EchoConfigError(
+            f"OMP_NUM_THREADS = {own} must be a number of threads. Correct the variable, or unset it."
+        )
     threads = int(own or max(1, (os.cpu_count() or 1) // engine.workers))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     pool = ProcessPoolExecutor(

@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from echo_lora.model import EchoModel
 from echo_lora.rows import evaluation_rows
 from echo_lora.run import require_packages, train
 from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
-from echo_lora.study.records import write_archive
+from echo_lora.study.records import problem_of_run, write_archive
 
 RECORD = "record.json.gz"
 COMMIT = commit()  # of the code that this process has imported: the tree may move on before its last run ends
@@ -74,8 +75,11 @@ def read_record(study: Study, key: RunKey) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError) as error:
+        record = json.loads(gzip.decompress(path.read_bytes()))
+        if (problem := problem_of_run(record)) is not None:
+            raise ValueError(problem)
+        return record
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise EchoCheckpointError(f"{path} can't be read: {error}. Remove it to have this run done again.") from error
 
 
