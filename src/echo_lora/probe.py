@@ -45,7 +45,7 @@ def refuse_base(base_model: PreTrainedModel) -> None:
             f"the tokens of {name} see later ones (its configuration has {flag}={getattr(config, flag)!r}), so that "
             f"the state at the boundary would know the answer. The echo needs a causal language model. {WORKING}"
         )
-    for streams in ("altup_num_inputs", "hc_mult"):
+    for streams in ("altup_num_inputs", "hc_mult", "hc_count"):
         if (getattr(config, streams, None) or 1) > 1:
             raise EchoModelError(
                 f"the layers of {name} hand on {getattr(config, streams)} streams of hidden states ({streams}), where "
