@@ -54,7 +54,7 @@ def oracle_step(
 def _sums(
     model: Any, rows: list[tuple[list[int], list[int]]], source_layers: list[int], config: Any, train_on_prompt: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """CE(off), CE(on), divergence and CE(off) at prompt tokens, summed over these rows; z; the number of tokens."""
+    """CE(off), CE(on), divergence and CE(off) at prompt tokens, summed over tokens; z; the number of tokens."""
     base = model.get_base_model()
     B, T = len(rows), max(len(ids) for ids, _ in rows)
     input_ids = torch.zeros(B, T, dtype=torch.long)

@@ -32,6 +32,20 @@ def refuse_base(base_model: PreTrainedModel) -> None:
     config = base_model.config.get_text_config()
     if getattr(base_model.config, "is_encoder_decoder", False):
         raise EchoModelError(f"{name} is an encoder-decoder; the echo needs a decoder-only model. {WORKING}")
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise EchoModelError(
+            f"the configuration of {name} has no num_hidden_layers, so that its decoder layers can't be found. {WORKING}"
+        )
+    if getattr(config, "local_attn_chunk_length", None) is not None:
+        raise EchoModelError(
+            f"{name} trains on rows whose length is a multiple of its chunks' ({config.local_attn_chunk_length}), which the "
+            f"echo's step does not keep. {WORKING}"
+        )
+    if getattr(config, "prompt_length", None):
+        raise EchoModelError(
+            f"{name} puts {config.prompt_length} tokens of its own before each row (prompt_length), so that the boundary "
+            f"is not where the labels say. {WORKING}"
+        )
     layers_say = any(getattr(module, "is_decoder", None) is False for module in base_model.modules())
     flags = {
         "is_decoder": layers_say and getattr(config, "is_decoder", None) is False,
@@ -45,7 +59,7 @@ def refuse_base(base_model: PreTrainedModel) -> None:
             f"the tokens of {name} see later ones (its configuration has {flag}={getattr(config, flag)!r}), so that "
             f"the state at the boundary would know the answer. The echo needs a causal language model. {WORKING}"
         )
-    for streams in ("altup_num_inputs", "hc_mult"):
+    for streams in ("altup_num_inputs", "hc_mult", "hc_count"):
         if (getattr(config, streams, None) or 1) > 1:
             raise EchoModelError(
                 f"the layers of {name} hand on {getattr(config, streams)} streams of hidden states ({streams}), where "

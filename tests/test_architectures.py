@@ -1,0 +1,112 @@
+"""Every causal language model that transformers knows is exact, or refused when it is wrapped; docs/architectures.md.
+
+`python tests/test_architectures.py` writes the table of that page.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+
+import echo_lora
+from echo_lora.errors import EchoModelError
+from every_architecture import NAMES, UNTRIED, VARIANTS, tiny_echo_model_of
+from test_oracle import assert_equals_oracle, mixed_rows
+
+PAGE = Path(echo_lora.__file__).parent.parent.parent / "docs" / "architectures.md"
+BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"
+
+# Of each kind one: recurrent, hybrid, convolving, mixtures of experts, latent and indexed attention, positions of
+# their own or by column, ALiBi, sinks, chunks, and what is refused.
+QUICK = [
+    *("rwkv", "recurrent_gemma", "xlstm", "mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "falcon_h1", "zamba"),
+    *("zamba2", "nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "lfm2", "lfm3"),
+    *(
+        "kimi_linear",
+        "minimax",
+        "gpt_oss",
+        "qwen3_moe",
+        "olmoe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "jetmoe",
+    ),
+    *("minicpm3", "bart", "xglm", "biogpt", "bloom", "mpt", "falcon", "falcon (alibi=True)", "openai-gpt", "gptj"),
+    *("roberta (is_decoder=True)", "bert (is_decoder=True)", "llama4_text", "cohere2", "gemma3", "gpt_neo", "doge"),
+    *("bert", "xlnet", "xlm", "gemma3n_text", "hy_v4"),
+]
+
+
+def verdict(name: str) -> tuple[str, str]:
+    """("shared", ""), ("full", why) or ("refused", why); fails where neither pass is exact, nor the model refused."""
+    try:
+        model = tiny_echo_model_of(name)
+    except EchoModelError as error:
+        return "refused", str(error)
+    for side, rows in (("left", mixed_rows()), ("right", mixed_rows(2))):
+        assert_equals_oracle(model, rows, side=side)
+    reason = model._why_full(model.get_base_model(), model.device)
+    if reason is None:
+        assert_equals_oracle(tiny_echo_model_of(name, echo_step="full"), mixed_rows(), side="left")
+        return "shared", ""
+    return "full", reason
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_one_of_each_kind(name):
+    expected = table_of(PAGE.read_text(encoding="utf-8"))[name]
+    assert verdict(name)[0] == expected
+
+
+VERDICTS: dict[str, tuple[str, str]] = {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_one(name):
+    VERDICTS[name] = verdict(name)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_page_is_what_was_found():
+    page = PAGE.read_text(encoding="utf-8")
+    version = re.search(r"transformers (\S+),", page)
+    if version is None or version[1] != transformers.__version__:
+        pytest.skip(f"the table is that of transformers {version and version[1]}")
+    assert VERDICTS.keys() == set(NAMES), "run the whole file"
+    assert page.split(BEGIN)[1].split(END)[0].strip() == table(VERDICTS).strip()
+
+
+def table(verdicts: dict[str, tuple[str, str]]) -> str:
+    """The table in Markdown: a line for each architecture."""
+    lines = ["| model type | second pass | why |", "|---|---|---|"]
+    lines += [f"| {name} | {kind} | {short(why)} |" for name, (kind, why) in sorted(verdicts.items())]
+    counts = {kind: sum(k == kind for k, _ in verdicts.values()) for kind in ("shared", "full", "refused")}
+    head = f"transformers {transformers.__version__}, {len(verdicts)} model types: " + ", ".join(
+        f"{number} {kind}" for kind, number in counts.items()
+    )
+    untried = "; ".join(f"{name}: {why}" for name, why in sorted(UNTRIED.items()))
+    return "\n".join([f"{head}.", "", *lines, "", f"Not tried: {untried}."])
+
+
+def short(why: str) -> str:
+    return re.split(r"[.] |, so that|, so source|, where", why)[0].replace("|", "/").replace("\n", " ")
+
+
+def table_of(page: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| (.+?) \| (shared|full|refused) \|", page, re.MULTILINE))
+
+
+def test_variants_are_named_after_what_they_vary():
+    assert all(name.split(" (")[0] == model_type for name, (model_type, _) in VARIANTS.items())
+
+
+if __name__ == "__main__":
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    found = table({name: verdict(name) for name in NAMES})
+    PAGE.write_text(f"{before}{BEGIN}\n{found}\n{END}{rest.split(END)[1]}", encoding="utf-8")
