@@ -361,7 +361,7 @@ def sft_arguments(folder: Path, **kwargs) -> SFTConfig:
         "disable_tqdm": True,
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
     }
     return SFTConfig(**defaults | kwargs)
 
@@ -460,7 +460,7 @@ def test_sft_evaluates_the_plain_model(tmp_path):
 def test_sft_with_gradient_checkpointing_matches_without(tmp_path, caplog):
     losses = []
     for on in (False, True):
-        trainer = sft_trainer(tmp_path / str(on), DATASETS["prompt-completion"], gradient_checkpointing=on)
+        trainer = sft_trainer(tmp_path / str(on), DATASETS["prompt-completion"], activation_checkpointing=on)
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
