@@ -335,9 +335,12 @@ class EchoModel(PeftModelForCausalLM):
                 "is_trainable=True). To train the active one without the echo, set model.echo_enabled = False."
             )
         elif any(module.disable_adapters for module in modules.values()):
-            reason = f"the layers of the adapter {name!r} are disabled. Call model.base_model.enable_adapter_layers()."
+            reason = (
+                f"the layers of the adapter {name!r} are disabled, so it would not be trained. Call "
+                "model.base_model.enable_adapter_layers()."
+            )
         elif any(module.merged for module in modules.values()):
-            reason = f"the adapter {name!r} is merged into the base model. Call model.unmerge_adapter()."
+            reason = f"the adapter {name!r} is merged into the base, so it can't be trained. Call unmerge_adapter()."
         elif lost := self._injector.lost():
             reason = (
                 f"{lost[0]} has lost its echo, for the adapter {name!r} was made anew ({len(lost)} such modules). Call "
@@ -349,7 +352,7 @@ class EchoModel(PeftModelForCausalLM):
                 f"would be trained. Call model.set_adapter({name!r})."
             )
         if reason is not None:
-            raise EchoModelError(f"this model can't be trained with the echo: {reason}")
+            raise EchoModelError(reason)
 
     def echo_branches(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """Each branch of the echo with the weights of the LoRA module that it feeds: lora_A, lora_B."""
