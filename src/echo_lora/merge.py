@@ -18,13 +18,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from echo_lora.base_models import load_base_model, load_config, load_tokenizer
 from echo_lora.errors import EchoCheckpointError, EchoModelError
-from echo_lora.export import CONFIG_FILE, new_folder, probe_ids, read_adapter, read_adapter_config, refuse_existing
+from echo_lora.export import (
+    CONFIG_FILE,
+    TOLERANCE,
+    new_folder,
+    probe_ids,
+    read_adapter,
+    read_adapter_config,
+    refuse_existing,
+)
 from echo_lora.progress import stage
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-# Largest difference of logits after merging, relative to the largest logit: W + s·BA is rounded to the weights' type.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
