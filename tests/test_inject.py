@@ -21,9 +21,19 @@ from test_oracle import assert_equals_oracle, mixed_rows
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _LATENT = _LLAMA_LIKE | {
-    **{"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 12, "v_head_dim": 8},
-    **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
-    **{"n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 12,
+    "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
 }
 # name: (config class, arguments, the modules of layer 1 that "all-linear" adapts and the echo leaves out)
 MIXTURES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
