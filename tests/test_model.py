@@ -448,7 +448,7 @@ def test_every_architecture_takes_its_own_forward(name):
 
 
 @pytest.mark.parametrize(
-    ("extra", "words"), [({"bias": "all"}, "bias is 'all'"), ({"init_lora_weights": "pissa"}, "'pissa'")]
+    ("extra", "words"), [({"bias": "all"}, "bias is 'all'"), ({"bias": "lora_only"}, "bias is 'lora_only'")]
 )
 def test_adapters_that_could_not_be_saved_plainly(extra, words):
     with pytest.raises(EchoModelError, match=words):

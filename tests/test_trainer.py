@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from architectures import VOCAB, collate, lora_config, tiny_base
+from architectures import VOCAB, collate, lora_config, random_row, tiny_base
 from echo_lora import EchoCallback, EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
 from echo_lora.routing import is_routed
@@ -638,26 +638,28 @@ def test_a_frozen_adapter_is_refused(tmp_path):
     trainer_of(tmp_path / "again", model).train()
 
 
-def make_anew(model) -> None:
-    model.base_model.delete_adapter("default")
-    model.add_adapter("default", lora_config())
-    model.set_adapter("default")
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda model: model.base_model.disable_adapter_layers(), "are disabled"),
         (lambda model: model.merge_adapter(), "is merged"),
-        (make_anew, "lost its echo"),
     ],
-    ids=["disabled", "merged", "made anew"],
+    ids=["disabled", "merged"],
 )
 def test_an_adapter_that_the_echo_does_not_reach_is_refused(tmp_path, change, words):
     model = echo_model(injection_site="lora_input")
     change(model)
     with pytest.raises(EchoModelError, match=words):
         model.set_routing_clock(0, 5)
+
+
+def test_the_echo_follows_an_adapter_that_is_made_anew():
+    model = echo_model(injection_site="lora_input", routing_schedule="constant")
+    model.base_model.delete_adapter("default")
+    model.add_adapter("default", lora_config(init_lora_weights=False))
+    model.set_adapter("default")
+    model.train()(**collate([random_row(torch.Generator().manual_seed(0), 5, 3)])).loss.backward()
+    assert all(branch.W2.weight.grad.any() for branch in model.echo.branches.values())
 
 
 def test_an_adapter_changed_during_training_is_refused(tmp_path):

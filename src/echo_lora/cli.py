@@ -170,6 +170,7 @@ def plan(recipe: RecipeArgument, overrides: SetOption = None, traceback: Traceba
 
     loaded = load_recipe(recipe, overrides or ())
     with _starting():
+        from echo_lora.inject import listed
         from echo_lora.plan import plan as plan_recipe
 
     planned = plan_recipe(loaded)
@@ -186,6 +187,7 @@ def plan(recipe: RecipeArgument, overrides: SetOption = None, traceback: Traceba
                 "target layers": "\n".join(
                     f"{layer}: {', '.join(names)}" for layer, names in planned.target_layers.items()
                 ),
+                **({"without echo": listed(planned.without_echo)} if planned.without_echo else {}),
                 "echo-on pass": (planned.why_full and f"in full: {planned.why_full}") or "on the answer only",
             }
         )

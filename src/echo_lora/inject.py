@@ -20,10 +20,15 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import BlockDiagonalLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from echo_lora.errors import EchoModelError
+
+# PEFT's variants of LoRA that run the module lora_A, as LoRA without a variant does; others compute with its weights.
+RUNS_LORA_A = ("DoraLinearVariant", "KasaLinearVariant", "MiCALinearVariant", "BdLoraLinearVariant")
 
 
 @dataclass(frozen=True)
@@ -53,29 +58,79 @@ def decoder_layers(base_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda item: item[0].count("."))
 
 
-def target_modules(base_model: PreTrainedModel, target_layers: list[int], adapter: str) -> dict[str, LoraLayer]:
-    """The LoRA-wrapped linear modules of the target layers, by their full name in the base model.
+def target_modules(
+    base_model: PreTrainedModel, target_layers: list[int], adapter: str, site: str
+) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+    """The LoRA modules of the target layers that the echo enters, and those that keep their LoRA without it, with why.
 
-    Raises EchoModelError if a target layer holds none.
+    Both by their full name in the base model. The echo enters linear modules that see each token of each row once, in
+    its place. Raises EchoModelError if a target layer holds none, or if the low-rank branch of one has no input where
+    site `lora_input` could add the echo.
     """
+    for name, module in base_model.named_modules():
+        base_layer = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if isinstance(base_layer, nn.Linear) and type(base_layer).__name__.endswith("Router"):
+            raise EchoModelError(
+                f"{name} is a router that gives several tensors, and PEFT can't run it as the linear layer that it "
+                f"takes it for. Leave it out: LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])."
+            )
     prefix, layers = decoder_layers(base_model)
     found: dict[str, LoraLayer] = {}
+    without: dict[str, str] = {}
     for index in target_layers:
-        in_layer = {
-            f"{prefix}.{index}.{name}": module
-            for name, module in layers[index].named_modules()
-            if isinstance(module, LoraLayer)
-            and adapter in module.lora_A
-            and isinstance(module.lora_A[adapter], nn.Linear)
+        layer, name = layers[index], f"{prefix}.{index}"
+        adapted = {
+            f"{name}.{path}": (module, _why_without_echo(layer, path, module, adapter))
+            for path, module in layer.named_modules()
+            if isinstance(module, LoraLayer) and adapter in (*module.lora_A, *module.lora_embedding_A)
         }
+        in_layer = {path: module for path, (module, why) in adapted.items() if why is None}
+        left_out = {path: why for path, (_, why) in adapted.items() if why is not None}
         if not in_layer:
+            but = f" ({listed(left_out)})" if left_out else ""
             raise EchoModelError(
-                f"target layer {index} ({prefix}.{index}) holds no LoRA linear module of adapter {adapter!r}, so "
-                "the echo has nowhere to go. Widen LoraConfig.target_modules or layers_to_transform, "
-                "or choose other target_layers."
+                f"target layer {index} ({name}) holds no LoRA linear module of adapter {adapter!r} that the echo could "
+                f"enter{but}. Widen LoraConfig.target_modules or layers_to_transform, or choose other target_layers."
             )
         found |= in_layer
-    return found
+        without |= left_out
+    if site == "lora_input":
+        for name, module in found.items():
+            variant = module.lora_variant.get(adapter)
+            kind = getattr(variant, "__name__", type(variant).__name__)
+            if variant is not None and kind not in RUNS_LORA_A:
+                raise EchoModelError(
+                    f"{name} is adapted by PEFT's {kind}, which reads the weights of lora_A and never runs it: an echo "
+                    "at its input could not learn. Use injection_site='output'."
+                )
+    return found, without
+
+
+def _why_without_echo(layer: nn.Module, path: str, module: LoraLayer, adapter: str) -> str | None:
+    """Why the echo can't enter a LoRA module, found by its type and its path in the layer; None if it can."""
+    if isinstance(module, ParamWrapper):
+        return "adapts a parameter, such as those of experts and routers"
+    if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], (nn.Linear, BlockDiagonalLinear)):
+        return f"adapts a layer of type {type(module.get_base_layer()).__name__}, which is not linear"
+    if isinstance(module, MultiheadAttention):
+        return "adapts an attention as a whole"
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        if "expert" in parts[end - 1] and isinstance(layer.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return "belongs to one of several experts, which sees some tokens only"
+    if parts[-1] == "kv_b_proj":  # multi-head latent attention
+        return "expands cached states of all tokens, the prefix's too"
+    return None
+
+
+def listed(reasons: dict[str, str]) -> str:
+    """Modules by reason, as text; of many with one reason, the first."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        by_reason.setdefault(why, []).append(name)
+    return "; ".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} {why}" for why, names in by_reason.items()
+    )
 
 
 class Setting(AbstractContextManager[None]):
@@ -100,27 +155,46 @@ class Injector:
         self.adapter = adapter
         self.modules = modules
         self.current: Injection | None = None
-        self._hooked: dict[str, nn.Module] = {}
+        self._hooked: dict[str, nn.Module] = {}  # lora_A of each module, at site lora_input
+        self._reached: set[str] = set()
         for name, module in modules.items():
-            self._hooked[name] = module.lora_A[adapter]
             # bound methods and partials, not closures: a deep copy of the model copies its hooks with it
             if site == "lora_input":
-                module.lora_A[adapter].register_forward_pre_hook(partial(self._add_to_input, name))
+                self._hooked[name] = module.lora_A[adapter]
+                self._hooked[name].register_forward_pre_hook(partial(self._add_to_input, name))
             else:
                 module.register_forward_hook(partial(self._add_to_output, name))
+
+    def follow(self, base_model: nn.Module) -> None:
+        """Move to the lora_A that a module has now: PEFT replaces it where EVA changes the rank.
+
+        Raises EchoModelError for a module that has left the model, as one whose rank EVA makes 0.
+        """
+        module: Any  # for the checker, a module found by isinstance has no attributes of its class
+        for name, module in self.modules.items():
+            lora_A = module.lora_A
+            if base_model.get_submodule(name) is not module or self.adapter not in lora_A:
+                raise EchoModelError(
+                    f"{name} lost its adapter {self.adapter!r} after the echo was attached to it, so its echo can't "
+                    "learn. Keep the adapter; with EVA use EvaConfig(rho=1.0), which moves no rank between modules."
+                )
+            if name in self._hooked and self._hooked[name] is not lora_A[self.adapter]:
+                self._hooked[name] = lora_A[self.adapter]
+                self._hooked[name].register_forward_pre_hook(partial(self._add_to_input, name))
+
+    def require_reached(self) -> None:
+        """Raises EchoModelError if injecting passes have run some modules and left out others, which never learn."""
+        missing = [name for name in self.modules if name not in self._reached]
+        if missing and self._reached:  # compiled code does not tell
+            raise EchoModelError(
+                f"{missing[0]} was not run in the echo-on pass ({len(missing)} such modules), so its echo can't learn. "
+                "Leave it out of LoraConfig.target_modules, or choose other target_layers."
+            )
 
     @staticmethod
     def widths(modules: dict[str, LoraLayer], site: str) -> dict[str, int]:
         """Number of features that δ needs for each module at this site."""
         return {n: m.in_features if site == "lora_input" else m.out_features for n, m in modules.items()}
-
-    def lost(self) -> list[str]:
-        """Modules whose lora_A is another one than the echo was made for."""
-        return [
-            name
-            for name, module in self.modules.items()
-            if self.adapter not in module.lora_A or module.lora_A[self.adapter] is not self._hooked[name]
-        ]
 
     def injecting(self, injection: Injection | None) -> AbstractContextManager[None]:
         """Add this to every forward inside; None adds nothing."""
@@ -160,14 +234,20 @@ class Injector:
 
         return measure
 
+    def _reach(self, name: str) -> None:
+        if not torch.compiler.is_compiling():
+            self._reached.add(name)
+
     def _add_to_input(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self.current is None or _is_weight_probe(args[0]):
             return None
+        self._reach(name)
         return (_add(args[0], self.current, name), *args[1:])
 
     def _add_to_output(self, name: str, layer: LoraLayer, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self.current is None or self.adapter not in layer.active_adapters:
             return None
+        self._reach(name)
         return _add(output, self.current, name)
 
 

@@ -18,14 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from echo_lora.base_models import load_base_model, load_config, load_tokenizer
 from echo_lora.errors import EchoCheckpointError, EchoModelError
-from echo_lora.export import CONFIG_FILE, adapter_problems, probe_ids, read_adapter, read_adapter_config
+from echo_lora.export import CONFIG_FILE, TOLERANCE, adapter_problems, probe_ids, read_adapter, read_adapter_config
 from echo_lora.files import locked, new_folder, refuse_existing, remove_leftovers
 from echo_lora.progress import stage
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-# Largest difference of logits after merging, relative to the largest logit: W + s·BA is rounded to the weights' type.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)

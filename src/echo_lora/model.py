@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM, TaskType
+from peft import LoraConfig, PeftModelForCausalLM, TaskType, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -23,7 +23,7 @@ from echo_lora.config import EchoConfig
 from echo_lora.echo import EchoNetworks, apply_control, echo_representation
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.head import Head
-from echo_lora.inject import Injection, Injector, decoder_layers, target_modules
+from echo_lora.inject import Injection, Injector, decoder_layers, listed, target_modules
 from echo_lora.neftune import with_one_noise
 from echo_lora.prefix import PrefixSharing, cache_argument
 from echo_lora.probe import refuse_base, why_full_by_trial
@@ -37,10 +37,10 @@ from echo_lora.step import (
     training_step,
     why_full,
 )
+from echo_lora.variants import SUBTRACTED, changes_base
 
 logger = logging.getLogger(__name__)
 
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")  # initialisations that read or rewrite the base
 # What decides how an adapter acts, beside the names and shapes of its tensors.
 SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 IGNORED_INPUTS = {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits"}
@@ -78,13 +78,21 @@ def get_echo_model(
         )
     if peft_config.bias != "none":
         raise EchoModelError(
-            f"LoraConfig.bias is {peft_config.bias!r}: PEFT would save the echo's biases with the adapter, and can't "
-            "load a second adapter to prove a save. Use bias='none'."
+            f"LoraConfig.bias is {peft_config.bias!r}: the base's biases would be trained and saved with the adapter, "
+            "and the echo's with them. Use bias='none'; lora_bias=True gives the adapter biases of its own."
         )
-    if str(peft_config.init_lora_weights).startswith(CHANGES_BASE):
+    if peft_config.arrow_config is not None:
         raise EchoModelError(
-            f"LoraConfig.init_lora_weights is {peft_config.init_lora_weights!r}, which changes the base's weights: the "
-            "saved adapter would not fit the base that others load. Use True, 'gaussian' or 'orthogonal'."
+            "LoraConfig.arrow_config routes between adapters that are trained already; train each of them with the "
+            "echo, without it."
+        )
+    initialisation = str(peft_config.init_lora_weights)
+    if not initialisation.islower() and initialisation.lower().startswith(
+        ("pissa", "corda", "loftq", "eva", "lora_ga")
+    ):
+        raise EchoModelError(
+            f"LoraConfig.init_lora_weights is {initialisation!r}, which PEFT does not know. Write "
+            f"{initialisation.lower()!r}."
         )
     if peft_config.inference_mode:
         raise EchoModelError(
@@ -106,6 +114,8 @@ class EchoModel(PeftModelForCausalLM):
 
     echo: the echo networks; trainable, part of `parameters()` and of training checkpoints, never of an adapter.
     echo_enabled: set it to False for a plain PEFT model.
+    without_echo: the LoRA modules of the target layers that the echo does not enter, by name, with the reason.
+    initial_adapter: the adapter as it was drawn, where it was subtracted from the base's weights (PiSSA and its kin).
     """
 
     def __init__(
@@ -120,12 +130,15 @@ class EchoModel(PeftModelForCausalLM):
         base = self.get_base_model()
         _, layers = decoder_layers(base)
         source = echo_config.resolve_source_layers(len(layers))
-        modules = target_modules(base, echo_config.resolve_target_layers(len(layers)), adapter_name)
+        targets = echo_config.resolve_target_layers(len(layers))
+        modules, self.without_echo = target_modules(base, targets, adapter_name, echo_config.injection_site)
 
         self.echo_config = echo_config
+        self.initial_adapter = self._as_drawn(peft_config, adapter_name)
         self.echo_adapter = adapter_name
         self.echo_enabled = True
         self._keeps_echo = False
+        self._reaches_all = False
         self._source_layers = [layers[index] for index in source]  # a list, so that they are not registered twice
         self._injector = Injector(modules, adapter_name, echo_config.injection_site)
         self._sharing = PrefixSharing(list(layers))
@@ -141,6 +154,19 @@ class EchoModel(PeftModelForCausalLM):
         self.echo.to(next(iter(modules.values())).lora_A[adapter_name].weight.device)
         if base.is_activation_checkpointing:
             self.gradient_checkpointing_enable()
+        if self.without_echo:
+            self._say_once(f"These keep their LoRA and get no echo: {listed(self.without_echo)}.")
+        if (what := changes_base(peft_config)) is not None:
+            self._say_once(
+                f"{what} changed the base's weights, and checkpoints fit these alone. Save the adapter with "
+                "save_verified, which proves it on the base as it was."
+            )
+
+    def _as_drawn(self, config: LoraConfig, adapter_name: str) -> dict[str, Tensor] | None:
+        if not str(config.init_lora_weights).lower().startswith(SUBTRACTED):
+            return None
+        state = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     # -------------------------------------------------------------- the step
 
@@ -219,7 +245,9 @@ class EchoModel(PeftModelForCausalLM):
             shows_length=angles_depend_on_length(base.config),
             starts_together=reason is not None,
         )
-        return training_step(
+        if is_routed:
+            self._injector.follow(base)
+        output = training_step(
             with_one_noise(self._plain_forward, base.get_input_embeddings(), input_ids.shape[1]),
             self._source_layers,
             self.echo,
@@ -233,6 +261,12 @@ class EchoModel(PeftModelForCausalLM):
             num_items=num_items_in_batch,
             router_aux_loss_coef=_router_aux_loss_coef(base.config),
         )
+        if is_routed and not self._reaches_all:
+            self._reaches_all = True
+            drops_layers = bool(getattr(base.config.get_text_config(), "layerdrop", False))
+            if not (_is_compiled(base) or drops_layers):
+                self._injector.require_reached()
+        return output
 
     def set_routing_clock(self, step: int, total_steps: int) -> None:
         """Tell which optimizer step (from 0) of how many comes next; routing is a function of it.
@@ -341,11 +375,6 @@ class EchoModel(PeftModelForCausalLM):
             )
         elif any(module.merged for module in modules.values()):
             reason = f"the adapter {name!r} is merged into the base, so it can't be trained. Call unmerge_adapter()."
-        elif lost := self._injector.lost():
-            reason = (
-                f"{lost[0]} has lost its echo, for the adapter {name!r} was made anew ({len(lost)} such modules). Call "
-                "get_echo_model again, on the base model."
-            )
         elif not any(p.requires_grad for n, p in self.base_model.named_parameters() if name in n.split(".")):
             reason = (
                 f"every parameter of the adapter {name!r} is frozen, so that only the echo, which is not deployed, "
@@ -526,7 +555,7 @@ class EchoModel(PeftModelForCausalLM):
         if not base.training:
             return False
         functions = _checkpoint_functions(base)
-        if functions and any(getattr(m, "_compiled_call_impl", None) is not None for m in base.modules()):
+        if functions and _is_compiled(base):
             raise EchoModelError(
                 "torch.compile can't trace gradient checkpointing with a context, which the echo needs. Compile no "
                 "layer, or set gradient_checkpointing=False (activation_checkpointing in newer transformers)."
@@ -606,6 +635,10 @@ def _refuse_packed(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Non
             f"attention_mask has shape {tuple(attention_mask.shape)}; the echo aligns rows by a (rows, tokens) mask "
             "with 1 at tokens and 0 at padding. Pass that one."
         )
+
+
+def _is_compiled(base: PreTrainedModel) -> bool:
+    return any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in base.modules())
 
 
 def _router_aux_loss_coef(config: Any) -> float:

@@ -21,7 +21,7 @@ from echo_lora.config import EchoConfig
 from echo_lora.data import PreparedData, Segment, preview_segments
 from echo_lora.environment import peak_memory
 from echo_lora.errors import EchoModelError
-from echo_lora.inject import decoder_layers, target_modules
+from echo_lora.inject import decoder_layers
 from echo_lora.losses import CHUNK_ELEMENTS
 from echo_lora.model import EchoModel
 from echo_lora.progress import stage
@@ -60,6 +60,7 @@ class Plan:
     echo_kind: str | None  # None without the echo
     source_layers: list[str]
     target_layers: dict[str, list[str]]  # the modules in each that receive the echo
+    without_echo: dict[str, str]  # those that keep their LoRA without it, and why
     base_parameters: int
     deployed_parameters: int  # of the adapter: what is saved
     echo_parameters: int  # trained beside it and thrown away
@@ -121,6 +122,7 @@ def plan(recipe: Recipe) -> Plan:
         echo_kind=config.echo_kind if recipe.echo else None,
         source_layers=sources,
         target_layers=targets,
+        without_echo=model.without_echo if isinstance(model, EchoModel) else {},
         base_parameters=_base_parameters(model),
         deployed_parameters=deployed,
         echo_parameters=echo,
@@ -160,7 +162,7 @@ def _named_layers(
     targets: dict[str, list[str]] = {}
     for index in config.resolve_target_layers(len(layers)):
         layer = f"{prefix}.{index}"
-        names = target_modules(base, [index], model.echo_adapter)
+        names = [name for name in model._injector.modules if name.startswith(f"{layer}.")]
         targets[layer] = [name.removeprefix(f"{layer}.") for name in names]
     return sources, targets
 

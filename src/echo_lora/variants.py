@@ -1,0 +1,19 @@
+"""Variants of LoRA whose adapter fits no other base: PEFT changes the base's weights when it makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftConfig
+
+SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # initialisations that take s·B A, as drawn, out of the base
+
+
+def changes_base(config: PeftConfig | Mapping[str, Any]) -> str | None:
+    """What makes this adapter change the base's weights when it is created, if anything does."""
+    values = config if isinstance(config, Mapping) else vars(config)
+    initialisation = values.get("init_lora_weights")
+    if str(initialisation).lower().startswith((*SUBTRACTED, "loftq")):
+        return f"init_lora_weights={initialisation!r}"
+    return "kasa_config" if values.get("kasa_config") else None
