@@ -191,6 +191,10 @@ def evaluate(
         bool,
         typer.Option("--run-generated-code", help="allow tasks of kind code, which run what the model writes"),
     ] = False,
+    allow_unsandboxed: Annotated[
+        bool,
+        typer.Option("--allow-unsandboxed", help="run it even where no sandbox works: it can then read your files"),
+    ] = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Score adapter and base on the recipe's tasks. Without an adapter, the base alone."""
@@ -198,7 +202,13 @@ def evaluate(
         from echo_lora.scoring import resolve, score_recipe, write_scores
 
     recipe, found = resolve(target, overrides or (), adapter)
-    scores = score_recipe(recipe, found, with_base=base, run_generated_code=run_generated_code)
+    scores = score_recipe(
+        recipe,
+        found,
+        with_base=base,
+        run_generated_code=run_generated_code,
+        allow_unsandboxed=allow_unsandboxed,
+    )
     if found is not None:
         _print_pairs({"adapter": str(found)})
     _print_table(

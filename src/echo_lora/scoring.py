@@ -15,9 +15,10 @@ from echo_lora.errors import EchoCheckpointError
 from echo_lora.evaluate import TaskResult, score
 from echo_lora.evaluate.benchmarks import commonsense_average
 from echo_lora.evaluate.harness import require_permission
+from echo_lora.evaluate.programs import described
 from echo_lora.export import CONFIG_FILE, write_file
 from echo_lora.merge import load_adapter
-from echo_lora.progress import stage
+from echo_lora.progress import progress_console, stage
 from echo_lora.recipe import load_recipe, recipe_of_run
 from echo_lora.rows import evaluation_rows
 from echo_lora.run import RUN_FILE
@@ -71,18 +72,26 @@ def resolve(
 
 
 def score_recipe(
-    recipe: Recipe, adapter: Path | None, *, with_base: bool, run_generated_code: bool = False
+    recipe: Recipe,
+    adapter: Path | None,
+    *,
+    with_base: bool,
+    run_generated_code: bool = False,
+    allow_unsandboxed: bool = False,
 ) -> list[Scores]:
     """Score the adapter on the recipe's evaluation tasks, the base before it if asked for or if there is no adapter.
 
-    run_generated_code: as of `score`. Raises EchoConfigError if a task needs it and it is not given,
-    EchoCheckpointError if the adapter does not fit the recipe's model.
+    run_generated_code, allow_unsandboxed: as of `score`. Raises EchoConfigError if a task needs them and they are
+    not given, EchoCheckpointError if the adapter does not fit the recipe's model.
     """
-    require_permission([task.build() for task in recipe.evaluation.tasks], run_generated_code)
+    require_permission([task.build() for task in recipe.evaluation.tasks], run_generated_code, allow_unsandboxed)
+    if any(task.kind == "code" for task in recipe.evaluation.tasks):
+        progress_console().print(f"Generated code runs {described(allow_unsandboxed)}")
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     options: dict[str, Any] = {
         "batch_size": recipe.evaluation.batch_size,
         "run_generated_code": run_generated_code,
+        "allow_unsandboxed": allow_unsandboxed,
     }
     with stage("Rendering the rows of the evaluation"):
         tasks = evaluation_rows(recipe, tokenizer)
