@@ -49,7 +49,9 @@ METRIC = {"generate": "exact_match", "number": "exact_match", "code": "pass_at_1
 class EvalTask(BaseModel, extra="forbid", frozen=True):
     """One evaluation task. Raises EchoConfigError, which names the field, on construction."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name in results: letters, digits, _ and -")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-]+$", max_length=100, description="name in results: letters, digits, _ and -"
+    )
     file: str | None = Field(None, description="JSONL file with one row per line; none if rows come from elsewhere")
     kind: Kind = Field(
         "generate",
@@ -63,7 +65,9 @@ class EvalTask(BaseModel, extra="forbid", frozen=True):
         "that matched; default: the first line",
     )
     max_new_tokens: int = Field(32, ge=1, description="longest generated answer; higher is slower")
-    num_beams: int = Field(1, ge=1, description="beams of the search for an answer; 1: greedy; more are slower")
+    num_beams: int = Field(
+        1, ge=1, le=1000, description="beams of the search for an answer; 1: greedy; more are slower"
+    )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="strings that end an answer, beside the tokenizer's end of sequence"
     )
@@ -133,6 +137,8 @@ def check_rows(task: EvalTask, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
     documents = []
     for index, row in enumerate(islice(rows, task.limit)):
         where = location(task, index)
+        if not isinstance(row, Mapping):
+            raise EchoDataError(f"{where}: {shorten(repr(row), 80)} is no row. Give an object with named fields.")
         documents.append(check(task, where, row))
         if "group" in row or (index and "group" in documents[0]):
             documents[-1]["group"] = _text(where, row, "group")
@@ -165,6 +171,8 @@ def _check_choice(task: EvalTask, where: str, row: Mapping[str, Any]) -> dict[st
         _field(where, row, "label"),
     )
     is_list = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
+    for choice in choices if is_list else ():
+        _check_unicode(where, "choices", choice)
     if not is_list or len(set(choices)) != len(choices) or len(choices) < 2:
         raise EchoDataError(f"{where}: choices = {choices!r} must be a list of at least two different texts.")
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
@@ -223,7 +231,16 @@ def _text(where: str, row: Mapping[str, Any], name: str) -> str:
     value = _field(where, row, name)
     if not isinstance(value, str) or not value.strip():
         raise EchoDataError(f"{where}: {name} = {value!r} must be text that is not blank.")
+    _check_unicode(where, name, value)
     return value
+
+
+def _check_unicode(where: str, name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = f"half of a surrogate pair at character {error.start}"
+        raise EchoDataError(f"{where}: {name} is no text: it has {bad}. Remove it.") from None
 
 
 def _field(where: str, row: Mapping[str, Any], name: str) -> Any:
