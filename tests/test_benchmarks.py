@@ -415,7 +415,14 @@ def no_dev(folder: Path) -> None:
 
 def three_choices(folder: Path) -> None:
     no_dev(folder)
-    write_json(folder / "mmlu" / "dev.json", [{"subject": "a", "question": "q", "choices": [*"abc"], "answer": 0}])
+    rows = [{"subject": "a", "question": "q", "choices": [*"abc"], "answer": 0}] * 5
+    write_json(folder / "mmlu" / "dev.json", rows)
+
+
+def one_example(folder: Path) -> None:
+    no_dev(folder)
+    rows = [{"subject": "a", "question": "q", "choices": [*"abcd"], "answer": 0}]
+    write_json(folder / "mmlu" / "dev.json", rows)
 
 
 SOUND: dict[str, dict[str, Any]] = {
@@ -438,7 +445,7 @@ def row_of(task: str, **changes: Any):
     def make(folder: Path) -> None:
         write_json(folder / task / "test.json", [SOUND[task], SOUND[task] | changes])
         if task == "mmlu":
-            write_json(folder / task / "dev.json", [SOUND[task]])
+            write_json(folder / task / "dev.json", [SOUND[task]] * 5)
 
     return make
 
@@ -482,6 +489,7 @@ def empty_task(folder: Path) -> None:
         ),
         (row_of("gsm8k", answer="It is four."), r"row 1 has answer = 'It is four.', in which there is no number"),
         (row_of("humaneval", entry_point="g"), r"row 1 has entry_point = 'g', which is no function of its prompt"),
+        (one_example, r"mmlu.test\.json: mmlu: dev has 1 examples of the subject 'a'"),
         (empty_task, r"boolq has no train or test file"),
         (lambda folder: None, r"in: there is no such folder or file"),
         (lambda folder: folder.mkdir(), r"in has no folder of a known task"),
@@ -712,6 +720,13 @@ def test_mmlu_has_five_examples_of_its_subject_and_two_averages(small):
     assert result.macro_accuracy == pytest.approx((sum(right[:7]) / 7 + sum(right[7:]) / 3) / 2)
 
 
+def test_mmlu_is_not_asked_with_fewer_examples():
+    row = {"subject": "anatomy", "question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1}
+    assert benchmark_rows("mmlu", "test", [row], [row] * 5)[0]["prompt"].count("Which?") == 6
+    with pytest.raises(EchoDataError, match="dev has 4 examples of the subject 'anatomy'; each prompt needs five"):
+        benchmark_rows("mmlu", "test", [row], [row] * 4 + [row | {"subject": "law"}])
+
+
 def test_a_group_is_given_in_every_row_or_in_none(tokenizer):  # noqa: F811
     rows = [{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "1", "group": "a"}]
     model = Scripted(tokenizer, {"p": "1</s>", "q": "1</s>"})
@@ -751,6 +766,7 @@ TEST = "def check(candidate):\n    assert candidate(2) == 4\n"
 
 
 @needs_data
+@pytest.mark.slow
 def test_canonical_solutions_pass_and_empty_ones_do_not():
     def is_right(row: dict[str, Any], answer: str) -> float:
         return process_code_unsandboxed(row, [answer])["pass_at_1"]

@@ -432,6 +432,11 @@ GOOD_CODE = {"prompt": "def f(x):\n", "test": "def check(f):\n    assert f(1) ==
         ("generate", {"prompt": "p", "answer": " "}, "answer = ' '"),
         ("generate", {"prompt": "p", "answer": 7}, "answer = 7"),
         ("generate", {"prompt": "", "answer": "a"}, "prompt = ''"),
+        ("generate", {"prompt": "p\ud800", "answer": "a"}, "prompt is no text: it has half of a surrogate pair at"),
+        ("generate", {"prompt": "p", "answer": "\ud800"}, "answer is no text"),
+        ("choice", GOOD_CHOICE | {"choices": ["a", "\udfff"]}, "choices is no text"),
+        ("generate", "text", "'text' is no row"),
+        ("choice", None, "None is no row"),
         ("generate", {"prompt": "p", "answer": "a\nb"}, "answer_pattern"),
         ("choice", {"choices": ["a", "b"], "label": 0}, "field 'prompt' is missing"),
         ("choice", {"prompt": "p", "label": 0}, "field 'choices' is missing"),
@@ -508,6 +513,8 @@ def test_empty_task_is_named(tmp_path: Path) -> None:
             "answer_pattern is for kind 'generate' and has no meaning for 'code'",
         ),
         ({"num_beams": 0}, "num_beams = 0"),
+        ({"num_beams": 10**9}, "num_beams = 1000000000"),
+        ({"name": "a" * 300}, "name = 'aaa"),
     ],
 )
 def test_bad_field_is_named(values: dict[str, Any], message: str) -> None:
@@ -538,7 +545,46 @@ def test_every_field_has_its_help() -> None:
 def test_name_is_used_once(tokenizer: PreTrainedTokenizerFast, quick: Any) -> None:
     task = EvalTask(name="quiz"), quick[1]
     assert "'quiz' is given 2 times" in refusal(EchoConfigError, tokenizer, [task, task])
+    # two files where the file system tells capitals apart, one where it does not
+    assert "'quiz' is given 2 times" in refusal(EchoConfigError, tokenizer, [task, (EvalTask(name="Quiz"), quick[1])])
     assert "no evaluation task" in refusal(EchoConfigError, tokenizer, [])
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "auto", True])
+def test_batch_size_is_a_number_of_rows(tokenizer: PreTrainedTokenizerFast, quick: Any, size: Any) -> None:
+    with pytest.raises(EchoConfigError, match="batch_size = "):
+        score(quick[0], tokenizer, [(EvalTask(name="quiz"), quick[1])], batch_size=size)
+
+
+def test_tasks_may_come_one_by_one(tokenizer: PreTrainedTokenizerFast, quick: Any) -> None:
+    tasks = ((EvalTask(name=name, max_new_tokens=2), quick[1]) for name in "ab")
+    assert [result.total for result in score(quick[0], tokenizer, tasks)] == [3, 3]
+    code = ((EvalTask(name="c", kind="code"), [GOOD_CODE]) for _ in range(1))
+    with pytest.raises(EchoConfigError, match="--run-generated-code"):
+        score(quick[0], tokenizer, code)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("generate", {"prompt": "p<new>"}),
+        ("choice", {"prompt": "p<new>"}),
+        ("choice", {"choices": ["a", "<new>"]}),
+    ],
+)
+def test_token_that_the_model_does_not_know_is_named(
+    tokenizer: PreTrainedTokenizerFast, kind: Any, changes: dict[str, Any]
+) -> None:
+    model = llama(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    row = {"prompt": "p", "answer": "a", "choices": ["a", "b"], "label": 0}
+    task = EvalTask(name="quiz", kind=kind, max_new_tokens=2)
+    assert score(model, tokenizer, [(task, [row])])[0].total == 1
+    size = model.config.vocab_size
+    message = refusal(EchoDataError, tokenizer, [(task, [row | changes])], model)
+    assert message.startswith(
+        f"quiz: row 0: the token '<new>' has the id {size}, but the model has embeddings for {size}"
+    )
 
 
 @pytest.mark.parametrize("kind", ["generate", "choice"])

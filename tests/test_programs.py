@@ -396,22 +396,24 @@ def check(look):
     import os, sys
     if where == "parts":
         return [path.split("/")[1] for path in (sys.prefix, sys.base_prefix)]
-    found = [path for path in (where, "/proc/1", "/tmp", "/etc/passwd", "/sys/kernel") if os.path.exists(path)]
+    found = [path for path in (where, "/proc/1", "/etc/passwd", "/sys/kernel") if os.path.exists(path)]
     return os.listdir("/"), dict(os.environ), found
 """
     assert programs.passes("def look(where):\n", answer, test, "look")
 
 
 @linux
-def test_programs_die_with_the_one_who_started_them(tmp_path):
+@pytest.mark.parametrize("place", ["sandboxed", "bare"])
+def test_programs_do_not_outlive_the_one_who_started_them(tmp_path, place):
     """kill -9 while a program sleeps."""
     script = (
         "import sys, tempfile; from echo_lora.evaluate import programs; tempfile.tempdir = sys.argv[1]\n"
         "programs.CLOCK_SECONDS = 3\n"
+        "if sys.argv[2] == 'bare': programs._sandbox = lambda: ((), 'none')\n"
         "programs.passes('def f(x):\\n', '    import time; time.sleep(600)\\n', 'def check(f): f(1)', 'f', "
         "allow_unsandboxed=True)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
+    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), place])
     for _ in range(300):
         solutions = [process for process in processes_in(tmp_path) if "solution" in process.cmdline()]
         if solutions and solutions[-1].status() == psutil.STATUS_SLEEPING:
@@ -447,9 +449,10 @@ def test_a_sandbox_that_does_not_work_is_none(monkeypatch, tmp_path):
 
 
 def test_a_program_that_does_not_start_is_no_wrong_answer(monkeypatch):
-    monkeypatch.setattr(programs, "confinement", lambda allow: ("false",))
-    with pytest.raises(EchoError, match="did not start"):
-        programs.passes("def f(x):\n", "    return 4\n", TEST, "f")
+    for command, message in (("false", "did not start"), ("no-such-program", "could not be started: .*No such file")):
+        monkeypatch.setattr(programs, "confinement", lambda allow, command=command: (command,))
+        with pytest.raises(EchoError, match=message):
+            programs.passes("def f(x):\n", "    return 4\n", TEST, "f")
 
 
 def test_where_programs_can_start_others_none_is_run(monkeypatch):

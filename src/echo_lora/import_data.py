@@ -434,6 +434,8 @@ def _write_rows(folder: Path, name: str, found: _Found, hold_out: int) -> None:
             continue
         try:
             rows = _union_rows(raw) if name == UNION else benchmark_rows(name, part, raw, examples)
+        except EchoDataError as error:
+            raise EchoDataError(f"{where}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise EchoDataError(
                 f"{where}: a row does not read as one of {name}: {error!r}. Is this its file?"

@@ -17,6 +17,7 @@ from echo_lora.evaluate import TaskResult, score
 from echo_lora.evaluate.benchmarks import commonsense_average
 from echo_lora.evaluate.harness import require_permission
 from echo_lora.evaluate.programs import described
+from echo_lora.evaluate.tasks import check_rows
 from echo_lora.export import CONFIG_FILE
 from echo_lora.files import refuse_locked, write_file
 from echo_lora.merge import load_adapter
@@ -102,6 +103,8 @@ def score_recipe(
     }
     with stage("Rendering the rows of the evaluation"):
         tasks = evaluation_rows(recipe, tokenizer)
+        for task, rows in tasks:
+            check_rows(task, rows)  # before the model is loaded
     with stage(f"Loading {recipe.model}"):
         base: Any = load_base_model(
             recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from echo_lora.config import nearest
-from echo_lora.errors import EchoConfigError
+from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.evaluate.answers import read_number
 from echo_lora.evaluate.tasks import EvalTask
 
@@ -175,7 +175,8 @@ def benchmark_rows(name: str, part: str, raw: Sequence[Row], examples: Sequence[
     """Rows to train on or to score, with complete prompts, of a part's raw rows.
 
     raw: with the columns that `docs/data.md` lists. Rows of `test` have no completion: their prompt is not cut to a
-    token boundary. examples: the rows of mmlu's part dev. Raises KeyError, of a column that a row does not have.
+    token boundary. examples: the rows of mmlu's part dev. Raises KeyError, of a column that a row does not have,
+    EchoDataError if there are fewer than five examples of a subject.
     """
     if benchmark_named(name).has_instructions:
         return [_instructed(row, is_test=part == "test") for row in raw]
@@ -214,6 +215,10 @@ def _shots(subject: str, examples: Sequence[Row]) -> str:
     """What stands before a question of the subject, as in lm-eval's mmlu."""
     head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
     own = [row for row in examples if row["subject"] == subject][:5]
+    if len(own) < 5:
+        raise EchoDataError(
+            f"mmlu: dev has {len(own)} examples of the subject {subject!r}; each prompt needs five. Complete it."
+        )
     return head + "".join(f"{_question(row)} {LETTERS[row['answer']]}\n\n" for row in own)
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -61,7 +61,7 @@ class TaskResult:
 def score(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[tuple[EvalTask, Iterable[Mapping[str, Any]]]],
+    tasks: Iterable[tuple[EvalTask, Iterable[Mapping[str, Any]]]],
     *,
     batch_size: int = 16,
     seed: int = 0,
@@ -81,7 +81,10 @@ def score(
     """
     if find_spec("lm_eval") is None:
         raise EchoError('Evaluation needs lm-evaluation-harness. Run: pip install "echo-lora[eval]"')
+    tasks = list(tasks)
     _check_names([task.name for task, _ in tasks])
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise EchoConfigError(f"batch_size = {batch_size!r} must be a whole number of at least 1.")
     require_permission([task for task, _ in tasks], run_generated_code, allow_unsandboxed)
     if tokenizer.eos_token_id is None:
         raise EchoModelError("The tokenizer has no eos_token, so no answer would end. Set tokenizer.eos_token.")
@@ -103,7 +106,7 @@ def score(
         for task, rows in documents:
             for index, row in enumerate(rows):
                 answer = row["choices"] if task.kind == "choice" else task.max_new_tokens
-                lm.check_length(location(task, index), row["prompt"], answer)
+                lm.check_fits(location(task, index), row["prompt"], answer)
             write_task(task, rows, folder, allow_unsandboxed=allow_unsandboxed)
         loaded = TaskManager(include_path=folder, include_defaults=False).load([task.name for task, _ in tasks])
         torch.manual_seed(seed)
@@ -132,9 +135,10 @@ def require_permission(tasks: Iterable[EvalTask], run_generated_code: bool, allo
 def _check_names(names: list[str]) -> None:
     if not names:
         raise EchoConfigError("There is no evaluation task. Give at least one.")
+    alike = [name.casefold() for name in names]  # some file systems don't tell the files of `a` and `A` apart
     for name in names:
-        if names.count(name) > 1:
-            raise EchoConfigError(f"evaluation task {name!r} is given {names.count(name)} times. Rename all but one.")
+        if (count := alike.count(name.casefold())) > 1:
+            raise EchoConfigError(f"evaluation task {name!r} is given {count} times. Rename all but one.")
 
 
 def _result(task: EvalTask, samples: list[dict[str, Any]], seconds: float) -> TaskResult:

@@ -45,8 +45,11 @@ def confine(limits: Mapping[str, int], seconds: int) -> None:
 
     nowhere = os.open(os.devnull, os.O_RDWR)
     for name, limit in limits.items():
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        own = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         try:
-            resource.setrlimit(getattr(resource, name), (limit, limit))
+            resource.setrlimit(kind, (own, own))
         except ValueError:
             if sys.platform == "linux" or name != "RLIMIT_AS":  # macOS takes no limit of its address space
                 raise

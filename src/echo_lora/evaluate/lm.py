@@ -4,7 +4,7 @@ lm-eval is made for prompts that it writes itself. Ours are rendered, so five of
 
     a token at the start (BOS)           the template has put it where it belongs
     white space at a prompt's end        is moved into the continuation; chat templates end in a newline
-    cutting prompts that are too long    `check_length` refuses them instead
+    cutting prompts that are too long    `check_fits` refuses them instead
     text after the end of an answer      is kept if the model's own end token is not the tokenizer's
     a blank at an answer's start         is lost where a tokenizer drops the one before a text's first word
 """
@@ -51,18 +51,35 @@ class RenderedPromptLM(HFLM):
         self.shows_progress = shows_progress
         self.seconds: dict[str, float] = {}
 
-    def check_length(self, where: str, prompt: str, answer: int | list[str]) -> None:
-        """Raise EchoDataError if a prompt and its answer don't fit into the model.
+    def check_fits(self, where: str, prompt: str, answer: int | list[str]) -> None:
+        """Raise EchoDataError if the model can't read a prompt and its answer.
 
         answer: the number of tokens to generate, or the choices to compare.
         """
-        length = len(self.tok_encode(prompt))
-        room = answer if isinstance(answer, int) else max(len(self._encode_pair(prompt, text)[1]) for text in answer)
-        if length + room > self.max_length:
+        ids = self.tok_encode(prompt)
+        choices = [] if isinstance(answer, int) else [self._encode_pair(prompt, text)[1] for text in answer]
+        if not ids or not all(choices):
+            raise EchoDataError(f"{where}: the tokenizer makes no token of the prompt or a choice. Leave the row out.")
+        rows, largest = self._embeddings(), max(map(max, [ids, *choices]))
+        if rows is not None and largest >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
             raise EchoDataError(
-                f"{where}: the prompt has {length} tokens and the answer up to {room}, but the model takes "
+                f"{where}: the token {token!r} has the id {largest}, but the model has embeddings for {rows} tokens. "
+                "Use the model's own tokenizer, or resize the model's embeddings."
+            )
+        room = answer if isinstance(answer, int) else max(map(len, choices))
+        if len(ids) + room > self.max_length:
+            raise EchoDataError(
+                f"{where}: the prompt has {len(ids)} tokens and the answer up to {room}, but the model takes "
                 f"{self.max_length}. Shorten the prompt, lower max_new_tokens, or leave the row out."
             )
+
+    def _embeddings(self) -> int | None:
+        """How many tokens the model knows; None if it does not say."""
+        try:
+            return getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        except NotImplementedError:  # transformers' answer for a model with embeddings of its own kind
+            return None
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._by_task(super().loglikelihood, requests)

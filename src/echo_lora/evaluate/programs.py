@@ -5,13 +5,13 @@ the test, gets plain values for its calls, and alone can say that the test was p
 
     3 s of CPU time, and 10 s by the clock, after which it is killed
     2 GB of address space, no byte in any file, 64 open files, no core dump
-    no further process and no thread; what is refused is tried first
+    no further process and no thread: that none can be started is tried first
     an environment of five variables
 
-The sandbox is bubblewrap's (`bwrap`): Python's own folders, read-only, and nothing else of the machine: no network, no
-other process, no other file. Whether it works is found out by running a program in it. Where it does not, programs run
-only by permission, with the same limits: then they can read what their user can and reach the network, and one that
-means harm can do harm. The superuser's programs run as nobody, since no limit of processes holds the superuser.
+The sandbox is bubblewrap's (`bwrap`): the folders of the system and of Python, read-only; no other file, no network, no
+other process. Whether it works is found out by running a program in it. Where it does not, programs run only by
+permission, within the same limits: they can then read what their user can and reach the network, and one that means
+harm can do harm. The superuser's programs run as nobody, since no limit of processes holds the superuser.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def passes(prompt: str, answer: str, test: str, entry_point: str, *, allow_unsan
 
 @cache
 def confinement(allow_unsandboxed: bool = False) -> Command:
-    """What stands before the command of a program: the sandbox that works here, or nothing.
+    """What stands before the command of a program: the sandbox that works here; without one, at most a change of user.
 
-    Raises EchoConfigError, which says why, if there is no sandbox and none is not allowed, or limits don't hold.
+    Raises EchoConfigError, which says why, if no sandbox works and one is wanted, or if limits don't hold.
     """
     if sys.platform == "win32":
         raise EchoConfigError("this system can't limit them. Score on Linux or macOS.")
@@ -94,7 +94,7 @@ def _sandbox() -> tuple[Command, str]:
 
 
 def _bubblewrap() -> list[str]:
-    """Options of bwrap: Python's folders, and nothing else."""
+    """Options of bwrap: the folders of the system and of Python, and nothing else."""
     options = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     options += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     if _is_superuser():
@@ -132,7 +132,7 @@ def _problem(command: Command) -> str:
     program = "def double(x):\n    import statistics, zoneinfo\n    return 2 * x\n"
     try:
         is_right = _run(command, "", program, "def check(double):\n    assert double(2) == 4\n", "double")
-    except (EchoError, OSError) as error:
+    except EchoError as error:
         return str(error)
     return "" if is_right else "a program without a fault did not pass."
 
@@ -160,6 +160,8 @@ def _run(command: Command, prompt: str, answer: str, test: str, entry_point: str
                 os.close(pipes.pop(pipes.index(end)))
             said = _listen(processes[-1])
             reason = "" if said else _last_line(errors)
+        except OSError as error:
+            raise EchoError(f"a program could not be started: {error}.") from error
         finally:
             for process in processes:
                 process.kill()  # a sandbox dies as a whole; without one there is a single process

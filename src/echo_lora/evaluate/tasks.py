@@ -136,6 +136,8 @@ def check_rows(task: EvalTask, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
     documents = []
     for index, row in enumerate(islice(rows, task.limit)):
         where = location(task, index)
+        if not isinstance(row, Mapping):
+            raise EchoDataError(f"{where}: {shorten(repr(row), 80)} is no row. Give an object with named fields.")
         documents.append(check(task, where, row))
         if "group" in row or (index and "group" in documents[0]):
             documents[-1]["group"] = _text(where, row, "group")
@@ -168,6 +170,8 @@ def _check_choice(task: EvalTask, where: str, row: Mapping[str, Any]) -> dict[st
         _field(where, row, "label"),
     )
     is_list = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
+    for choice in choices if is_list else ():
+        _check_unicode(where, "choices", choice)
     if not is_list or len(set(choices)) != len(choices) or len(choices) < 2:
         raise EchoDataError(f"{where}: choices = {choices!r} must be a list of at least two different texts.")
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
@@ -226,7 +230,16 @@ def _text(where: str, row: Mapping[str, Any], name: str) -> str:
     value = _field(where, row, name)
     if not isinstance(value, str) or not value.strip():
         raise EchoDataError(f"{where}: {name} = {value!r} must be text that is not blank.")
+    _check_unicode(where, name, value)
     return value
+
+
+def _check_unicode(where: str, name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = f"half of a surrogate pair at character {error.start}"
+        raise EchoDataError(f"{where}: {name} is no text: it has {bad}. Remove it.") from None
 
 
 def _field(where: str, row: Mapping[str, Any], name: str) -> Any:
