@@ -975,7 +975,7 @@ def paths(template: Path) -> list[Case]:
     add("output of merge", NO_OUTPUT, ["merge", adapter, "PATH", "--base", base])
     add("adapter to score", NO_FOLDER, ["eval", "recipe.yaml", "--adapter", "PATH"], RECIPE)
     add("what to score", NO_FOLDER, ["eval", "PATH"])
-    scores = {name: kind for name, kind in NO_OUTPUT.items() if name not in ("a full folder", "dangling")}
+    scores = {name: kind for name, kind in NO_OUTPUT.items() if name not in ("a full folder", "a file")}
     add(
         "scores", scores | {"a folder": NO_FOLDER["a full folder"]}, ["eval", "recipe.yaml", "--output", "PATH"], RECIPE
     )
@@ -1352,6 +1352,13 @@ def adapters(template: Path, rng: random.Random) -> list[Case]:
                 "layers_pattern",
                 "layer_replication",
             }
+            late |= (
+                {
+                    "task_type",
+                }
+                if value == "SEQ_2_SEQ_LM"
+                else set()
+            )
             late |= {"target_parameters", "trainable_token_indices", "exclude_modules", "fan_in_fan_out"}
             sound: bool | None = False if key not in late else None
             add(f"{key} = {shown(value)}", setting(CONFIG, key, value), sound, two[number % 2])
