@@ -1562,6 +1562,7 @@ def bases() -> list[Case]:
             "rope_parameters",
             "rms_norm_eps",
             "dtype",
+            "quantization_config",
         }
         for number, value in enumerate(values):
             is_sound: bool | None = None if key in unsure or value is True else False
