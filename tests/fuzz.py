@@ -273,7 +273,7 @@ def judge(case, status: int | None, text: str, left: list[str]) -> tuple[str, st
         return "sound refused", end
     message = text[text.find("Error: ") :] if "Error: " in text else ""
     is_clear = message if status == 1 else "Usage: " in text
-    if not is_clear or len(text) > LONGEST or (case.says and case.says not in text):
+    if not is_clear or len(message or text) > LONGEST or (case.says and case.says not in text):
         return (
             "unclear error",
             f"{len(text)} characters{f', without {case.says!r}' if case.says not in text else ''}: {text[:600]!r}",

@@ -212,6 +212,7 @@ def keys_of_recipe(template: Path) -> dict[str, Key]:
             ["3", "[]", "on", "{prompt: 3}", "{prompt: ~}", "{3: prompt}", "{prompt: [a]}", "{on: ~}"],
             late=["{prompt: nothing}", "{prompt: prompt, completion: prompt}"],
         ),
+        "data.ignore_columns": Key(["[]", "[id]"], [*NO_LIST, "id", "['']"]),
         "data.train_on_prompt": boolean(),
         "data.chat": boolean(),
         "data.max_length": whole("128", is_null=True, absurd=("0", "1", "1000000000000000"), late=["2", "12"]),
@@ -312,8 +313,9 @@ def recipe_keys(template: Path) -> list[Case]:
     keys = keys_of_recipe(template)
     from echo_lora.recipe import recipe_table
 
-    missing = {key for key, *_ in recipe_table()} ^ keys.keys()
-    assert not missing, f"keys without a case, or cases without a key: {missing}"
+    known = {key for key, *_ in recipe_table()}
+    assert known <= keys.keys(), f"keys without a case: {known - keys.keys()}"
+    keys = {key: values for key, values in keys.items() if key in known}
     cases: list[Case] = []
 
     def add(key: str, text: str, is_sound: bool | None, commands: tuple[str, ...], also: list[str]) -> None:
@@ -975,7 +977,7 @@ def paths(template: Path) -> list[Case]:
     add("output of merge", NO_OUTPUT, ["merge", adapter, "PATH", "--base", base])
     add("adapter to score", NO_FOLDER, ["eval", "recipe.yaml", "--adapter", "PATH"], RECIPE)
     add("what to score", NO_FOLDER, ["eval", "PATH"])
-    scores = {name: kind for name, kind in NO_OUTPUT.items() if name not in ("a full folder", "dangling")}
+    scores = {name: kind for name, kind in NO_OUTPUT.items() if name not in ("a full folder", "a file")}
     add(
         "scores", scores | {"a folder": NO_FOLDER["a full folder"]}, ["eval", "recipe.yaml", "--output", "PATH"], RECIPE
     )
@@ -1352,6 +1354,13 @@ def adapters(template: Path, rng: random.Random) -> list[Case]:
                 "layers_pattern",
                 "layer_replication",
             }
+            late |= (
+                {
+                    "task_type",
+                }
+                if value == "SEQ_2_SEQ_LM"
+                else set()
+            )
             late |= {"target_parameters", "trainable_token_indices", "exclude_modules", "fan_in_fan_out"}
             sound: bool | None = False if key not in late else None
             add(f"{key} = {shown(value)}", setting(CONFIG, key, value), sound, two[number % 2])
@@ -1553,6 +1562,7 @@ def bases() -> list[Case]:
             "rope_parameters",
             "rms_norm_eps",
             "dtype",
+            "quantization_config",
         }
         for number, value in enumerate(values):
             is_sound: bool | None = None if key in unsure or value is True else False

@@ -50,6 +50,7 @@ LARGEST = {
     "intermediate_size": 10_000_000,
     "num_attention_heads": 100_000,
     "vocab_size": 100_000_000,
+    "max_position_embeddings": 1_000_000_000,
 }
 
 T = TypeVar("T")

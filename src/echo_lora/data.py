@@ -274,7 +274,8 @@ class _Template:
 
         try:
             return self.tokenizer.apply_chat_template(messages, **options | self.options)
-        except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:  # a template's own too
+        # a template's own errors too; a loop without end is an overflow to jinja
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise self._error(error) from error
 
     def _error(self, error: Exception) -> EchoDataError:

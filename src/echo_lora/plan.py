@@ -144,8 +144,12 @@ def _on_meta(recipe: Recipe) -> tuple[PreTrainedModel, PeftModel]:
     with torch.device("meta"):
         try:
             base = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32, **options)
-        except (ValueError, ImportError) as error:
-            raise EchoModelError(f"{recipe.model} can't be built: {error}. Choose another model or option.") from error
+        except (
+            Exception
+        ) as error:  # a config.json that was damaged or made by hand can make transformers raise anything
+            raise EchoModelError(
+                f"{recipe.model} can't be built: {type(error).__name__}: {error}. Choose another model or option."
+            ) from error
         model = add_adapter(recipe, base)
     model.train()
     if recipe.training.gradient_checkpointing:

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from echo_lora.base_models import load_base_model, load_tokenizer
 from echo_lora.environment import versions
-from echo_lora.errors import EchoCheckpointError
+from echo_lora.errors import EchoCheckpointError, EchoModelError
 from echo_lora.evaluate import TaskResult, score
 from echo_lora.evaluate.benchmarks import commonsense_average
 from echo_lora.evaluate.harness import require_permission
 from echo_lora.evaluate.programs import described
 from echo_lora.evaluate.tasks import check_rows
-from echo_lora.export import CONFIG_FILE
+from echo_lora.export import CONFIG_FILE, probe_ids
 from echo_lora.files import refuse_locked, write_file
 from echo_lora.merge import load_adapter
 from echo_lora.progress import progress_console, stage
@@ -110,6 +112,7 @@ def score_recipe(
             recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
         )
         model = base.eval() if adapter is None else load_adapter(base, adapter, is_named_alike=True)
+        _require_numbers(model, recipe.model if adapter is None else str(adapter))
     scores = []
     if adapter is None or with_base:
         with stage("Scoring the base", bar=False), nullcontext() if adapter is None else model.disable_adapter():
@@ -119,6 +122,17 @@ def score_recipe(
             results = score(model, tokenizer, tasks, **options)
         scores.append(Scores("adapter", str(adapter), results))
     return scores
+
+
+def _require_numbers(model: Any, name: str) -> None:
+    """Raises EchoModelError for a model whose logits are not finite: what it generates means nothing."""
+    with torch.no_grad():
+        logits = model(input_ids=probe_ids(model)).logits
+    if not logits.isfinite().all():
+        raise EchoModelError(
+            f"{name} gives logits that are not finite. Are its weights damaged, or did its training diverge? Score "
+            "another one, or another dtype."
+        )
 
 
 def write_scores(recipe: Recipe, scores: list[Scores], path: str | Path) -> None:

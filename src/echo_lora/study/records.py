@@ -306,6 +306,8 @@ def read_runs(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         if not os.path.isfile(path):
             raise OSError("it is not a file")
+        if os.path.getsize(path) > LARGEST_ARCHIVE:
+            raise OSError(f"it has more than {LARGEST_ARCHIVE:,} bytes")
         with gzip.open(path) as file:
             packed = file.read(LARGEST_ARCHIVE + 1)
         if len(packed) > LARGEST_ARCHIVE:
