@@ -40,6 +40,9 @@ QUICK = [
     *("bert", "xlnet", "xlm", "gemma3n_text", "hy_v4"),
 ]
 
+# Random models amplify rounding, to 3e-5 where queries and keys are normalised; what was wrong was off by 1e-3 or more.
+BOUND = 1e-4
+
 
 def verdict(name: str) -> tuple[str, str]:
     """("shared", ""), ("full", why) or ("refused", why); fails where neither pass is exact, nor the model refused."""
@@ -48,10 +51,10 @@ def verdict(name: str) -> tuple[str, str]:
     except EchoModelError as error:
         return "refused", str(error)
     for side, rows in (("left", mixed_rows()), ("right", mixed_rows(2))):
-        assert_equals_oracle(model, rows, side=side)
+        assert_equals_oracle(model, rows, side=side, bound=BOUND)
     reason = model._why_full(model.get_base_model(), model.device)
     if reason is None:
-        assert_equals_oracle(tiny_echo_model_of(name, echo_step="full"), mixed_rows(), side="left")
+        assert_equals_oracle(tiny_echo_model_of(name, echo_step="full"), mixed_rows(), side="left", bound=BOUND)
         return "shared", ""
     return "full", reason
 
