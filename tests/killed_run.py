@@ -1,32 +1,21 @@
-"""A training run to be killed: `python killed_run.py FOLDER [resume]`. Prints each step it ends."""
+"""A training run to be killed, in a process that has imported everything before it began."""
 
 from __future__ import annotations
 
-import sys
+import os
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-from transformers import TrainerCallback
+import matplotlib.figure  # noqa: F401
 
-from echo_lora import EchoTrainer, get_echo_model
-from test_trainer import ROUTED, arguments, collator, lora_config, rows, tiny_base
+from echo_lora.checkpoint import has_complete_checkpoint
+from echo_lora.recipe import load_recipe
+from echo_lora.run import run
 
-STEPS = 24
-
-
-class Say(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        print(f"step {state.global_step}", flush=True)
+STEPS = 8
 
 
-def main(folder: Path, *, resume: bool) -> None:
-    torch.manual_seed(5)
-    model = get_echo_model(tiny_base(), lora_config(lora_dropout=0.1), ROUTED)
-    args = arguments(folder, max_steps=STEPS, save_strategy="steps", save_steps=1, save_total_limit=1)
-    trainer = EchoTrainer(model=model, args=args, train_dataset=rows(), data_collator=collator, callbacks=[Say()])
-    trainer.train(resume_from_checkpoint=resume)
-    model.save_pretrained(folder / "adapter")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), resume=sys.argv[2:] == ["resume"])
+def train(recipe: Path, output: Path, errors: Connection) -> None:
+    """As `echo-lora train`, with --resume where there is something to resume from; `errors` gets what it prints."""
+    os.dup2(errors.fileno(), 2)
+    run(load_recipe(recipe, [f"output={output}"]), resume=has_complete_checkpoint(output / "checkpoints"))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import llm_adapters
 from echo_lora.data import prepare_rows
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
 from echo_lora.evaluate import EvalTask, TaskResult, programs, score
-from echo_lora.evaluate.answers import plain_number, process_code, read_number
+from echo_lora.evaluate.answers import plain_number, process_code_unsandboxed, read_number
 from echo_lora.evaluate.benchmarks import (
     BENCHMARKS,
     COMMONSENSE,
@@ -35,6 +33,7 @@ from echo_lora.evaluate.benchmarks import (
     instruction_of,
     training_prompt,
 )
+from echo_lora.evaluate.tasks import check_rows
 from echo_lora.import_data import HUB, TASK_FILES, import_data
 from echo_lora.recipe import load_recipe
 from echo_lora.run import run
@@ -419,6 +418,37 @@ def three_choices(folder: Path) -> None:
     write_json(folder / "mmlu" / "dev.json", [{"subject": "a", "question": "q", "choices": [*"abc"], "answer": 0}])
 
 
+SOUND: dict[str, dict[str, Any]] = {
+    "boolq": INSTRUCTED,
+    "gsm8k": {"question": "2 + 2?", "answer": "It is 4.\n#### 4"},
+    "mmlu": {"subject": "a", "question": "q", "choices": [*"abcd"], "answer": 0},
+    "humaneval": {
+        "task_id": "H/0",
+        "prompt": "def f():\n",
+        "canonical_solution": "    return 1\n",
+        "test": "def check(f):\n    assert f() == 1\n",
+        "entry_point": "f",
+    },
+}
+
+
+def row_of(task: str, **changes: Any):
+    """A test file whose second row differs from the sound first one."""
+
+    def make(folder: Path) -> None:
+        write_json(folder / task / "test.json", [SOUND[task], SOUND[task] | changes])
+        if task == "mmlu":
+            write_json(folder / task / "dev.json", [SOUND[task]])
+
+    return make
+
+
+@pytest.mark.parametrize("task", SOUND)
+def test_the_rows_that_are_damaged_below_are_sound(tmp_path, task):
+    row_of(task)(tmp_path / "in")
+    assert [part.rows for part in import_data(tmp_path / "in", tmp_path / "out").parts if part.part == "test"] == [2]
+
+
 def empty_task(folder: Path) -> None:
     (folder / "boolq").mkdir(parents=True)
 
@@ -431,7 +461,27 @@ def empty_task(folder: Path) -> None:
         (other_task, r"piqa.train\.json: row 0 has answer = 'true', but piqa has solution1\|solution2"),
         (two_files, r"boolq has test\.json and test_public\.json, both of them its test part"),
         (no_dev, r"mmlu has no dev file"),
-        (three_choices, r"mmlu.test\.json: a row does not read as one of mmlu"),
+        (three_choices, r"mmlu.dev\.json: row 0 has choices = \['a', 'b', 'c'\], which must be a list of 4 texts"),
+        (
+            row_of("mmlu", answer=4),
+            r"mmlu.test\.json: row 1 has answer = 4, which must be the index of a choice: 0 to 3",
+        ),
+        (row_of("mmlu", answer=-1), r"row 1 has answer = -1, which must be the index"),
+        (row_of("mmlu", answer="B"), r"row 1 has answer = 'B', which must be the index"),
+        (row_of("mmlu", answer=True), r"row 1 has answer = True, which must be the index"),
+        (row_of("mmlu", subject="b"), r"row 1 has subject = 'b', of which the dev file has no row"),
+        (
+            row_of("boolq", answer="false"),
+            r"row 1 has answer = 'false', but output = 'the correct answer is true' says",
+        ),
+        (row_of("boolq", answer=True), r"row 1 has answer = True, which must be text that is not blank"),
+        (row_of("boolq", instruction=" "), r"row 1 has instruction = ' ', which must be text"),
+        (
+            row_of("boolq", question="q", choices=["true", "false"], label=2),
+            r"row 1 has label = 2, which does not give",
+        ),
+        (row_of("gsm8k", answer="It is four."), r"row 1 has answer = 'It is four.', in which there is no number"),
+        (row_of("humaneval", entry_point="g"), r"row 1 has entry_point = 'g', which is no function of its prompt"),
         (empty_task, r"boolq has no train or test file"),
         (lambda folder: None, r"in: there is no such folder or file"),
         (lambda folder: folder.mkdir(), r"in has no folder of a known task"),
@@ -577,7 +627,10 @@ def test_rows_that_a_cutoff_excludes_are_named(small, tmp_path):
     prompts = [len(tok(row["prompt"])["input_ids"]) for row in rows]
     long = [i for i, length in enumerate(lengths) if length > 256]
     assert 3 < len(long) < 57
-    data = prepare_rows(rows, tok, max_length=256, on_overlength="drop", source="hellaswag/train.jsonl")
+    ignore = ["question", "choices", "answer"]
+    data = prepare_rows(
+        rows, tok, max_length=256, on_overlength="drop", source="hellaswag/train.jsonl", ignore_columns=ignore
+    )
     assert data.counts.dropped_rows == long
     assert {row.row for row in data.rows} == set(range(60)) - set(long)
     assert data.counts.answerless == sum(length > 256 for length in prompts)
@@ -679,7 +732,9 @@ def test_the_other_task_files_agree_with_score(small, tmp_path):
     out = import_data(tmp_path / "in", tmp_path / "out").output
     names = ["gsm8k", "mmlu", "humaneval"]
     tasks = [(eval_task(name), lines_of(out / name / "test.jsonl")) for name in names]
-    results = {r.task: r for r in score(*small, tasks, run_generated_code=True)}
+    results = {r.task: r for r in score(*small, tasks, run_generated_code=True, allow_unsandboxed=True)}
+    file = out / "tasks" / "humaneval.yaml"
+    file.write_text(re.sub(r"process_code\b(?= *$)", "process_code_unsandboxed", file.read_text(), flags=re.MULTILINE))
     with pytest.raises(ValueError, match="marked as unsafe"):
         plain_lm_eval(*small, out / "tasks", ["echo_lora_humaneval"])
     found = plain_lm_eval(*small, out / "tasks", [f"echo_lora_{name}" for name in names], confirm_run_unsafe_code=True)
@@ -695,83 +750,16 @@ def test_the_other_task_files_agree_with_score(small, tmp_path):
 TEST = "def check(candidate):\n    assert candidate(2) == 4\n"
 
 
-def passes(body: str) -> bool:
-    return programs.passes(f"def double(x):\n{body}\n", TEST, "double")
-
-
-def test_a_right_program_passes_and_a_wrong_one_does_not():
-    assert passes("    return 2 * x")
-    assert passes("    import math, re, collections\n    print('x' * 100_000)\n    return 2 * x")
-    assert not passes("    return x")
-    assert not passes("    return 2 *")
-    assert not passes("    return undefined")
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "    while True: pass",
-        "    import time; time.sleep(60)",
-        "    x = bytearray(3 * 10**9); return 4",
-        "    import sys; sys.exit(0)",
-        "    import os; os._exit(0)",
-        "    raise SystemExit",
-        "    import os; os.fork(); return 4",
-        "    import subprocess; subprocess.run(['true']); return 4",
-        "    import os; os.system('true'); return 4",
-        "    import os; os.kill(os.getppid(), 0); return 4",
-        "    import socket; socket.create_connection(('127.0.0.1', 9)); return 4",
-        "    open('file', 'wb').write(bytes(2 * 10**6)); return 4",
-        "    fs = [open('/dev/null') for _ in range(100)]; return 4",
-        "    return double(x)",
-        "    return input()",
-    ],
-)
-def test_a_program_that_meets_a_limit_or_leaves_early_does_not_pass(body, monkeypatch):
-    monkeypatch.setattr(programs, "CPU_SECONDS", 1)
-    monkeypatch.setattr(programs, "CLOCK_SECONDS", 4)
-    start = time.monotonic()
-    assert not passes(body)
-    assert time.monotonic() - start < 30
-
-
-def test_a_program_lives_in_a_folder_and_an_environment_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("A_TOKEN", "secret")
-    monkeypatch.chdir(tmp_path)
-    mark = tmp_path / "where"
-    assert programs.runs_to_its_end(
-        f"import os\nopen({str(mark)!r}, 'w').write(os.getcwd())\nopen('left', 'w').close()\n"
-        "assert 'A_TOKEN' not in os.environ\nassert os.environ['HOME'] == os.getcwd()"
-    )
-    assert Path(mark.read_text()).name.startswith("echo-lora-program-")
-    assert not Path(mark.read_text()).exists()
-    assert os.listdir(tmp_path) == ["where"]
-
-
-def test_the_whole_process_group_is_killed(monkeypatch, tmp_path):
-    """A process that the audit lets through, because it was started below Python."""
-    monkeypatch.setattr(programs, "CLOCK_SECONDS", 2)
-    mark = tmp_path / "pid"
-    start = "import ctypes, os, time\npid = ctypes.CDLL(None).fork()\n"
-    child = f"if pid == 0:\n    open({str(mark)!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
-    if os.getuid() != 0:
-        pytest.skip("only the superuser's programs can start one")
-    assert not programs.runs_to_its_end(start + child + "time.sleep(60)")
-    pid = int(mark.read_text())
-    for _ in range(50):
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.1)
-    pytest.fail(f"process {pid} outlived its program")
-
-
 @needs_data
 def test_canonical_solutions_pass_and_empty_ones_do_not():
+    def is_right(row: dict[str, Any], answer: str) -> float:
+        return process_code_unsandboxed(row, [answer])["pass_at_1"]
+
     rows = benchmark_rows("humaneval", "test", real_rows("humaneval", "test_public"))
+    assert len(check_rows(eval_task("humaneval"), rows)) == 79
     assert len(rows) == 79
-    assert [row["task_id"] for row in rows if not process_code(row, [row["canonical_solution"]])["pass_at_1"]] == []
-    assert not any(process_code(row, ["    pass\n"])["pass_at_1"] for row in rows[:10])
+    assert [row["task_id"] for row in rows if not is_right(row, row["canonical_solution"])] == []
+    assert not any(is_right(row, "    pass\n") for row in rows[:10])
 
 
 CODE = EvalTask(name="code", kind="code", stop=["\ndef"])
@@ -789,7 +777,7 @@ def test_generated_programs_are_scored_only_if_they_may_be_run(tokenizer, monkey
         with pytest.raises(EchoConfigError, match=r"'code' runs programs that the model writes.*--run-generated-code"):
             score(model, tokenizer, [(CODE, CODE_ROWS)])
     assert model.seen == set()
-    [result] = score(model, tokenizer, [(CODE, CODE_ROWS)], run_generated_code=True)
+    [result] = score(model, tokenizer, [(CODE, CODE_ROWS)], run_generated_code=True, allow_unsandboxed=True)
     assert result.correct_per_row == [True, False, False]
     assert result.predictions[0] == "    return 2 * x"
     assert (result.kind, result.metric, result.filter, result.unreadable) == ("code", "pass_at_1", "none", 0.0)
@@ -799,8 +787,22 @@ def test_the_command_runs_generated_programs_only_with_its_flag(tmp_path):
     path = tiny_recipe(tmp_path, evaluation={"tasks": [{"name": "code", "kind": "code", "data": "code.jsonl"}]})
     (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CODE_ROWS))
     assert "Allow it with --run-generated-code" in invoke("eval", path, code=1).stderr
-    output = invoke("eval", path, "--run-generated-code").stdout
-    assert re.search(r"^base +code +3 +0\.0% ", output, re.MULTILINE)
+    shown = invoke("eval", path, "--run-generated-code", "--allow-unsandboxed")
+    assert re.search(r"^base +code +3 +0\.0% ", shown.stdout, re.MULTILINE)
+    assert f"Generated code runs {programs.described(True)}" in shown.stderr
+
+
+def test_the_command_wants_a_sandbox_or_one_flag_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "_sandbox", lambda: ((), "bubblewrap (bwrap) is not installed."))
+    programs.confinement.cache_clear()
+    path = tiny_recipe(tmp_path, evaluation={"tasks": [{"name": "code", "kind": "code", "data": "code.jsonl"}]})
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CODE_ROWS))
+    try:
+        shown = invoke("eval", path, "--run-generated-code", code=1).stderr
+    finally:
+        programs.confinement.cache_clear()
+    assert "evaluation task 'code' runs programs that the model writes, and no sandbox works here: bubblewrap" in shown
+    assert "allow it with --allow-unsandboxed" in shown
 
 
 def test_a_task_file_of_generated_code_asks_for_confirmation(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,85 @@ def test_an_adapter_for_another_base_is_refused_by_eval(trained, tmp_path):
 
 def test_a_folder_that_is_no_run_can_not_be_scored(tmp_path):
     assert "has no run.json in it" in invoke("eval", tmp_path, code=1).stderr
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({marker!r}).touch()
+
+class Config(LlamaConfig):
+    model_type = "made-up"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+@pytest.fixture
+def received(trained, tmp_path, monkeypatch) -> Path:
+    """A run as somebody sent it: its base brings code, which leaves a mark, and its record says that this is fine."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    shutil.copytree(trained / "base", tmp_path / "base")
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (tmp_path / "base" / "code_of_model.py").write_text(CODE.format(marker=str(tmp_path / "marker")))
+    names = {"AutoConfig": "code_of_model.Config", "AutoModelForCausalLM": "code_of_model.Model"}
+    for path, changes in (
+        (tmp_path / "base" / "config.json", {"model_type": "made-up", "auto_map": names}),
+        (tmp_path / "run" / "adapter" / "adapter_config.json", {"base_model_name_or_path": str(tmp_path / "base")}),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["recipe"] |= {"model": str(tmp_path / "base"), "trust_remote_code": True}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "run" / "checkpoints" / "started.json").write_text(json.dumps(record["recipe"]))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command", [["eval", "run"], ["eval", "run/adapter"], ["merge", "run/adapter", "merged"]], ids=" ".join
+)
+def test_code_of_a_received_run_is_run_only_if_this_call_says_so(received, command, monkeypatch):
+    monkeypatch.chdir(received)
+    assert "--trust-remote-code to eval or merge" in invoke(*command, code=1).stderr
+    assert not (received / "marker").exists()
+    invoke(*command, "--trust-remote-code")
+    assert (received / "marker").exists()
+
+
+def test_code_of_a_model_is_run_for_a_recipe_that_says_so_not_for_the_run_it_resumes(received, monkeypatch):
+    """What counts is the recipe that the call names."""
+    monkeypatch.chdir(received)
+    (received / "run" / "run.json").unlink()
+    for command in ("train", "plan", "eval"):
+        recipe = tiny_recipe(received, output=str(received / "new"))
+        assert "--set trust_remote_code=true" in invoke(command, recipe, code=1).stderr
+    recipe = tiny_recipe(received)  # whose output is the folder that was received
+    assert "--set trust_remote_code=true" in invoke("train", recipe, "--resume", code=1).stderr
+    assert not (received / "marker").exists()
+    invoke("plan", tiny_recipe(received, trust_remote_code=True))
+    assert (received / "marker").exists()
+
+
+def test_ctrl_c_is_a_message_and_exit_status_130(tmp_path, monkeypatch):
+    from test_run import interrupt_at
+
+    interrupt_at(monkeypatch, 4, KeyboardInterrupt())
+    result = invoke("train", tiny_recipe(tmp_path), "--set", "training.save_every=2", code=130)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Interrupted after step 3 of 4. The newest complete checkpoint is ")
+    assert last.endswith("checkpoint-2: to go on from it, repeat the command with --resume.")
+    assert "Traceback" not in result.output
+
+
+def test_scores_that_another_process_writes_are_left_to_it(trained, tmp_path):
+    from test_files import held_by_another
+
+    with held_by_another(tmp_path / "scores.json"):
+        result = invoke("eval", trained / "run", "--output", tmp_path / "scores.json", code=1)
+    assert "scores.json is in use by process" in result.stderr
 
 
 def test_doctor_refuses_a_corrupted_adapter(trained, tmp_path):

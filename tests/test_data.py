@@ -23,7 +23,7 @@ from echo_lora.data import (
     tokenize_row,
 )
 from echo_lora.errors import EchoDataError
-from echo_lora.sources import read_rows, reasoning_gym_rows, reasoning_gym_splits
+from echo_lora.sources import ROW, read_rows, reasoning_gym_rows, reasoning_gym_splits
 from tiny import UNMARKED_CHAT_TEMPLATE, tiny_tokenizer
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -143,7 +143,7 @@ def test_a_part_keeps_the_place_of_its_rows(tmp_path: Path, tokenizer: Any) -> N
     lines[2]["completion"] = ""
     path = write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, lines)))
     rows = read_rows(path, part="xl")
-    assert [row["row"] for row in rows] == [1, 2]
+    assert [row[ROW] for row in rows] == [1, 2]
     with pytest.raises(EchoDataError, match=r"^train\.jsonl:3: row 2 has an empty answer"):
         prepare_rows(rows, tokenizer, max_length=64)
     with pytest.raises(EchoDataError, match=r"no row has part = 'xxl'\. Did you mean 'xl'"):
@@ -237,7 +237,7 @@ def test_chat_turns_strings_into_messages(tokenizer: Any) -> None:
     ("row", "message"),
     [
         ({"text": "all in one"}, "row 3 has only text"),
-        ({"completion": "a"}, "row 3 has no prompt. Present: row, completion"),
+        ({"completion": "a"}, "row 3 has no prompt. Present: completion"),
         ({"prompt": None, "completion": "a"}, "row 3 has no prompt"),
         ({"prompt": "a"}, "row 3 has no completion"),
         ({"prompt": "", "completion": "a"}, "row 3 has an empty prompt"),
@@ -245,13 +245,13 @@ def test_chat_turns_strings_into_messages(tokenizer: Any) -> None:
         ({"prompt": CHAT[0]["prompt"], "completion": [{"role": "assistant", "content": ""}]}, "an empty answer"),
         ({"prompt": "a", "completion": CHAT[0]["completion"]}, "prompt is a str and completion a list"),
         ({"prompt": [], "completion": CHAT[0]["completion"]}, "row 3: prompt is not a list of messages"),
-        ({"messages": [{"from": "user", "value": "a"}]}, "row 3: messages is not a list of messages"),
+        ({"messages": [{"from": "user", "value": "a"}]}, "row 3: messages[0] is not a message with a role"),
         ({"messages": [{"role": "user", "content": "a"}]}, "row 3 has no assistant message"),
     ],
 )
 def test_a_row_of_no_known_form_is_refused(row: dict[str, Any], message: str, tokenizer: Any) -> None:
     with pytest.raises(EchoDataError) as caught:
-        tokenize_row({"row": 3, **row}, tokenizer)
+        tokenize_row({ROW: 3, **row}, tokenizer)
     assert message in str(caught.value)
 
 
@@ -332,8 +332,8 @@ def test_counts_and_lengths_are_those_of_the_rows(tokenizer: Any) -> None:
     assert [row.row for row in data.rows] == [0, 1, 2]
     assert data.summary()[0] == "train.jsonl: 3 rows kept, 0 dropped, 0 with a shortened prompt"
     assert f"{sum(answers)} in all" in data.summary()[2]
-    dataset = data.to_dataset()
-    assert dataset.column_names == ["input_ids", "labels", "row"]
+    dataset = data.dataset
+    assert dataset.column_names == ["input_ids", "labels", ROW]
     assert dataset["labels"][1] == data.rows[1].labels
 
 
@@ -453,7 +453,7 @@ def test_errors_name_a_line_only_where_rows_are_lines(tokenizer: Any) -> None:
 def test_a_tokenised_row_without_boundary_or_answer_is_refused(labels: list[int], message: str) -> None:
     from datasets import Dataset
 
-    dataset = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [labels], "row": [7]})
+    dataset = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [labels], ROW: [7]})
     with pytest.raises(EchoDataError) as caught:
         check_tokenized_dataset(dataset, max_length=8, on_overlength="drop", end_token_ids={7}, source="train.jsonl")
     assert message in str(caught.value)
@@ -464,7 +464,7 @@ def test_a_tokenised_dataset_is_treated_like_the_rows(policy: Any, tokenizer_wit
     tokenizer, limit = tokenizer_with_bos, 20
     rows = LONG + PLAIN
     prepared = prepare_rows(rows, tokenizer, max_length=limit, on_overlength=policy)
-    dataset = prepare_rows(rows, tokenizer, max_length=None).to_dataset()
+    dataset = prepare_rows(rows, tokenizer, max_length=None).dataset
     dataset = dataset.add_column("note", [row["completion"] for row in rows])
     checked, counts = check_tokenized_dataset(
         dataset,
@@ -480,8 +480,8 @@ def test_a_tokenised_dataset_is_treated_like_the_rows(policy: Any, tokenizer_wit
         prepared.counts.dropped,
         prepared.counts.truncated,
     )
-    assert list(checked.remove_columns("note")) == list(prepared.to_dataset())
-    assert checked["note"] == [rows[row]["completion"] for row in checked["row"]]
+    assert list(checked.remove_columns("note")) == list(prepared.dataset)
+    assert checked["note"] == [rows[row]["completion"] for row in checked[ROW]]
 
 
 # ------------------------------------------------------------------------------------------------ preview
@@ -555,7 +555,9 @@ def test_real_rows_can_be_trained_on(task: str, tokenizer: Any) -> None:
     part = "s" if task == "winogrande" else None
     rows = read_rows(path, {"prompt": "instruction", "completion": "output"}, part=part)
     assert len(rows) == (640 if task == "winogrande" else 1119)
-    data = prepare_rows(rows[:200], tokenizer, max_length=None, source="train.parquet")
+    data = prepare_rows(
+        rows[:200], tokenizer, max_length=None, source="train.parquet", ignore_columns=("answer", "question", "choices")
+    )
     assert data.counts.kept == 200
     assert data.counts.without_end_token == 0
     assert answer_text(data.rows[0], tokenizer) == rows[0]["completion"] + "</s>"

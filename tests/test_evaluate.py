@@ -421,6 +421,7 @@ def refusal(error: type[EchoError], tokenizer: Any, tasks: list[Any], model: Any
 
 
 GOOD_CHOICE = {"prompt": "p", "choices": ["a", "b"], "label": 1}
+GOOD_CODE = {"prompt": "def f(x):\n", "test": "def check(f):\n    assert f(1) == 1\n", "entry_point": "f"}
 
 
 @pytest.mark.parametrize(
@@ -443,15 +444,41 @@ GOOD_CHOICE = {"prompt": "p", "choices": ["a", "b"], "label": 1}
         ("choice", GOOD_CHOICE | {"label": -1}, "label = -1"),
         ("choice", GOOD_CHOICE | {"label": True}, "label = True"),
         ("choice", GOOD_CHOICE | {"label": "1"}, "label = '1'"),
+        ("code", GOOD_CODE | {"entry_point": "f(x)"}, "entry_point = 'f(x)' must be the name of a function"),
+        ("code", GOOD_CODE | {"test": "def check(f) assert f(1)"}, "the test is no Python: "),
+        ("code", GOOD_CODE | {"test": "assert f(1) == 1"}, "the test defines no function check(candidate)"),
+        ("code", GOOD_CODE | {"prompt": "Write a function that doubles."}, "begins no Python program"),
+        ("code", GOOD_CODE | {"prompt": "<|im_start|>user\ndef f(x):\n"}, "begins no Python program"),
+        ("code", GOOD_CODE | {"prompt": "def f(x):\n    return x\0"}, "begins no Python program"),
     ],
 )
 def test_bad_row_is_named(tmp_path: Path, kind: Any, row: dict[str, Any], where: str) -> None:
-    good = {"prompt": "p", "answer": "a"} | GOOD_CHOICE
+    good = GOOD_CODE if kind == "code" else {"prompt": "p", "answer": "a"} | GOOD_CHOICE
     with pytest.raises(EchoDataError) as caught:
         write_task(EvalTask(name="t", kind=kind, file="test.jsonl"), [good, row], tmp_path)
     assert str(caught.value).startswith("test.jsonl: row 1: ")
     assert where in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "def f(x):\n",
+        "def f(x):\n    ",
+        "def f(x):\n    for i in x:\n",
+        'def f(x):\n    """Double.',
+        'def f(x):\n    """Double."""\n',
+        "def f(x):\n    return",
+        "def f(x):\n    return x +",
+        "x = (1,\n",
+        "import",
+        "# Double.\n",
+        "if True:\n    x = 1\nelse",
+    ],
+)
+def test_a_prompt_of_code_may_end_anywhere(tmp_path: Path, prompt: str) -> None:
+    write_task(EvalTask(name="t", kind="code"), [GOOD_CODE | {"prompt": prompt}], tmp_path)
 
 
 def test_empty_task_is_named(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_an_output_that_exists_is_refused(tmp_path):
         save_verified(tiny_echo_model(), tmp_path / "adapter")
     assert [p.name for p in tmp_path.rglob("*")] == ["adapter", "mine.txt"]
     save_verified(tiny_echo_model(), tmp_path / "adapter", overwrite=True)
-    assert not (tmp_path / "adapter" / "mine.txt").exists()
+    assert (tmp_path / "adapter" / "mine.txt").read_text() == "keep"
     assert read_adapter(tmp_path / "adapter")
 
 

@@ -90,7 +90,7 @@ def test_a_folder_that_reads_back_differently_is_not_left(adapter, tmp_path, mon
     original = merge_module.load_tokenizer
 
     def damages_the_model(*args, **kwargs):
-        [folder] = [path for path in tmp_path.iterdir() if path.name.startswith(".merged")]
+        [folder] = [path for path in tmp_path.iterdir() if path.name.startswith(".merged") and path.is_dir()]
         tensors = load_file(folder / "model.safetensors")
         tensors["model.layers.0.self_attn.q_proj.weight"].mul_(5.0)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -149,7 +149,7 @@ def test_an_adapter_with_values_that_are_not_finite_is_not_merged(adapter, tmp_p
     name = next(name for name in sorted(tensors) if "lora_B" in name)
     tensors[name][0, 0] = float("nan")
     save_file(tensors, adapter / ADAPTER_FILE)
-    with pytest.raises(EchoCheckpointError, match="adapter can't be merged"):
+    with pytest.raises(EchoCheckpointError, match=r"lora_B\.weight holds values that are not finite"):
         merge(adapter, tmp_path / "merged")
     assert nothing_was_written(adapter)
 

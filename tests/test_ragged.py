@@ -188,7 +188,7 @@ def spread_of_batches(trainer_class, data, tmp_path, strategy, config_class, **k
     compute_loss = trainer.compute_loss
 
     def watched(model, inputs, *args, **kwargs):
-        batches.append(inputs["row"].tolist())
+        batches.append(inputs["_echo_row"].tolist())
         lengths.append(inputs["attention_mask"].sum(1))
         return compute_loss(model, inputs, *args, **kwargs)
 

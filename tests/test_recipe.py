@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,19 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path, before,
         ("training.batch_size=true", "training.batch_size = True must be a valid integer."),
         ("training.learning_rate=fast", "training.learning_rate = 'fast' must be a valid number."),
         ("method=qlora", "method = 'qlora' must be 'lora', 'dora' or 'rslora'."),
-        ("echo=maybe", "echo = 'maybe' must be a valid boolean."),
+        ("echo=maybe", "echo = 'maybe' must be true or false."),
+        ("echo=on", "echo = 'on' must be true or false."),
+        ("training.batch_size=1:30", "training.batch_size = '1:30' must be a valid integer."),
+        ("training.batch_size=1_000", "training.batch_size = '1_000' must be a valid integer."),
+        ("training.batch_size=010", "training.batch_size = '010' must be a valid integer."),
+        ("training.learning_rate=.nan", "training.learning_rate = nan must be a finite number."),
+        ("training.learning_rate=1e400", "training.learning_rate = inf must be a finite number."),
+        ("training.batch_size=1000000000000", "must be less than or equal to 1000000."),
+        ("lora.r=1000000000", "lora.r = 1000000000 must be less than or equal to 65536."),
+        ("echo_config.bottleneck=1000000000", "echo_config: bottleneck = 1000000000 must be at most 65536."),
+        ("model=' '", "model: ' ' must be a text that is not blank"),
+        ("lora.target_modules=[]", "lora.target_modules = [] must have at least 1 item"),
+        ("data.columns={prompt: q, completion: q}", "data.columns: prompt and completion are one column, 'q'"),
         ("lora.target_modules=3", "lora.target_modules = 3 must be a valid string."),
         ("echo_config.bottleneck=0", "echo_config: bottleneck = 0 must be at least 1."),
         ("echo_config.echo_kind=loud", "echo_config.echo_kind = 'loud' must be 'real', 'zero'"),
@@ -122,6 +135,11 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, overrides, ex
     assert expected in refused(written(tmp_path), *overrides)
 
 
+def test_an_override_that_does_not_go_with_the_files_section_is_named(tmp_path):
+    path = written(tmp_path, MINIMAL + "echo_config: {bottleneck: 8}\n")
+    assert f"{path}:15, --set echo_config.bottleneck=0: echo_config: " in refused(path, "echo_config.bottleneck=0")
+
+
 def test_every_wrong_key_is_reported_at_once(tmp_path):
     message = refused(written(tmp_path, MINIMAL.replace("  r: 4", "  q: 4").replace("steps: 20", "steps: 0")))
     assert [line.partition(": ")[0].rpartition(":")[2] for line in message.splitlines()] == ["3", "10"]
@@ -134,6 +152,15 @@ def test_every_wrong_key_is_reported_at_once(tmp_path):
         ("model: a\nmodel: b\n", ":2: not a YAML recipe: the key 'model' is given twice."),
         ("- model\n", ": a recipe is a list of `key: value` lines"),
         ("", ": a recipe is a list of `key: value` lines"),
+        ("model: !!python/name:os.system\n", ":1: not a YAML recipe: the tag tag:yaml.org,2002:python/name:os.system"),
+        ("model: a\n3: b\n", ":2: not a YAML recipe: the key '3' is not text"),
+        ("? [a, b]\n: c\n", ":1: not a YAML recipe: the key here is not text"),
+        ("model: &a [*a]\n", ":1: not a YAML recipe: the value holds itself, by an alias"),
+        (f"model: {'[' * 500}{']' * 500}\n", ": not a YAML recipe: it is nested more than 50 levels deep"),
+        (
+            "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
+            ":16: not a YAML recipe: it has more",
+        ),
         ("model: a\n", ": the key data is missing. Add it."),
         ("model: a\ndata: {}\n", ":2: the key data.train is missing. Add it."),
         ("model: a\ndata: rows.jsonl\n", ":2: data = 'rows.jsonl' must be a valid dictionary"),
@@ -189,6 +216,28 @@ def test_paths_start_at_the_recipe_and_those_of_overrides_at_the_working_directo
     assert recipe.data.validation[0].file == "here.jsonl"
     assert recipe.evaluation.tasks[0].data[0].file == f"{tmp_path}/own.jsonl"
     assert Path(recipe.model) == tmp_path / "base"
+
+
+def test_what_only_old_yaml_takes_for_a_number_or_a_boolean_is_text(tmp_path):
+    for text in ("1:30", "2024-01-01", "on", "no", "010", "0x10", "1_000", "y", "="):
+        assert load_recipe(written(tmp_path), [f"output={text}"]).output == text
+
+
+def test_a_long_value_is_shortened_in_the_message_and_what_is_not_printable_escaped(tmp_path):
+    message = refused(written(tmp_path, MINIMAL.replace("r: 4", f"r: {'x' * 900_000}")))
+    assert len(message) < 1000
+    assert message.startswith(f"{tmp_path}/my.yaml:3: lora.r = 'xxx")
+    assert message.endswith("xxx' must be a valid integer.")
+    assert "\x1b" not in refused("\x1b[31mred")
+    many = refused(written(tmp_path, MINIMAL + "".join(f"key{i}: 1\n" for i in range(1000))))
+    assert len(many.splitlines()) == 12
+    assert "... (989 more lines)" in many
+
+
+def test_a_file_that_no_recipe_can_be_is_not_read(tmp_path):
+    path = written(tmp_path)
+    os.truncate(path, 10**9)
+    assert "has 1,000,000,000 bytes" in refused(path)
 
 
 @pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.e-3", "+1e-3", "0.001"])

@@ -516,8 +516,11 @@ def test_a_damaged_study_file_is_named_with_its_line(tmp_path, text, where):
     [
         ({"baseline": "dora"}, "baseline names 'dora', which is none of its arms"),
         ({"comparisons": [["echo-lora", "zero"]]}, "comparisons names 'zero'"),
-        ({"comparisons": [["echo-lora"]]}, "which is not a pair of arms"),
-        ({"smallest_effect": "1"}, "smallest_effect = 1 has the wrong type"),
+        ({"comparisons": [["echo-lora"]]}, "comparisons.0 = \\['echo-lora'\\] must have at least 2 items"),
+        ({"smallest_effect": "1"}, "smallest_effect = '1' must be a valid number"),
+        ({"smallest_effect": 7}, "smallest_effect = 7 must be less than 1"),
+        ({"chosen": {"dora": 1e-3}}, "chosen names 'dora'"),
+        ({"seeds": [1, "2"]}, "seeds.1 = '2' must be a valid integer"),
     ],
 )
 def test_a_study_that_contradicts_itself_is_refused(tmp_path, about, where):
@@ -531,12 +534,17 @@ def test_a_damaged_record_is_named_with_its_line(tmp_path):
     for broken, where in [
         ("{", r"runs\.jsonl\.gz:3: not JSON"),
         (json.dumps({"stage": "tuning"}), r"runs\.jsonl\.gz:3: not the record of a run: arm is missing"),
-        (lines[2].replace('"tuning"', '"tunning"'), r":3: .*stage = 'tunning' is neither tuning nor confirmation"),
+        (lines[2].replace('"tuning"', '"tunning"'), r":3: .*stage = 'tunning' must be 'tuning' or 'confirmation'"),
         (
             lines[2].replace('"arm": "lora"', '"arm": "dora"'),
             r":3: .*arm = 'dora' is none of the study's: lora, echo-lora",
         ),
-        (lines[2].replace('"accuracy"', '"share"'), r":3: .*scores\[0\]: accuracy is missing"),
+        (lines[2].replace('"accuracy"', '"share"'), r":3: .*scores\.0\.result\.accuracy is missing"),
+        (
+            re.sub(r'"accuracy": [0-9.]+', '"accuracy": 7', lines[2]),
+            r":3: .*accuracy = 7 must be less than or equal to 1",
+        ),
+        (lines[2].replace('"seed": 0', '"seed": -1'), r":3: .*seed = -1 must be greater than or equal to 0"),
         (lines[0], r":3: a second record of tuning lora seed 0; line 1 has the first"),
     ]:
         write_runs(tmp_path, [*lines[:2], broken, *lines[3:]])

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import errno
 import json
-import resource
+import os
+import pickle
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from echo_lora import checkpoint
+from echo_lora import run as run_module
 from echo_lora.base_models import PACKAGED
-from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoTrainingError
+from echo_lora.checkpoint import SEAL, _sha256, last_complete_checkpoint
+from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoInterrupt, EchoModelError, EchoTrainingError
 from echo_lora.export import read_adapter, read_adapter_config
+from echo_lora.merge import merge
 from echo_lora.recipe import load_recipe
-from echo_lora.run import RunResult, run
+from echo_lora.run import STARTED, RunResult, run
+from echo_lora.scoring import resolve
 from echo_lora.sft import EchoSFTTrainer
+from test_files import held_by_another, mode, umask
 from tiny_recipe import tiny_recipe, write_rows
 
 
@@ -33,6 +42,7 @@ def files(folder: Path) -> set[str]:
 @contextmanager
 def disk_that_refuses_files_above(size: int):
     """The operating system refuses to let any file grow beyond `size` bytes."""
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -41,13 +51,13 @@ def disk_that_refuses_files_above(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def interrupt_at(monkeypatch, step: int) -> None:
+def interrupt_at(monkeypatch, step: int, error: BaseException | None = None) -> None:
     """Training dies in the given optimizer step."""
     original = EchoSFTTrainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
         if self.state.global_step + 1 == step:
-            raise EchoTrainingError(f"stopped at step {step}")
+            raise error or EchoTrainingError(f"stopped at step {step}")
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(EchoSFTTrainer, "compute_loss", compute_loss)
@@ -237,6 +247,330 @@ def test_a_full_disk_at_the_end_leaves_no_adapter_and_the_run_can_be_resumed(tmp
     result = run(recipe, resume=True)
     assert result.resumed_at == 4
     assert (tmp_path / "run" / "run.json").is_file()
+
+
+# ------------------------------------------------- what is not the run's own
+
+
+def test_files_of_others_outlive_a_run_that_dies_and_the_next_one(tmp_path, monkeypatch):
+    """Notes that were put into the folders of a run while it trained."""
+    recipe = loaded(tmp_path, "training.save_every=2")
+    notes = [tmp_path / "run" / "notes.txt", tmp_path / "run/checkpoints/notes.txt"]
+    notes += [tmp_path / "run/checkpoints/checkpoint-2/notes.txt", tmp_path / "run/checkpoints/checkpoint-1-mine/x.pt"]
+    original = EchoSFTTrainer._prove
+
+    def prove(self, folder):
+        original(self, folder)
+        for path in notes:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("mine")
+        raise EchoTrainingError("died before the seal")
+
+    with monkeypatch.context() as dying:
+        dying.setattr(EchoSFTTrainer, "_prove", prove)
+        with pytest.raises(EchoTrainingError, match="died before the seal"):
+            run(recipe)
+    expected = {str(path.relative_to(tmp_path / "run")) for path in notes}
+    assert files(tmp_path / "run") == expected | {f"checkpoints/{STARTED}", "checkpoints/README.md"}
+    assert run(recipe).resumed_at == 0
+    assert [path.read_text() for path in notes] == ["mine"] * 4
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_an_output_folder_that_was_there_stays_what_it_was(tmp_path, monkeypatch, kind):
+    (tmp_path / "disk").mkdir()
+    output = tmp_path / "run"
+    output.symlink_to(tmp_path / "disk") if kind == "link" else output.mkdir()
+    with monkeypatch.context() as dying:
+        interrupt_at(dying, 2)
+        with pytest.raises(EchoTrainingError, match="stopped at step 2"):
+            run(loaded(tmp_path))
+    assert output.is_symlink() == (kind == "link")
+    assert output.is_dir()
+    assert files(output) == set()
+    run(loaded(tmp_path))
+    assert output.is_symlink() == (kind == "link")
+    assert "run.json" in files(output)
+
+
+def test_what_can_not_be_tidied_does_not_hide_the_error(tmp_path, monkeypatch, caplog):
+    """As on a mount point, which can't be removed, or in a folder that has become read-only."""
+    interrupt_at(monkeypatch, 2)
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rmdir", refuse)
+    with pytest.raises(EchoTrainingError, match="stopped at step 2"):
+        run(loaded(tmp_path))
+    assert "run could not be tidied: [Errno 16] Device or resource busy" in caplog.text
+
+
+def test_everything_has_the_permissions_of_the_umask(tmp_path):
+    recipe = loaded(tmp_path)
+    with umask(0o027):
+        run(recipe)
+    found = {path: mode(path) for path in (tmp_path / "run").rglob("*")}
+    assert len([path for path in found if path.suffix == ".safetensors"]) == 3  # two in the checkpoint
+    assert {path: m for path, m in found.items() if m != (0o750 if path.is_dir() else 0o640)} == {}
+
+
+# --------------------------------------------------------------- one at a time
+
+
+def test_a_second_run_on_an_output_folder_is_refused_while_the_first_lives(tmp_path, monkeypatch):
+    recipe = loaded(tmp_path, "training.save_every=2")
+    with monkeypatch.context() as dying:
+        interrupt_at(dying, 4)
+        with pytest.raises(EchoTrainingError):
+            run(recipe)
+    before = files(tmp_path / "run")
+    with held_by_another(tmp_path / "run") as holder:
+        in_use = rf"run is in use by process {holder.pid}"
+        for resume in (False, True):
+            with pytest.raises(EchoCheckpointError, match=in_use):
+                run(recipe, resume=resume)
+        with pytest.raises(EchoCheckpointError, match=in_use):
+            resolve(str(tmp_path / "recipe.yaml"))
+        assert files(tmp_path / "run") == before
+    result = run(recipe, resume=True)
+    with held_by_another(tmp_path / "run") as holder, pytest.raises(EchoCheckpointError, match=f"process {holder.pid}"):
+        resolve(str(result.adapter))
+    with held_by_another(tmp_path / "merged"), pytest.raises(EchoCheckpointError, match="merged is in use"):
+        merge(result.adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_that_has_not_reached_a_checkpoint_is_not_taken_for_a_dead_one(tmp_path):
+    """Its folder looks like that of a run that was killed, which the next one may tidy."""
+    unfinished = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    unfinished.mkdir(parents=True)
+    (unfinished / "adapter_model.safetensors").write_text("half")
+    (tmp_path / "run" / "checkpoints" / STARTED).write_text("{}")
+    with held_by_another(tmp_path / "run"), pytest.raises(EchoCheckpointError, match="in use"):
+        run(loaded(tmp_path))
+    assert (unfinished / "adapter_model.safetensors").read_text() == "half"
+
+
+# ------------------------------------------------------------------- the clock
+
+
+def test_a_clock_that_was_set_back_removes_and_resumes_no_wrong_checkpoint(tmp_path, monkeypatch):
+    expected = run(loaded(tmp_path, "training.steps=6", f"output={tmp_path / 'whole'}"))
+
+    class SetBack(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            os.utime(folder, (1e9 - 1e5 * state.global_step,) * 2)
+
+    progress = run_module._Progress
+    monkeypatch.setattr(run_module, "_Progress", type("_", (SetBack, progress), {}))
+    recipe = loaded(tmp_path, "training.steps=6", "training.save_every=1", "training.keep_checkpoints=2")
+    with monkeypatch.context() as dying:
+        interrupt_at(dying, 6)
+        with pytest.raises(EchoTrainingError):
+            run(recipe)
+    kept = sorted((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    assert [path.name for path in kept] == ["checkpoint-4", "checkpoint-5"]
+    assert kept[0].stat().st_mtime > kept[1].stat().st_mtime
+    resumed = run(recipe, resume=True)
+    assert resumed.resumed_at == 5
+    assert resumed.adapter_sha256 == expected.adapter_sha256
+
+
+# -------------------------------------------------------------------- the base
+
+
+def test_a_local_base_is_recorded_by_its_path_and_never_becomes_a_hub_name(tmp_path, monkeypatch):
+    tiny_recipe(tmp_path, output="run")
+    monkeypatch.chdir(tmp_path)
+    result = run(load_recipe("recipe.yaml"))
+    base = str(tmp_path / "base")
+    assert result.recipe["model"] == base
+    assert read_adapter_config(result.adapter)["base_model_name_or_path"] == base
+    seal = json.loads((last_complete_checkpoint("run/checkpoints") / SEAL).read_text())
+    assert seal["configuration"]["adapter.base_model_name_or_path"] == base
+    assert f'from_pretrained("{base}")' in (result.adapter / "README.md").read_text()
+    assert "base_model:" not in (result.adapter / "README.md").read_text()  # it would have to be a hub id
+
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recipe, _ = resolve(str(tmp_path / "run"))
+    adapter, message = tmp_path / "run" / "adapter", f"{base}: there is no such folder"
+    for ask in (lambda: run_module.load_tokenizer(recipe.model), lambda: merge(adapter, tmp_path / "merged")):
+        with pytest.raises(EchoModelError) as caught:
+            ask()
+        assert message in str(caught.value)
+
+
+def test_no_hub_is_asked_for_what_is_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    asked = []
+
+    def getaddrinfo(host, *args, **kwargs):
+        asked.append(host)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    result = run(loaded(tmp_path))
+    path = result.adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "runs/base"}))
+    merge(result.adapter, tmp_path / "merged", base=tmp_path / "base", verify=True)
+    assert asked == []
+    with pytest.raises(EchoModelError):  # the check above does see it
+        merge(result.adapter, tmp_path / "again")
+    assert asked
+
+
+def half_trained(folder: Path, monkeypatch, *overrides: str):
+    """A recipe whose run died with a checkpoint of step 2."""
+    recipe = loaded(folder, "training.save_every=2", *overrides)
+    with monkeypatch.context() as dying:
+        interrupt_at(dying, 4)
+        with pytest.raises(EchoTrainingError):
+            run(recipe)
+    return recipe
+
+
+def test_a_base_with_other_weights_is_not_resumed_on(tmp_path, monkeypatch):
+    recipe = half_trained(tmp_path, monkeypatch)
+    path = tmp_path / "base" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.2.mlp.down_proj.weight"][-1, -1] += 1e-3
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(EchoCheckpointError, match=r"base\.sha256: checkpoint '\w{64}', now '\w{64}'"):
+        run(recipe, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [("dtype=bfloat16", "base.dtype: checkpoint 'float32', now 'bfloat16'"),
+     ("attn_implementation=eager", "base.attn_implementation: checkpoint 'sdpa', now 'eager'")],
+)  # fmt: skip
+def test_a_base_that_computes_in_another_way_is_not_resumed_on(tmp_path, monkeypatch, override, difference):
+    half_trained(tmp_path, monkeypatch)
+    with pytest.raises(EchoCheckpointError) as caught:
+        run(loaded(tmp_path, "training.save_every=2", override), resume=True)
+    assert difference in str(caught.value)
+
+
+def test_the_same_base_in_another_place_is_resumed_on(tmp_path, monkeypatch):
+    recipe = half_trained(tmp_path, monkeypatch)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    assert run(recipe.model_copy(update={"model": str(tmp_path / "moved")}), resume=True).resumed_at == 2
+
+
+# ------------------------------------------------------- code that was received
+
+
+class Bomb:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_code_in_a_received_checkpoint_is_not_run(tmp_path, monkeypatch):
+    recipe, marker = half_trained(tmp_path, monkeypatch), tmp_path / "marker"
+    folder = last_complete_checkpoint(tmp_path / "run" / "checkpoints")
+    assert pickle.loads(pickle.dumps(Bomb(marker))) is None
+    assert marker.exists()
+    marker.unlink()
+    for name in ("optimizer.pt", "rng_state.pth"):
+        kept = (folder / name).read_bytes()
+        torch.save(Bomb(marker), folder / name)
+        reseal(folder)
+        with pytest.raises(EchoCheckpointError, match=r"checkpoint-2 holds states that only a pickle"):
+            run(recipe, resume=True)
+        (folder / name).write_bytes(kept)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    reseal(folder)
+    with pytest.raises(EchoCheckpointError, match=r"adapter_model\.safetensors is missing"):
+        run(recipe, resume=True)
+    assert not marker.exists()
+
+
+def reseal(folder: Path) -> None:
+    seal = json.loads((folder / SEAL).read_text())
+    seal["files"] = {path.name: _sha256(path) for path in folder.iterdir() if path.name != SEAL}
+    (folder / SEAL).write_text(json.dumps(seal))
+
+
+# ------------------------------------------------------------ damage and Ctrl-C
+
+
+def test_a_damaged_checkpoint_names_the_newest_sound_one_and_the_way_on(tmp_path, monkeypatch):
+    recipe = loaded(tmp_path, "training.save_every=1", "training.keep_checkpoints=3")
+    with monkeypatch.context() as dying:
+        interrupt_at(dying, 4)
+        with pytest.raises(EchoTrainingError):
+            run(recipe)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "checkpoint-3" / SEAL).write_text('{"files": {"../../notes": ""}, "configuration": {')
+    (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(EchoCheckpointError) as caught:
+        run(recipe, resume=True)
+    message = str(caught.value)
+    assert f"{folder / 'checkpoint-3' / SEAL} is damaged" in message
+    assert f"The newest sound checkpoint is {folder / 'checkpoint-1'}." in message
+    assert f"move {folder / 'checkpoint-2'} and {folder / 'checkpoint-3'} away and resume" in message
+    for name in ("checkpoint-2", "checkpoint-3"):
+        shutil.move(folder / name, tmp_path)
+    assert run(recipe, resume=True).resumed_at == 1
+
+
+@pytest.mark.parametrize(
+    "seal",
+    ["", "[]", "{}", '{"files": [], "configuration": {}, "initial_adapter_sha256": ""}',
+     '{"files": {"../notes": ""}, "configuration": {}, "initial_adapter_sha256": ""}',
+     '{"files": {"C:/notes": ""}, "configuration": {}, "initial_adapter_sha256": ""}'],
+)  # fmt: skip
+def test_a_damaged_seal_is_named_and_its_paths_are_not_followed(tmp_path, seal):
+    (tmp_path / "notes").write_text("mine")
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    (folder / SEAL).write_text(seal)
+    with pytest.raises(EchoCheckpointError, match=rf"{SEAL} is damaged: .* no sound checkpoint beside it"):
+        checkpoint.read_seal(folder)
+    checkpoint.remove_checkpoint(folder)
+    assert not folder.exists()
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_weights_that_were_put_beside_the_sealed_ones_are_refused(tmp_path, monkeypatch):
+    """transformers would load model.safetensors instead of the adapter."""
+    recipe = half_trained(tmp_path, monkeypatch)
+    folder = last_complete_checkpoint(tmp_path / "run" / "checkpoints")
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(EchoCheckpointError, match=r"model\.safetensors was not there when"):
+        run(recipe, resume=True)
+
+
+def test_a_moved_record_names_the_folder_it_lies_in(tmp_path):
+    result = run(loaded(tmp_path))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert RunResult.read(tmp_path / "moved").adapter == tmp_path / "moved" / "adapter"
+    assert result.adapter == tmp_path / "run" / "adapter"
+
+
+@pytest.mark.parametrize("save_every", [2, 4])
+def test_an_interruption_says_which_step_which_checkpoint_and_how_to_go_on(tmp_path, monkeypatch, save_every):
+    recipe = loaded(tmp_path, f"training.save_every={save_every}")
+    interrupt_at(monkeypatch, 4, KeyboardInterrupt())
+    with pytest.raises(EchoInterrupt) as caught:
+        run(recipe)
+    message = str(caught.value)
+    assert message.startswith("Interrupted after step 3 of 4. ")
+    if save_every == 2:
+        newest = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+        assert f"newest complete checkpoint is {newest}: to go on from it, repeat the command with --resume" in message
+    else:
+        assert "No checkpoint was complete yet: repeat the command to start again." in message
+        assert not (tmp_path / "run").exists()
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

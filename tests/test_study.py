@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from echo_lora.errors import EchoConfigError, EchoError, EchoTrainingError
+from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoTrainingError
 from echo_lora.sft import EchoSFTTrainer
 from echo_lora.study import compare as comparing
 from echo_lora.study import execute as executing
@@ -29,7 +29,7 @@ from echo_lora.study.design import (
     tuning_keys,
 )
 from echo_lora.study.execute import RECORD, execute, read_record
-from echo_lora.study.records import RUNS_FILE, STUDY_FILE
+from echo_lora.study.records import RUNS_FILE, STUDY_FILE, write_archive
 from echo_lora.study.report import write_report
 from tiny_recipe import ROWS, tiny_document, tiny_folder, write_rows
 
@@ -228,7 +228,7 @@ def test_arms_of_a_seed_see_the_same_rows_in_the_same_order(tmp_path, monkeypatc
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
-            seen.setdefault(arm, []).append(inputs["row"].tolist())
+            seen.setdefault(arm, []).append(inputs["_echo_row"].tolist())
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(EchoSFTTrainer, "compute_loss", compute_loss)
@@ -297,6 +297,26 @@ def test_a_study_goes_on_from_its_gathered_records(whole, tmp_path, monkeypatch)
     study = load_study(whole / "study.yaml", [f"output={tmp_path / 'clone'}"])
     assert compare(study, Engine())
     assert (tmp_path / "clone" / RUNS_FILE).read_bytes() == (whole / "study" / RUNS_FILE).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"arm": "../../../outside"}, {"arm": "/outside"}, {"stage": "../outside"}, {"learning_rate": 0.5}, {"seed": 77},
+     {"seed": "../../../../../outside"}, {"arm": {"a": 1}}, None],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_is_none_of_the_design_is_no_path(tmp_path, change):
+    (tmp_path / "inner").mkdir()
+    study = loaded(tmp_path / "inner")
+    record = {"stage": "tuning", "arm": "lora", "learning_rate": 1e-2, "seed": 0, "scores": [], "history": []}
+    write_archive(Path(study.output) / RUNS_FILE, json.dumps(None if change is None else record | change) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(EchoDataError, match=rf"{RUNS_FILE}:1: the record of .* is none of this study's runs"):
+        comparing._restore(study)
+    assert sorted(tmp_path.rglob("*")) == before
+    write_archive(Path(study.output) / RUNS_FILE, json.dumps(record) + "\n")
+    comparing._restore(study)
+    assert read_record(study, RunKey("tuning", "lora", 1e-2, 0)) == record
 
 
 @pytest.mark.parametrize("moment", ["in training", "after training"])
@@ -391,7 +411,7 @@ def test_a_run_that_another_process_holds_is_left_to_it(tmp_path):
     folder = tmp_path / "study" / key.folder
     folder.mkdir(parents=True)
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+        [sys.executable, "-c", "import filelock, sys; f = filelock.FileLock(sys.argv[1]).acquire();"
          "print('held', flush=True); sys.stdin.read()", str(folder / "lock")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip

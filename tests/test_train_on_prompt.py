@@ -29,7 +29,7 @@ def some_rows(count: int = 16, seed: int = 0) -> list[Row]:
 
 
 def whole_text(rows: list[Row]) -> Dataset:
-    """What `PreparedData.to_dataset` makes of such rows."""
+    """What `prepare_rows` makes of such rows."""
     return Dataset.from_dict(
         {
             "input_ids": [ids for ids, _ in rows],
@@ -45,7 +45,7 @@ def whole_text(rows: list[Row]) -> Dataset:
 def test_labels_cover_all_but_the_first_token_and_the_mask_keeps_the_boundary():
     tokenizer = tiny_tokenizer(adds_bos=True)
     answers, whole = (
-        prepare_rows(ROWS, tokenizer, max_length=None, train_on_prompt=trains_prompt).to_dataset()
+        prepare_rows(ROWS, tokenizer, max_length=None, train_on_prompt=trains_prompt).dataset
         for trains_prompt in (False, True)
     )
     assert "completion_mask" not in answers.column_names
@@ -57,7 +57,7 @@ def test_labels_cover_all_but_the_first_token_and_the_mask_keeps_the_boundary():
 
 def test_a_summary_counts_the_tokens_with_a_loss(tmp_path):
     recipe = load_recipe(tiny_recipe(tmp_path), ["data.train_on_prompt=true"])
-    whole = prepare_rows(ROWS, tiny_tokenizer(), max_length=None, train_on_prompt=True).to_dataset()
+    whole = prepare_rows(ROWS, tiny_tokenizer(), max_length=None, train_on_prompt=True).dataset
     count = sum(label != -100 for row in whole for label in row["labels"])
     line = f"prompts are trained on too: {count} tokens with a loss in all"
     assert line in plan(recipe).rows
@@ -77,12 +77,12 @@ def test_a_prompt_that_is_shortened_is_cut_with_its_mask():
     limits = {"max_length": 16, "on_overlength": "truncate_prompt"}
     prepared = prepare_rows(ROWS, tokenizer, **limits, train_on_prompt=True)
     assert prepared.counts.truncated > 0
-    dataset = prepare_rows(ROWS, tokenizer, max_length=None, train_on_prompt=True).to_dataset()
+    dataset = prepare_rows(ROWS, tokenizer, max_length=None, train_on_prompt=True).dataset
     checked, counts = check_tokenized_dataset(
         dataset, **limits, end_token_ids={tokenizer.eos_token_id}, source="rows", bos_token_id=tokenizer.bos_token_id
     )
     assert counts == prepared.counts
-    assert list(checked) == list(prepared.to_dataset())
+    assert list(checked) == list(prepared.dataset)
 
 
 def test_a_collator_on_either_side_keeps_the_mask_at_its_tokens():

@@ -361,7 +361,7 @@ def sft_arguments(folder: Path, **kwargs) -> SFTConfig:
         "disable_tqdm": True,
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
     }
     return SFTConfig(**defaults | kwargs)
 
@@ -451,7 +451,7 @@ def test_sft_evaluates_the_plain_model(tmp_path):
     data = Dataset.from_dict(DATASETS["conversational"])
     metrics = trainer.evaluate(data)
     batch = trainer.data_collator([trainer.train_dataset[0]])
-    batch.pop("row")
+    batch.pop("_echo_row")
     trainer.model.eval()
     expected = trainer.model(**batch).loss
     assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
@@ -460,7 +460,7 @@ def test_sft_evaluates_the_plain_model(tmp_path):
 def test_sft_with_gradient_checkpointing_matches_without(tmp_path, caplog):
     losses = []
     for on in (False, True):
-        trainer = sft_trainer(tmp_path / str(on), DATASETS["prompt-completion"], gradient_checkpointing=on)
+        trainer = sft_trainer(tmp_path / str(on), DATASETS["prompt-completion"], activation_checkpointing=on)
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -520,13 +520,194 @@ def test_terms_are_right_over_windows_of_unequal_length(tmp_path):
     assert log["ce_on"] == pytest.approx(log["ce_off"], rel=0.1)  # a neutral echo; dropout and other rows differ
 
 
-def test_another_adapter_trains_without_echo(tmp_path):
+def saved_adapter(folder: Path, **config) -> Path:
+    model = peft.get_peft_model(tiny_base(), lora_config(init_lora_weights=False, **config))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("cls", [EchoTrainer, Trainer])
+def test_a_continued_adapter_under_a_second_name_is_refused(tmp_path, cls):
+    model = echo_model()
+    model.load_adapter(str(saved_adapter(tmp_path / "saved")), "continued", is_trainable=True)
+    model.set_adapter("continued")
+    trainer = trainer_of(tmp_path / "run", model, cls)
+    trainer.add_callback(EchoCallback())
+    with pytest.raises(EchoModelError, match=r"belongs to the adapter 'default', but active is 'continued'.*load_adap"):
+        trainer.train()
+
+
+def test_another_adapter_trains_without_the_echo_where_it_is_switched_off(tmp_path):
     model = echo_model()
     model.add_adapter("other", lora_config())
     model.set_adapter("other")
+    model.echo_enabled = False
     trainer = trainer_of(tmp_path, model)
     trainer.train()
-    assert "ce_off" not in trainer.state.log_history[0]
+    assert not {"ce_off", "routing_p"} & trainer.state.log_history[0].keys()
+    assert any(p.any() for n, p in model.named_parameters() if "lora_B.other" in n)
+    assert not any(p.any() for n, p in model.named_parameters() if "lora_B.default" in n)
+
+
+def test_several_active_adapters_are_refused(tmp_path):
+    model = echo_model()
+    model.add_adapter("other", lora_config())
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(EchoModelError, match="active is 'default', 'other'"):
+        trainer_of(tmp_path, model).train()
+
+
+def test_an_inactive_second_adapter_changes_nothing(tmp_path):
+    alone, beside = echo_model(), echo_model()
+    beside.load_adapter(str(saved_adapter(tmp_path / "saved")), "other")
+    beside.train()
+    for name, model in (("alone", alone), ("beside", beside)):
+        trainer_of(tmp_path / name, model, save_strategy="steps", save_steps=3).train()
+    assert_same_training(alone, beside)
+
+
+def test_a_saved_adapter_is_continued_with_the_echo(tmp_path):
+    folder = saved_adapter(tmp_path / "saved")
+    model = echo_model()
+    model.load_adapter(str(folder), "default", is_trainable=True)
+    start = adapter_of(model)
+    assert all(
+        torch.equal(value, start[name]) for name, value in load_file(folder / "adapter_model.safetensors").items()
+    )
+    trainer = trainer_of(tmp_path / "run", model)
+    trainer.train()
+    assert trainer.state.log_history[0]["routing_p"] == 1.0
+    assert any(not torch.equal(value, start[name]) for name, value in adapter_of(model).items())
+    assert all(branch.W2.weight.any() for branch in model.echo.branches.values())
+
+
+@pytest.mark.parametrize("cls", [EchoTrainer, Trainer])
+def test_a_named_adapter_is_trained_saved_and_resumed(tmp_path, cls):
+    def named():
+        torch.manual_seed(5)
+        return get_echo_model(tiny_base(), lora_config(), ROUTED, adapter_name="mine")
+
+    def trained(model, folder, **kwargs):
+        trainer = trainer_of(folder, model, cls, save_strategy="steps", save_steps=2, **kwargs)
+        trainer.add_callback(EchoCallback())
+        return trainer
+
+    whole, parts = named(), named()
+    trained(whole, tmp_path / "whole").train()
+    trainer = trained(parts, tmp_path / "parts")
+    if cls is EchoTrainer:
+        trainer.add_callback(Stop(4))
+        trainer.train()
+        parts = named()
+        trained(parts, tmp_path / "parts").train(resume_from_checkpoint=True)
+    else:
+        trainer.train()
+    one, other = (peft.get_peft_model_state_dict(model, adapter_name="mine") for model in (whole, parts))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    folder = tmp_path / "whole" / "checkpoint-6" / "mine"
+    assert all(torch.equal(v, one[n]) for n, v in load_file(folder / "adapter_model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"r": 8}, "r is 8 there and 4 here"),
+        ({"lora_alpha": 64}, "lora_alpha is 64 there and 8 here"),
+        ({"use_rslora": True}, "use_rslora is True there and False here"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern is"),
+        ({"target_modules": ["q_proj"]}, "it lacks .*v_proj"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]}, "it holds also .*k_proj"),
+    ],
+    ids=["rank", "alpha", "rslora", "alpha pattern", "fewer modules", "more modules"],
+)
+def test_an_adapter_with_other_hyperparameters_is_not_continued(tmp_path, config, words):
+    model = echo_model()
+    with pytest.raises(EchoModelError, match=words):
+        model.load_adapter(str(saved_adapter(tmp_path, **config)), "default", is_trainable=True)
+
+
+def test_a_frozen_adapter_is_refused(tmp_path):
+    folder = saved_adapter(tmp_path / "saved")
+    with pytest.raises(EchoModelError, match="inference_mode is True"):
+        get_echo_model(tiny_base(), peft.LoraConfig.from_pretrained(folder), ROUTED)
+    model = echo_model()
+    model.set_requires_grad("default", False)
+    with pytest.raises(EchoModelError, match=r"every parameter .* is frozen, so that only the echo"):
+        trainer_of(tmp_path / "run", model).train()
+    model.set_adapter("default")
+    trainer_of(tmp_path / "again", model).train()
+
+
+def make_anew(model) -> None:
+    model.base_model.delete_adapter("default")
+    model.add_adapter("default", lora_config())
+    model.set_adapter("default")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: model.base_model.disable_adapter_layers(), "are disabled"),
+        (lambda model: model.merge_adapter(), "is merged"),
+        (make_anew, "lost its echo"),
+    ],
+    ids=["disabled", "merged", "made anew"],
+)
+def test_an_adapter_that_the_echo_does_not_reach_is_refused(tmp_path, change, words):
+    model = echo_model(injection_site="lora_input")
+    change(model)
+    with pytest.raises(EchoModelError, match=words):
+        model.set_routing_clock(0, 5)
+
+
+def test_an_adapter_changed_during_training_is_refused(tmp_path):
+    model = echo_model()
+    model.add_adapter("other", lora_config())
+
+    class Change(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                kwargs["model"].set_adapter("other")
+
+    trainer = trainer_of(tmp_path, model)
+    trainer.add_callback(Change())
+    with pytest.raises(EchoModelError, match="step 3 was trained without the echo"):
+        trainer.train()
+
+
+def test_the_adapter_that_carries_the_echo_is_not_deleted():
+    model = echo_model()
+    model.add_adapter("other", lora_config())
+    with pytest.raises(EchoModelError, match="'default' carries the echo"):
+        model.delete_adapter("default")
+    model.delete_adapter("other")
+
+
+def test_a_saved_adapter_is_no_echo_model(tmp_path):
+    with pytest.raises(EchoModelError, match="holds no echo"):
+        type(echo_model()).from_pretrained(tiny_base(), saved_adapter(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [3, 4, 5]}],
+    ids=str,
+)
+def test_whole_modules_beside_the_adapter_are_trained_saved_and_resumed(tmp_path, config):
+    def model_of():
+        torch.manual_seed(5)
+        return get_echo_model(tiny_base(), lora_config(**config), ROUTED)
+
+    whole, resumed = model_of(), model_of()
+    start = adapter_of(whole)
+    trainer_of(tmp_path, whole, save_strategy="steps", save_steps=3).train()
+    own = [name for name in start if "lora_" not in name]
+    assert own
+    assert all(not torch.equal(start[name], adapter_of(whole)[name]) for name in own)
+    trainer_of(tmp_path, resumed, save_strategy="steps", save_steps=3).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+    )
+    assert_same_training(whole, resumed)
 
 
 def test_an_optimizer_that_was_given_is_left_alone(tmp_path):

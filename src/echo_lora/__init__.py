@@ -21,6 +21,7 @@ _HOME = {
     "EchoSFTTrainer": "sft",
     "EchoCallback": "trainer",
     "save_verified": "export",
+    "separate_echo": "optimizer",
 }
 
 __all__ = sorted(_HOME)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from echo_lora.config import nearest
 from echo_lora.errors import EchoModelError
+from echo_lora.files import use_umask
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +42,15 @@ _MARKED_TURN = (
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
 )
+
+# No model is larger; what is above is a damaged file, and nothing of its size is made.
+LARGEST = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "num_attention_heads": 100_000,
+    "vocab_size": 100_000_000,
+}
 
 T = TypeVar("T")
 
@@ -69,7 +80,19 @@ def load_base_model(
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
-    return _load("model", reference, lambda: AutoModelForCausalLM.from_pretrained(source, **options))
+    _config_of("model", reference, trust_remote_code)  # checked before anything of its sizes is made
+    model, found = _load(
+        "model",
+        reference,
+        lambda: AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options),
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise EchoModelError(
+            f"{reference}: the files hold no weights for {', '.join(missing[:3])} ({len(missing)} in all), which would "
+            "be random. Save the model again, fetch it again, or name another one."
+        )
+    return model
 
 
 def load_tokenizer(reference: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -92,14 +115,51 @@ def load_tokenizer(reference: str | Path, trust_remote_code: bool = False) -> Pr
 
 def load_config(reference: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of `reference`, without its weights."""
+    return _config_of("configuration", reference, trust_remote_code)
+
+
+def _config_of(what: str, reference: str | Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration, whose sizes are those of a model that can be. what: as of `_load`."""
     from transformers import AutoConfig
 
     source = _resolve(reference)
-    return _load(
-        "configuration",
+    config = _load(
+        what,
         reference,
         lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code),
     )
+    text = config.get_text_config()
+    for name, largest in LARGEST.items():
+        value = getattr(text, name, 1)
+        if isinstance(value, int) and not 1 <= value <= largest:
+            raise EchoModelError(
+                f"{reference}: {name} = {value} in its config.json must lie between 1 and {largest:,}. Restore it."
+            )
+    return config
+
+
+def has_position_table(model: PreTrainedModel, positions: int) -> bool:
+    """Whether the model looks its positions up in a table of this length (GPT-2, OPT, GPT-J), or computes them.
+
+    XGLM's table has another name, for it grows.
+    """
+    tables = (*model.named_parameters(), *model.named_buffers())
+    return any(
+        tensor.dim() == 2
+        and positions <= len(tensor) <= positions + 4  # some have places for padding
+        and re.search(r"(^|\.)(wpe|pos\w*|\w+_pos\w*)(\.base_layer)?(\.weight)?$", name) is not None
+        for name, tensor in tables
+    )
+
+
+def empty_model(reference: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of `reference` on torch's meta device: shapes and names without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(reference, trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def packaged_model(cache_dir: str | Path | None = None) -> Path:
@@ -119,6 +179,7 @@ def packaged_model(cache_dir: str | Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as scratch:
         converted = Path(scratch) / "model"
         _convert(gguf_file, converted)
+        use_umask(converted)  # others may share the cache
         try:
             converted.rename(folder)
         except OSError:
@@ -130,22 +191,35 @@ def packaged_model(cache_dir: str | Path | None = None) -> Path:
 # --------------------------------------------------------------------------------------------- references
 
 
+def canonical(reference: str | Path) -> str:
+    """A reference that means the same everywhere: a folder by its absolute path, any other as it is.
+
+    Raises EchoModelError for a folder that is not there.
+    """
+    name = str(reference)
+    return name if name.startswith("packaged:") else str(_resolve(reference))
+
+
 def _resolve(reference: str | Path) -> str | Path:
-    """The folder of a local or packaged model, or the hub id as it is."""
+    """The folder of a local or packaged model, by its absolute path, or the hub id as it is.
+
+    transformers and PEFT record what they are given: a relative path, read elsewhere, would pass for a hub id.
+    """
     name = str(reference)
     if name.startswith("packaged:"):
         if name != PACKAGED:
             raise EchoModelError(f"{name} is not a packaged model.{nearest(name, [PACKAGED])}")
         return packaged_model()
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # False also for a name that no folder can have
+        return path.absolute()
+    if os.path.exists(path):
         raise EchoModelError(
             f"{name} is a file. Name the folder that holds config.json, the tokenizer and *.safetensors."
         )
     # A hub id is `name` or `owner/name`.
-    if isinstance(reference, Path) or name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
+    is_path = isinstance(reference, Path) or path.is_absolute() or name.startswith((".", "~", "/"))
+    if is_path or name.endswith("/") or name.count("/") > 1 or "\\" in name:
         raise EchoModelError(f"{name}: there is no such folder. Correct the path, or name a model of the hub.")
     return name
 
@@ -169,10 +243,16 @@ def _load(what: str, reference: str | Path, load: Callable[[], T]) -> T:
     """`load()`; what transformers objects to becomes an EchoModelError that keeps its words."""
     try:
         return load()
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, EchoModelError):
-            raise
-        reason = str(error).strip()
+    except EchoModelError:
+        raise
+    except Exception as error:  # a folder that was damaged or made by hand can make transformers raise anything
+        reason = str(error).strip() if isinstance(error, (OSError, ValueError, ImportError)) else repr(error)
+        if "trust_remote_code" in reason:
+            raise EchoModelError(
+                f"{reference}: the {what} comes with code of its own, which is run only if you say so in this call. "
+                "Read it, then add --trust-remote-code to eval or merge, or to other commands "
+                "--set trust_remote_code=true."
+            ) from error
         raise EchoModelError(
             f"{reference}: the {what} can't be loaded: {reason}\n"
             "Check the name and the options. A model of the hub needs a connection, or an earlier download; "

@@ -11,53 +11,66 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.trainer_utils import sort_checkpoints
 
 from echo_lora.errors import EchoCheckpointError
-from echo_lora.export import whole
+from echo_lora.export import CONFIG_FILE, TOKENIZER_FILES, whole
+from echo_lora.files import remove_empty, remove_files, use_umask, write_file
 
 logger = logging.getLogger(__name__)
 
 SEAL = "echo_checkpoint.json"
+IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers' mark of enable_jit_checkpoint, removed when it is saved
+LOADED = (".safetensors", ".bin", ".pt", ".pth")  # files that a trainer reads by their names
+# What a trainer writes into a checkpoint; an interruption leaves temporary names of safetensors and of ours.
+WRITTEN = (
+    *(f"*{suffix}" for suffix in LOADED),
+    *("trainer_state.json", CONFIG_FILE, "README.md", *TOKENIZER_FILES, ".tmp*", f".{SEAL}.*"),
+)
 
 
 def seal_checkpoint(folder: Path, *, configuration: dict[str, Any], initial_adapter_sha256: str | None) -> None:
     """Declare the checkpoint complete: every file in it with its SHA-256, and what decides the run's result."""
+    use_umask(folder)
     seal = {
         "initial_adapter_sha256": initial_adapter_sha256,
         "configuration": _plain(configuration),
         "files": {
-            str(path.relative_to(folder)): _sha256(path)
+            path.relative_to(folder).as_posix(): _sha256(path)
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != SEAL
+            if path.is_file() and path.name not in (SEAL, IN_PROGRESS)
         },
     }
-    temporary = folder / f".{SEAL}.tmp"
-    temporary.write_text(json.dumps(seal, indent=2))
-    temporary.replace(folder / SEAL)
+    text = json.dumps(seal, indent=2)
+    write_file(folder / SEAL, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
-    """The seal of a checkpoint, after comparing every file with it. Raises EchoCheckpointError."""
-    if not (folder / SEAL).is_file():
-        raise EchoCheckpointError(
-            f"{folder} has no {SEAL}: it was interrupted while being written, or is not a checkpoint of this package. "
-            "Resume from an earlier checkpoint."
-        )
-    seal = json.loads((folder / SEAL).read_text())
-    for name, digest in seal["files"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise EchoCheckpointError(
-                f"{folder / name} is missing or not what was saved. Resume from an earlier checkpoint."
-            )
-    return seal
+    """The seal of a checkpoint, after comparing every file with it.
+
+    Raises EchoCheckpointError, which names the newest sound checkpoint beside it and how to go on from that.
+    """
+    try:
+        return _sound_seal(folder)
+    except EchoCheckpointError as error:
+        raise EchoCheckpointError(f"{error} {_way_on(folder)}") from error
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-1, checkpoint-2, … of a run, by step: a clock may be set back."""
+    folders = Path(output_dir).glob("checkpoint-*")
+    found = [(int(path.name[11:]), path) for path in folders if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    return [path for _, path in sorted(found) if path.is_dir()]
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path:
@@ -65,8 +78,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path:
 
     Raises EchoCheckpointError if there is none.
     """
-    found = sort_checkpoints(str(output_dir)) if Path(output_dir).is_dir() else []
-    for folder in map(Path, reversed(found)):
+    for folder in reversed(checkpoints_in(output_dir)):
         if (folder / SEAL).is_file():
             return folder
         logger.warning("%s was not finished, or is of another program; passing over it.", folder)
@@ -75,15 +87,104 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path:
 
 def has_complete_checkpoint(output_dir: str | Path) -> bool:
     """Whether there is anything to resume from."""
-    return any(Path(output_dir).glob(f"checkpoint-*/{SEAL}"))
+    return any((folder / SEAL).is_file() for folder in checkpoints_in(output_dir))
+
+
+def rotate_checkpoints(newest: Path, limit: int | None, best: str | Path | None = None) -> None:
+    """Remove the earliest sealed checkpoints beside the `newest`, which was just written, until `limit` are left.
+
+    The newest, the last by its step and the best are kept. limit: None or 0 keeps all.
+    """
+    sealed = [folder for folder in checkpoints_in(newest.parent) if (folder / SEAL).is_file()]
+    kept = {newest.resolve(), sealed[-1].resolve()} | ({Path(best).resolve()} if best else set())
+    surplus = len(sealed) - max(limit or len(sealed), len(kept))
+    for folder in [folder for folder in sealed if folder.resolve() not in kept][: max(surplus, 0)]:
+        remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove what a trainer wrote into a checkpoint, its seal first, and the folder if nothing else is in it."""
+    try:
+        names = [*_seal(folder)["files"]]
+    except EchoCheckpointError:  # it was not finished
+        names = [
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
+            if path.is_file() and any(path.match(pattern) for pattern in WRITTEN)
+        ]
+    try:
+        remove_files(folder, [SEAL, *names])
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error)
+
+
+def clear_checkpoints(output_dir: Path) -> None:
+    """Remove all checkpoints in a folder, sealed or not, and the folder if nothing else is in it."""
+    for folder in checkpoints_in(output_dir):
+        remove_checkpoint(folder)
+    remove_empty(output_dir)
+
+
+def _seal(folder: Path) -> dict[str, Any]:
+    """The seal as it is written. Raises EchoCheckpointError if it is missing or damaged."""
+    path = folder / SEAL
+    if not path.is_file():
+        raise EchoCheckpointError(
+            f"{folder} has no {SEAL}: it was interrupted while being written, or is not a checkpoint of this package."
+        )
+    try:
+        seal = json.loads(path.read_text(encoding="utf-8"))
+        is_one = isinstance(seal["configuration"], dict) and all(map(_is_inside, seal["files"].keys()))
+        seal["initial_adapter_sha256"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EchoCheckpointError(f"{path} is damaged: {error!r}.") from error
+    if not is_one:
+        raise EchoCheckpointError(f"{path} is damaged: it does not list files of its folder.")
+    return seal
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name stays in its folder, under any system."""
+    return not any(part.anchor or ".." in part.parts for part in (PurePosixPath(name), PureWindowsPath(name)))
+
+
+def _sound_seal(folder: Path) -> dict[str, Any]:
+    seal = _seal(folder)
+    for name, digest in seal["files"].items():
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise EchoCheckpointError(f"{folder / name} is missing or not what was saved.")
+    for path in folder.rglob("*"):  # weights that a loader could take in place of those that were saved
+        if path.suffix in LOADED and path.relative_to(folder).as_posix() not in seal["files"]:
+            raise EchoCheckpointError(f"{path} was not there when the checkpoint was written.")
+    return seal
+
+
+def _way_on(damaged: Path) -> str:
+    """What to do about a checkpoint that can't be resumed from."""
+    newer = [damaged]
+    for folder in reversed(checkpoints_in(damaged.parent)):
+        try:
+            _sound_seal(folder)
+        except EchoCheckpointError:
+            newer += [folder] if folder.resolve() != damaged.resolve() else []
+            continue
+        away = " and ".join(map(str, sorted(newer)))
+        return (
+            f"The newest sound checkpoint is {folder}. To go on from it, move {away} away and resume again "
+            f"(echo-lora train … --resume), or pass resume_from_checkpoint={str(folder)!r} in a script."
+        )
+    return "There is no sound checkpoint beside it: start anew, in another output folder."
 
 
 def compare_configuration(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises EchoCheckpointError with the differences, if there are any."""
     current = _plain(current)
+    keys = saved.keys() | current.keys()
+    if saved.get("base.sha256") == current.get("base.sha256"):  # the same base, wherever it lies now
+        keys -= {"adapter.base_model_name_or_path"}
     differences = [
         f"  {key}: checkpoint {saved.get(key)!r}, now {current.get(key)!r}"
-        for key in sorted(saved.keys() | current.keys())
+        for key in sorted(keys)
         if saved.get(key) != current.get(key)
     ]
     if differences:
@@ -92,6 +193,40 @@ def compare_configuration(folder: Path, saved: dict[str, Any], current: dict[str
             + "\n".join(differences)
             + "\nRestore these values, or start anew in another output folder."
         )
+
+
+def describe_base(model: PeftModel) -> dict[str, Any]:
+    """What of the base decides the result: how it computes, and SHA-256 of all its weights as they were loaded.
+
+    To be read before training, while the model is whole. About a second for each gigabyte, in up to 8 threads.
+    """
+    base = model.get_base_model()
+    quantisation: Any = getattr(base.config, "quantization_config", None)
+    return {
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "attn_implementation": base.config._attn_implementation,
+        "quantization": quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation,
+        "sha256": _weights_hash(model),
+    }
+
+
+def _weights_hash(model: PeftModel) -> str:
+    of_adapters = (getattr(model.base_model, "prefix", "lora_"), "modules_to_save.")
+    weights = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.get_base_model().state_dict().items()
+        if isinstance(tensor, Tensor) and not any(part in name for part in of_adapters)
+    }
+
+    def digest(tensor: Tensor) -> str:
+        data = tensor.detach().cpu().contiguous()
+        found = hashlib.sha256(f"{data.dtype}:{tuple(data.shape)}".encode())
+        found.update(data.reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib frees the interpreter's lock
+        digests = dict(zip(weights, pool.map(digest, weights.values()), strict=True))
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
 def fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

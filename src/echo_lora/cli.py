@@ -5,10 +5,14 @@ What a command needs is imported inside it: torch and transformers take seconds,
 
 from __future__ import annotations
 
+import errno
+import io
+import math
 import os
 import shlex
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,27 +20,49 @@ import typer
 from typer.core import TyperGroup
 
 from echo_lora import __version__
-from echo_lora.errors import EchoError
+from echo_lora.environment import require_place
+from echo_lora.errors import EchoError, shortened
+from echo_lora.sources import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from echo_lora.data import Segment
 
+MOST = 1_000_000_000  # of what can be counted: more is a slip
 STYLES = {"prompt": "none", "boundary": "black on yellow", "answer": "green", "ignored": "dim"}
 
 
+def path(text: str) -> Path:
+    """A path in which `~` stands for the home folder: shells leave it as it is in `--output=~/scores.json`."""
+    return expanded(text)
+
+
 class _Group(TyperGroup):
-    """Reports an EchoError as its message and exit status 1."""
+    """Reports an EchoError as its message and exit status 1, a Ctrl-C with exit status 130."""
 
     def invoke(self, ctx: Any) -> Any:
         _calm_libraries()
         try:
-            return super().invoke(ctx)
-        except EchoError as error:
+            done = super().invoke(ctx)
+            sys.stdout.flush()  # a full disk is to show here
+            return done
+        except KeyboardInterrupt as error:
             if ctx.meta.get("traceback"):
                 raise
-            typer.echo(f"Error: {error}", err=True)
+            typer.echo(str(error) or "Interrupted.", err=True)
+            raise typer.Exit(130) from error
+        except EchoError as error:
+            message = str(error)
+            if ctx.meta.get("traceback"):
+                raise
+            typer.echo(f"Error: {message}", err=True)
+            raise typer.Exit(1) from error
+        except (OSError, MemoryError) as error:  # the machine's; with what is tried, the last remedy is known here only
+            if ctx.meta.get("traceback") or getattr(error, "errno", None) == errno.EPIPE:
+                raise
+            reason = shortened(str(error) or "there is not enough memory")
+            typer.echo(f"Error: the system refuses: {reason}. Make room, or run again with --traceback.", err=True)
             raise typer.Exit(1) from error
 
 
@@ -90,6 +116,8 @@ def train(
     from echo_lora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if not resume:
+        require_place(loaded.output)
     with _starting():
         from echo_lora.run import run
 
@@ -113,7 +141,7 @@ def train(
 def preview(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="rows to show of each source")] = 3,
+    rows: Annotated[int, typer.Option("--rows", min=0, max=MOST, help="rows to show of each source")] = 3,
     traceback: TracebackOption = False,
 ) -> None:
     """Show training rows token by token. Prompt, boundary, answer and ignored tokens are told apart."""
@@ -183,22 +211,45 @@ def evaluate(
     ],
     overrides: SetOption = None,
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="adapter to score; default: the one in the recipe's output folder")
+        Path | None,
+        typer.Option("--adapter", help="adapter to score; default: the one in the recipe's output folder", parser=path),
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="score the base too")] = False,
-    output: Annotated[Path | None, typer.Option("--output", help="write scores and predictions as JSON")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="write scores and predictions as JSON", parser=path)
+    ] = None,
     run_generated_code: Annotated[
         bool,
         typer.Option("--run-generated-code", help="allow tasks of kind code, which run what the model writes"),
     ] = False,
+    allow_unsandboxed: Annotated[
+        bool,
+        typer.Option("--allow-unsandboxed", help="run it even where no sandbox works: it can then read your files"),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the base; a run's folder can't say so")
+    ] = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Score adapter and base on the recipe's tasks. Without an adapter, the base alone."""
+    if output is not None:
+        require_place(output, is_file=True)
     with _starting():
+        from echo_lora.files import locked
         from echo_lora.scoring import resolve, score_recipe, write_scores
 
-    recipe, found = resolve(target, overrides or (), adapter)
-    scores = score_recipe(recipe, found, with_base=base, run_generated_code=run_generated_code)
+    trusted = ["trust_remote_code=true"] if trust_remote_code else []
+    recipe, found = resolve(target, [*(overrides or ()), *trusted], adapter)
+    with nullcontext() if output is None else locked(output):
+        scores = score_recipe(
+            recipe,
+            found,
+            with_base=base,
+            run_generated_code=run_generated_code,
+            allow_unsandboxed=allow_unsandboxed,
+        )
+        if output is not None:
+            write_scores(recipe, scores, output)
     if found is not None:
         _print_pairs({"adapter": str(found)})
     _print_table(
@@ -223,14 +274,13 @@ def evaluate(
             if value is not None:
                 typer.echo(f"{one.model}: {name}: {value:.1%}")
     if output is not None:
-        write_scores(recipe, scores, output)
         typer.echo(f"Written to {output}")
 
 
 @app.command(epilog="Example, after `echo-lora train tiny`: echo-lora merge runs/tiny/adapter runs/merged --verify")
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="folder of the adapter")],
-    output: Annotated[Path, typer.Argument(help="folder for the merged model; must not exist")],
+    adapter: Annotated[Path, typer.Argument(help="folder of the adapter", parser=path)],
+    output: Annotated[Path, typer.Argument(help="folder for the merged model; must not exist", parser=path)],
     base: Annotated[str | None, typer.Option("--base", help="base model; default: the one the adapter names")] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -243,6 +293,7 @@ def merge(
     traceback: TracebackOption = False,
 ) -> None:
     """Merge an adapter into its base. Logits are compared before anything is written."""
+    require_place(output)
     with _starting():
         from echo_lora.merge import merge as merge_adapter
 
@@ -258,7 +309,7 @@ def merge(
 
 @app.command(epilog="Example: echo-lora doctor")
 def doctor(
-    adapter: Annotated[Path | None, typer.Argument(help="folder of an adapter to look into")] = None,
+    adapter: Annotated[Path | None, typer.Argument(help="folder of an adapter to look into", parser=path)] = None,
     traceback: TracebackOption = False,
 ) -> None:
     """Show versions and devices. With a folder: what the adapter in it is, and who can load it."""
@@ -292,10 +343,13 @@ def doctor(
 
 @app.command(epilog="Example: echo-lora demo --output runs/demo")
 def demo(
-    output: Annotated[Path, typer.Option("--output", help="folder for both arms and the scores")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option("--output", help="folder for both arms and the scores", parser=path)] = Path(
+        "runs/demo"
+    ),
     traceback: TracebackOption = False,
 ) -> None:
     """Train LoRA and Echo-LoRA on the same rows, score both and the base."""
+    require_place(output)
     with _starting():
         from echo_lora.demo import run_demo
 
@@ -330,14 +384,19 @@ def bench(
         typer.Option("--shape", metavar="PxA", help="random rows of P prompt and A answer tokens; repeatable"),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="rows of a step; default: training.batch_size")
+        int | None, typer.Option("--rows", min=1, max=MOST, help="rows of a step; default: training.batch_size")
     ] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", min=2, help="timed steps of each kind; default: 7")] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=2, max=MOST, help="timed steps of each kind; default: 7")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a trial: 2 rows, 3 rounds, one shape")] = False,
-    output: Annotated[Path, typer.Option("--output", help="folder for bench.json, .md and .png")] = Path("runs/bench"),
+    output: Annotated[Path, typer.Option("--output", help="folder for bench.json, .md and .png", parser=path)] = Path(
+        "runs/bench"
+    ),
     traceback: TracebackOption = False,
 ) -> None:
     """Measure seconds and memory of a training step: Echo-LoRA, LoRA, and TRL's own."""
+    require_place(output)
     with _starting():
         from echo_lora.bench import NOTES, run_bench
 
@@ -366,7 +425,7 @@ def compare(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the study; repeatable")
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="runs at a time on this machine")] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=1024, help="runs at a time on this machine")] = 1,
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0, help="begin no run after this time; call again to go on")
     ] = None,
@@ -379,7 +438,10 @@ def compare(
     """Compare methods: arms, learning rates and seeds, paired, with a verdict. Goes on where it was stopped."""
     from echo_lora.study.design import load_study, slurm_options
 
+    if minutes is not None and not math.isfinite(minutes):
+        raise typer.BadParameter("--minutes must be a finite number; leave it out for no limit")
     loaded = load_study(study, overrides or ())
+    require_place(loaded.output)
     options = None if slurm is None else slurm_options(slurm)
     with _starting():
         from echo_lora.study.compare import Engine
@@ -407,20 +469,23 @@ app.add_typer(data_app, name="data")
 
 @data_app.command("import", epilog="Example, beside LLM-Adapters' dataset/: echo-lora data import dataset data/all")
 def import_(
-    source: Annotated[Path, typer.Argument(help="folder with a folder for each task, or commonsense_170k.json")],
-    output: Annotated[Path | None, typer.Argument(help="folder for the rows; must not exist")] = None,
+    source: Annotated[
+        Path, typer.Argument(help="folder with a folder for each task, or commonsense_170k.json", parser=path)
+    ],
+    output: Annotated[Path | None, typer.Argument(help="folder for the rows; must not exist", parser=path)] = None,
     task: Annotated[
         list[str] | None, typer.Option("--task", metavar="NAME", help="import this task only; repeatable")
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="download; then the only argument is OUTPUT")] = False,
     hold_out: Annotated[
-        int, typer.Option("--hold-out", min=0, help="rows of each train part to set aside for validation")
+        int, typer.Option("--hold-out", min=0, max=MOST, help="rows of each train part to set aside for validation")
     ] = 0,
     traceback: TracebackOption = False,
 ) -> None:
     """Import the benchmarks: rows with whole prompts, task files for lm-eval, a recipe. Counts are checked."""
     if hub != (output is None):
         raise typer.BadParameter("give SOURCE and OUTPUT, or --hub and OUTPUT")
+    require_place(output or source)
     with _starting():
         from echo_lora.import_data import import_data
 
@@ -441,7 +506,7 @@ def import_(
 
 @app.command(epilog="Example, after `echo-lora compare quick`: echo-lora report runs/study-quick")
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a study, whole or in part")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a study, whole or in part", parser=path)],
     traceback: TracebackOption = False,
 ) -> None:
     """Write the report of a study from its records: report.html, one page to look at, and report.md."""
@@ -455,6 +520,8 @@ def report(
 
 def main() -> None:
     """The entry point."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is no text in the terminal's encoding stops nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="echo-lora")
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ValidationError
 
 from echo_lora.errors import EchoConfigError
 
@@ -20,6 +23,8 @@ from echo_lora.errors import EchoConfigError
 REFERENCE_DEPTH = 32
 REFERENCE_SOURCE_LAYERS = (24, 25, 26, 27)  # -8 ... -5
 REFERENCE_TARGET_LAYERS = (4, 5, 6, 7)
+# Beyond these there is no room, or float32 has no numbers.
+LARGEST_BOTTLENECK, LARGEST_FACTOR, TEMPERATURES = 65_536, 1e6, (0.001, 1000)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -84,11 +89,21 @@ class EchoConfig:
             if len(set(layers)) != len(layers):
                 raise EchoConfigError(f"{name} = {layers} names a layer twice. Name each layer once.")
         self._require("bottleneck", self.bottleneck >= 1, "must be at least 1")
+        self._require("bottleneck", self.bottleneck <= LARGEST_BOTTLENECK, f"must be at most {LARGEST_BOTTLENECK}")
         self._require("scale_init", self.scale_init != 0, "must not be 0: no gradient would ever flow")
+        self._require("routing_seed", 0 <= self.routing_seed < 2**32, "must lie in [0, 2^32)")
+        for name in ("scale_init", "gate_bias_init", "distillation_weight", "echo_lr_multiplier"):
+            self._require(
+                name, abs(getattr(self, name)) <= LARGEST_FACTOR, f"must be at most {LARGEST_FACTOR:g} in size"
+            )
         for name in ("routing_start", "routing_end"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "is a probability and must lie in [0, 1]")
         self._require("distillation_weight", self.distillation_weight >= 0, "must not be negative")
         self._require("distillation_temperature", self.distillation_temperature > 0, "must be positive")
+        low, high = TEMPERATURES
+        self._require(
+            "distillation_temperature", low <= self.distillation_temperature <= high, f"must lie in [{low}, {high}]"
+        )
         self._require("echo_lr_multiplier", self.echo_lr_multiplier > 0, "must be positive")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
@@ -129,7 +144,24 @@ class EchoConfig:
 
     @classmethod
     def from_json(cls, text: str) -> EchoConfig:
-        return cls.from_dict(json.loads(text))
+        """Raises EchoConfigError for a text that is no JSON object, and as `from_dict`."""
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise EchoConfigError(f"the echo configuration is not JSON: {error}. Write it with to_json.") from error
+        if not isinstance(values, dict):
+            raise EchoConfigError(f"the echo configuration is {values!r}, not a JSON object. Write it with to_json.")
+        return cls.from_dict(values)
+
+
+def first_problem(error: ValidationError) -> str:
+    """What pydantic found first: the place, the value, and what it must be."""
+    problem = error.errors()[0]
+    place, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    message = re.sub(r"^(Input|String|List|Value|Tuple|Dictionary) should", "must", message)
+    return f"{place} = {problem['input']!r} {message}" if place else message
 
 
 def nearest(key: str, names: list[str]) -> str:
@@ -165,7 +197,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             raise EchoConfigError(f"{name} = {value!r} is not known. Use one of {allowed}.")
     elif hint is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
+        if not is_number or not abs(value) < 1e300:  # whole numbers may be too long for a float
             raise EchoConfigError(f"{name} = {value!r} must be a finite number.")
     elif hint is int:
         if not isinstance(value, int) or isinstance(value, bool):

@@ -3,29 +3,46 @@
 A row is one of TRL's forms: `prompt` and `completion` as strings, the same two as lists of messages, or a
 conversation in `messages`. The ids and labels are those that TRL's SFTTrainer makes of it. What the echo
 adds is a demand: each row has a **boundary**, the last token before its first answer token, and keeps its
-whole answer. A row that can't is an error that names it, never a silent loss.
+whole answer. A row that can't is an error that names it, never a silent loss. What a row holds and is not trained on,
+because the chat template leaves it out or its turn is not the assistant's, is a warning that names it.
 
 `row` is the index of a row in its source, from 0; a JSON Lines file has it on line `row + 1`.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import product
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from echo_lora.errors import EchoDataError
-from echo_lora.sources import where_is
+from echo_lora.forms import (
+    REASONING,
+    check_forms,
+    checked_row,
+    functions_of,
+    is_learned,
+    leaves,
+    row_number,
+    texts_of,
+)
+from echo_lora.sources import ROW, where_is
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+ANSWER = "completion_mask"  # column that is 1 at answer tokens, where labels cover prompt tokens too
 Overlength = Literal["error", "drop", "truncate_prompt"]
 Segment = tuple[str, Literal["prompt", "boundary", "answer", "ignored"]]
 
@@ -40,6 +57,7 @@ class TokenizedRow:
     labels: list[int]
     row: int = 0
     merged_tokens: int = 0  # prompt tokens that differ once the answer follows; TRL leaves them out
+    untrained: tuple[str, ...] = ()  # what the row holds beside its prompt and is not trained on
 
     @property
     def answer_start(self) -> int:
@@ -51,64 +69,115 @@ class TokenizedRow:
 
 
 def tokenize_row(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: bool = False, where: str | None = None
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool = False,
+    where: str | None = None,
+    assistant_only: bool = False,
 ) -> TokenizedRow:
-    """Ids and labels of `row`, as TRL's SFTTrainer makes them.
+    """Ids and labels of `row`, as TRL's SFTTrainer makes them where that trains on the assistant's turns alone.
 
     chat: put a plain prompt and completion into the chat template, as a user's and an assistant's message.
+    assistant_only: of a completion of messages, too, train on what the template marks as the assistant's.
     where: how errors name the row. Raises EchoDataError for a row without a prompt or without an answer.
     """
-    number = _number(row, 0)
+    number = row_number(row, 0)
     where = where or f"row {number}"
-    row = _checked(row, where)
+    row = checked_row(row, where)
     if "messages" in row:
-        rendered = _apply_template(
-            row, row["messages"], tokenizer, where, trains=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = rendered["input_ids"], rendered["assistant_masks"]
-        if 1 not in mask:
-            raise EchoDataError(
-                f"{where} keeps no answer token: the chat template of {tokenizer.name_or_path} marks "
-                "nothing as the assistant's. Put what it says between {% generation %} and {% endgeneration %} in the "
-                "template, or give the row as prompt and completion."
-            )
-        labels = [token if marked else IGNORED for token, marked in zip(ids, mask, strict=True)]
-        return TokenizedRow(list(ids), labels, number)
-
+        return _tokenize_marked(row, [], row["messages"], tokenizer, where, number)
     row = _as_chat(row) if chat else row
-    if isinstance(row["prompt"], str):
+    if not isinstance(row["prompt"], str):
+        prompt, completion = row["prompt"], row["completion"]
+        if assistant_only or not all(map(is_learned, completion)):
+            return _tokenize_marked(row, prompt, completion, tokenizer, where, number)
+        template = _Template(row, tokenizer, where)
+        messages, left_out = template.fit(prompt + completion, len(prompt))
+        prompt_ids = template.tokenize(messages[: len(prompt)], add_generation_prompt=True)
+        ids = template.tokenize(messages)
+    else:
+        left_out = ()
         if tokenizer.eos_token is None:
             raise EchoDataError(
                 f"{where} can't be ended: {tokenizer.name_or_path} has no end-of-sequence token. "
                 "Set tokenizer.eos_token."
             )
-        completion = row["completion"].removesuffix(tokenizer.eos_token) + tokenizer.eos_token
+        text = row["prompt"] + row["completion"].removesuffix(tokenizer.eos_token) + tokenizer.eos_token
         prompt_ids = tokenizer(text=row["prompt"])["input_ids"]
-        ids = tokenizer(text=row["prompt"] + completion)["input_ids"]
-    else:
-        prompt = _apply_template(row, row["prompt"], tokenizer, where, add_generation_prompt=True)
-        prompt_ids = prompt["input_ids"]
-        ids = _apply_template(row, row["prompt"] + row["completion"], tokenizer, where)["input_ids"]
+        ids = tokenizer(text=text)["input_ids"]
     start = _common_prefix(prompt_ids, ids)
     labels = [IGNORED] * start + list(ids[start:])
-    return TokenizedRow(list(ids), labels, number, merged_tokens=len(prompt_ids) - start)
+    return TokenizedRow(list(ids), labels, number, len(prompt_ids) - start, left_out)
 
 
-def render_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> str:
+def _tokenize_marked(
+    row: Mapping[str, Any],
+    prompt: list[dict[str, Any]],
+    completion: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    number: int,
+) -> TokenizedRow:
+    """A row of several turns, of which those are learned that the template marks as the assistant's."""
+    template = _Template(row, tokenizer, where, has_marks=True)
+    messages, left_out = template.fit(prompt + completion, len(prompt))
+    ids, mask = template.tokenize_marked(messages)
+    start = merged = 0
+    if prompt:
+        prompt_ids = template.tokenize(messages[: len(prompt)], add_generation_prompt=True)
+        start = _common_prefix(prompt_ids, ids)
+        merged = len(prompt_ids) - start
+    turns = [message for message in prompt + completion if message["role"] == "assistant"]
+    if not all(map(is_learned, turns)):
+        mask = _without_weight(mask, [is_learned(turn) for turn in turns], where)
+    labels = [
+        token if marked and column >= start else IGNORED
+        for column, (token, marked) in enumerate(zip(ids, mask, strict=True))
+    ]
+    if labels.count(IGNORED) == len(labels):
+        raise EchoDataError(
+            f"{where} keeps no answer token: the chat template of {tokenizer.name_or_path} marks "
+            "nothing as the assistant's. Put what it says between {% generation %} and {% endgeneration %} in the "
+            "template, or give the row as prompt and completion."
+        )
+    foreign = {f"turns of the {m['role']} in its completion" for m in completion if m["role"] != "assistant"}
+    return TokenizedRow(ids, labels, number, merged, left_out + tuple(sorted(foreign)) if prompt else left_out)
+
+
+def _without_weight(mask: list[int], learned: list[bool], where: str) -> list[int]:
+    """The mask without the turns of weight 0. Each turn of the assistant is one run of marked tokens."""
+    runs = [column for column, marked in enumerate(mask) if marked and (column == 0 or not mask[column - 1])]
+    if len(runs) != len(learned):
+        raise EchoDataError(
+            f"{where} has a turn with weight 0, but the chat template marks {len(runs)} places as the assistant's, "
+            f"who has {len(learned)} turns: it is not known which tokens are that turn's. Give the row as prompt and "
+            "completion, with such turns in the prompt."
+        )
+    turn = -1
+    kept = []
+    for column, marked in enumerate(mask):
+        turn += bool(marked) and (column == 0 or not mask[column - 1])
+        kept.append(int(bool(marked) and learned[turn]))
+    return kept
+
+
+def render_prompt(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: bool = False, where: str | None = None
+) -> str:
     """The prompt as text, special tokens included, for generation and scoring.
 
     Tokenised with `add_special_tokens=False` it gives the ids before the row's first answer token. A
-    conversation is rendered up to its first assistant message. Without a completion in the row, the prompt
+    conversation is rendered up to the first message that is learned. Without a completion in the row, the prompt
     is rendered as it stands. Raises EchoDataError if no text gives these ids.
     """
-    where = f"row {_number(row, 0)}"
+    where = where or f"row {row_number(row, 0)}"
     if row.get("messages") is None and row.get("completion") is None:
         is_chat = isinstance(row.get("prompt"), list)
         completion = [{"role": "assistant", "content": "?"}] if is_chat else "?"
-        return _prompt_text(_checked({**row, "completion": completion}, where), tokenizer, chat, where)
-    tokenized = tokenize_row(row, tokenizer, chat)
+        return _prompt_text(checked_row({**row, "completion": completion}, where), tokenizer, chat, where)
+    tokenized = tokenize_row(row, tokenizer, chat, where)
     ids = tokenized.input_ids[: tokenized.answer_start]
-    text = _prompt_text(_checked(row, where), tokenizer, chat, where)
+    text = _prompt_text(checked_row(row, where), tokenizer, chat, where)
     for candidate in (text, tokenizer.decode(ids, clean_up_tokenization_spaces=False)):
         if tokenizer(candidate, add_special_tokens=False)["input_ids"] == ids:
             return candidate
@@ -121,7 +190,7 @@ def render_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ch
 def _prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat: bool, where: str) -> str:
     row = _as_chat(row) if chat else row
     if "messages" in row:
-        first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        first = next(i for i, message in enumerate(row["messages"]) if is_learned(message))
         messages = row["messages"][:first]
     elif isinstance(row["prompt"], str):
         with_special, plain = (
@@ -131,61 +200,8 @@ def _prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat: 
         return "".join(tokenizer.convert_ids_to_tokens(added)) + row["prompt"]
     else:
         messages = row["prompt"]
-    return _apply_template(row, messages, tokenizer, where, add_generation_prompt=True, tokenize=False)
-
-
-def _checked(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The row without its empty columns, if it is of a known form with a prompt and an answer."""
-    row = {name: value for name, value in row.items() if value is not None}  # Arrow fills gaps with None
-    names = ", ".join(row) or "none"
-    if "messages" in row and "prompt" not in row:
-        _check_messages(row["messages"], "messages", where)
-        turns = [message for message in row["messages"] if message["role"] == "assistant"]
-        if not any(_has_text(turn) for turn in turns):
-            raise EchoDataError(f"{where} has no assistant message with text. Write one, or remove the row.")
-        return {name: value for name, value in row.items() if name != "completion"}
-    if "text" in row and "completion" not in row:
-        raise EchoDataError(
-            f"{where} has only text: nothing says where the prompt ends and the answer begins, and the echo "
-            "is read at this boundary. Give the two as prompt and completion."
-        )
-    for column in ("prompt", "completion"):
-        if column not in row:
-            raise EchoDataError(
-                f"{where} has no {column}. Present: {names}. Add it, or say with columns which one it is."
-            )
-    row.pop("messages", None)  # as in TRL, prompt and completion come first
-    kinds = {type(row["prompt"]), type(row["completion"])}
-    if kinds == {list}:
-        for column in ("prompt", "completion"):
-            _check_messages(row[column], column, where)
-        is_empty = not any(_has_text(message) for message in row["completion"])
-    elif kinds == {str}:
-        if not row["prompt"]:
-            raise EchoDataError(f"{where} has an empty prompt. Write one, or remove the row.")
-        is_empty = not row["completion"].strip()
-    else:
-        raise EchoDataError(
-            f"{where}: prompt is a {type(row['prompt']).__name__} and completion a "
-            f"{type(row['completion']).__name__}. Give both as strings, or both as lists of messages."
-        )
-    if is_empty:
-        raise EchoDataError(f"{where} has an empty answer. Write one, or remove the row.")
-    return row
-
-
-def _check_messages(messages: Any, column: str, where: str) -> None:
-    is_conversation = isinstance(messages, list) and messages
-    if not is_conversation or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-        raise EchoDataError(
-            f"{where}: {column} is not a list of messages. "
-            'Write it as [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}].'
-        )
-
-
-def _has_text(message: Mapping[str, Any]) -> bool:
-    content = message["content"]
-    return bool(content.strip() if isinstance(content, str) else content or message.get("tool_calls"))
+    template = _Template(row, tokenizer, where)
+    return template.render(template.fit(messages, len(messages))[0], add_generation_prompt=True)
 
 
 def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
@@ -197,39 +213,155 @@ def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _apply_template(
-    row: Mapping[str, Any],
-    messages: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-    trains: bool = False,
-    tokenize: bool = True,
-    **options: Any,
-) -> Any:
-    """The conversation through the chat template, which gets what TRL gives it."""
-    from jinja2 import TemplateError
+# ---------------------------------------------------------------------------------------- the chat template
 
-    if tokenizer.chat_template is None:
-        raise EchoDataError(
-            f"{where} needs a chat template, and {tokenizer.name_or_path} has none. "
-            "Give prompt and completion as strings and leave chat off, or name a chat model."
-        )
-    try:
-        template = _training_template(tokenizer, str(tokenizer.chat_template)) if trains else None
-        tools = row.get("tools")
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            tokenize=tokenize,
-            return_dict=tokenize,
-            **options | row.get("chat_template_kwargs", {}),
-        )
-    except (TemplateError, ValueError) as error:
-        raise EchoDataError(
-            f"{where} can't go through the chat template of {tokenizer.name_or_path}: {error}\n"
+
+class _Template:
+    """The tokenizer's chat template for the messages of one row. Its methods raise EchoDataError."""
+
+    def __init__(
+        self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, has_marks: bool = False
+    ) -> None:
+        if tokenizer.chat_template is None:
+            raise EchoDataError(
+                f"{where} needs a chat template, and {tokenizer.name_or_path} has none. "
+                "Give prompt and completion as strings and leave chat off, or name a chat model."
+            )
+        self.tokenizer, self.where, self.tools = tokenizer, where, row.get("tools")
+        self.options: dict[str, Any] = {"tools": self.tools, **row.get("chat_template_kwargs", {})}
+        if has_marks:
+            try:
+                template = _training_template(tokenizer, str(tokenizer.chat_template))
+            except ValueError as error:
+                raise self._error(error) from error
+            self.options = {"chat_template": template} | self.options
+
+    def fit(self, messages: list[dict[str, Any]], prompt: int) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+        """The messages in the form in which the template shows most of what they hold, and what it leaves out.
+
+        prompt: the number of messages that come before the answer; templates rightly leave reasoning out of them.
+        """
+        best: tuple[list[dict[str, Any]], tuple[str, ...]] | None = None
+        failure: EchoDataError | None = None
+        for form in _written(messages):
+            try:
+                left_out = _left_out(form, prompt, self.tools, self.render(form))
+            except EchoDataError as error:
+                failure = failure or error
+                continue
+            if best is None or len(left_out) < len(best[1]):
+                best = form, left_out
+            if not left_out:
+                break
+        if best is None:
+            assert failure is not None
+            raise failure
+        return best
+
+    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        return self._apply(messages, tokenize=False, **options)
+
+    def tokenize(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        return list(self._apply(messages, return_dict=True, **options)["input_ids"])
+
+    def tokenize_marked(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """Ids, and 1 where the template marks what the assistant says."""
+        rendered = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)
+        return list(rendered["input_ids"]), list(rendered["assistant_masks"])
+
+    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options | self.options)
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:  # a template's own too
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> EchoDataError:
+        return EchoDataError(
+            f"{self.where} can't go through the chat template of {self.tokenizer.name_or_path}: {error}\n"
             "Correct the roles of its messages, or set another chat template."
-        ) from error
+        )
+
+
+def _written(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The messages in every form in which templates expect them, the usual one first.
+
+    Content of several texts as one text, or as parts; content that is not there, or that is empty; arguments of tool
+    calls as they are, or as object for JSON text and the other way about.
+    """
+    messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    has = {
+        "parts": any(isinstance(message.get("content"), list) for message in messages),
+        "empty": any("content" not in message for message in messages),
+        "arguments": any(function.get("arguments") for message in messages for function in functions_of(message)),
+    }
+    for picked in product(*((False, True) if present else (False,) for present in has.values())):
+        parts, empty, arguments = picked
+        form = []
+        for message in messages:
+            if not parts and isinstance(message.get("content"), list):
+                message = message | {"content": "".join(texts_of(message))}
+            if empty and "content" not in message:
+                message = message | {"content": ""}
+            if arguments and "tool_calls" in message:
+                message = message | {"tool_calls": [_other_arguments(call) for call in message["tool_calls"]]}
+            form.append(message)
+        yield form
+
+
+def _other_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return call | {"function": _other_arguments(call["function"])}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        return call | {"arguments": json.loads(arguments)}
+    return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
+def _left_out(
+    messages: list[dict[str, Any]], prompt: int, tools: list[dict[str, Any]] | None, text: str
+) -> tuple[str, ...]:
+    """What the messages hold and a template did not write into its text."""
+    found = set()
+    rest = text
+    for message in messages:
+        for content in texts_of(message):
+            rest = rest.replace(content.strip(), "", 1)
+    for place, message in enumerate(messages):
+        is_context = place < prompt and message["role"] == "assistant"
+        for content in texts_of(message):
+            thoughts, tag, answer = content.rpartition("</think>")
+            if not _shows(text, answer):
+                found.add("content")
+            elif tag and not is_context and not _shows(text, thoughts):
+                found.add("reasoning")
+        for key in REASONING:
+            value = message.get(key)
+            if isinstance(value, str) and not is_context and not _shows(rest, value):
+                found.add("reasoning")
+        for function in functions_of(message):
+            arguments = function.get("arguments")
+            if isinstance(arguments, str):
+                if '"' in arguments and json.dumps(arguments)[1:-1] in text:
+                    found.add("tool calls")  # JSON text written as JSON once more
+                arguments = json.loads(arguments)
+            values = leaves(arguments)
+            shown = [_shows(text, value if isinstance(value, str) else json.dumps(value)) for value in values]
+            if not (all(shown) and _shows(text, function["name"])):
+                found.add("tool calls")
+    names = [tool.get("function", tool).get("name") for tool in tools or []]
+    if not all(_shows(text, name) for name in names if isinstance(name, str)):
+        found.add("tools")
+    return tuple(f"{what} that the chat template leaves out" for what in sorted(found))
+
+
+def _shows(text: str, value: str) -> bool:
+    """Whether each line of the value is in the text, as it is or as JSON writes it."""
+    return value.strip() in text or all(
+        line in text or json.dumps(line)[1:-1] in text or json.dumps(line, ensure_ascii=False)[1:-1] in text
+        for line in map(str.strip, value.replace("<think>", "\n").splitlines())
+    )
 
 
 @lru_cache(maxsize=4)
@@ -272,35 +404,44 @@ class RowCounts:
     prompt_tokens: Lengths
     answer_tokens: Lengths
     answer_tokens_total: int
+    tokens_total: int
+    untrained: dict[str, list[int]]  # what rows hold and are not trained on: the rows
 
     @property
     def dropped(self) -> int:
         return len(self.dropped_rows)
 
 
+class RowView(Sequence[TokenizedRow]):
+    """The rows of a tokenised dataset, read from it one by one; labels are those of answers."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        return _tokenized(self._dataset[place], place)
+
+    def __iter__(self) -> Iterator[TokenizedRow]:
+        return (_tokenized(example, i) for i, example in enumerate(self._dataset))
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """Rows that can be trained on."""
 
-    rows: list[TokenizedRow]
+    dataset: Dataset  # input_ids, labels and ROW; with train_on_prompt also ANSWER. On disk where it is large
     counts: RowCounts
     source: str
     train_on_prompt: bool = False
 
-    def to_dataset(self) -> Dataset:
-        """A datasets.Dataset with the columns input_ids, labels and row.
-
-        With train_on_prompt the labels cover every token that another one predicts, and completion_mask is 1 at those
-        of the answer.
-        """
-        from datasets import Dataset
-
-        names = ("input_ids", "labels", "row")
-        columns = {name: [getattr(row, name) for row in self.rows] for name in names}
-        if self.train_on_prompt:
-            columns["completion_mask"] = [[int(label != IGNORED) for label in row.labels] for row in self.rows]
-            columns["labels"] = [[IGNORED, *row.input_ids[1:]] for row in self.rows]
-        return Dataset.from_dict(columns)
+    @property
+    def rows(self) -> RowView:
+        return RowView(self.dataset)
 
     def summary(self, named: int | None = None) -> list[str]:
         """The counts as lines of plain text. named: how many dropped rows to name at most; None: each one."""
@@ -311,8 +452,7 @@ class PreparedData:
             f"answer tokens: {c.answer_tokens}, {c.answer_tokens_total} in all",
         ]
         if self.train_on_prompt:
-            tokens = sum(len(row.input_ids) - 1 for row in self.rows)
-            lines.append(f"prompts are trained on too: {tokens} tokens with a loss in all")
+            lines.append(f"prompts are trained on too: {c.tokens_total - c.kept} tokens with a loss in all")
         if c.dropped_rows:
             rows, rest = c.dropped_rows[:named], c.dropped_rows[named:] if named is not None else []
             lines.append(
@@ -323,6 +463,7 @@ class PreparedData:
             lines.append(f"{c.without_end_token} answers end without an end-of-sequence or end-of-turn token")
         if c.merged_boundary:
             lines.append(f"{c.merged_boundary} prompts share their last token with their answer")
+        lines += [f"{len(rows)} rows have {what}, not trained on" for what, rows in c.untrained.items()]
         return lines
 
 
@@ -334,23 +475,136 @@ def prepare_rows(
     on_overlength: Overlength = "error",
     chat: bool = False,
     train_on_prompt: bool = False,
+    ignore_columns: Collection[str] = (),
     source: str = "train.jsonl",
 ) -> PreparedData:
     """Tokenise `rows` and check each one: a boundary, a whole answer within `max_length`, an end token.
 
-    A row that is longer is an error, is dropped, or loses the oldest tokens of its prompt (all but one at
-    most, and never a beginning-of-sequence token that the tokenizer puts first); an answer is never cut.
-    train_on_prompt: the dataset made of the rows supervises prompt tokens too; the rows are the same.
-    Raises EchoDataError, which names the first such row of `source`; a missing end token is a warning.
+    The form of all rows is checked before the first is tokenised: rows are gone through twice. A row that is longer is
+    an error, is dropped, or loses the oldest tokens of its prompt (all but one at most, and never a
+    beginning-of-sequence token that the tokenizer puts first); an answer is never cut. train_on_prompt: the dataset
+    made of the rows supervises every token that another one predicts, and its column completion_mask is 1 at answers.
+    ignore_columns: columns that may hold text without being used. Raises EchoDataError, which names the first such row
+    of `source`; a missing end token, and what a row holds and is not trained on, are warnings.
     """
+    if isinstance(rows, Iterator):
+        rows = list(rows)
+    check_forms(rows, source, ignore_columns)
     check = _Check(max_length, on_overlength, end_token_ids(tokenizer), _added_bos(tokenizer), source)
-    kept = []
+    writer = _Writer(train_on_prompt)
     for index, row in enumerate(rows):
-        number = _number(row, index)
-        tokenized = tokenize_row({**row, "row": number}, tokenizer, chat, where=where_is(source, number))
+        number = row_number(row, index)
+        tokenized = tokenize_row({**row, ROW: number}, tokenizer, chat, where=where_is(source, number))
         if (checked := check(tokenized)) is not None:
-            kept.append(checked)
-    return PreparedData(kept, check.finish(), source, train_on_prompt)
+            writer.add(checked)
+    counts = check.finish()
+    return PreparedData(writer.finish(), counts, source, train_on_prompt)
+
+
+class _Writer:
+    """Collects rows as Arrow columns: in memory, and in a file as soon as they take more than SPILL bytes there."""
+
+    SPILL = 64 << 20
+    BATCH = 500  # rows that wait as Python's lists
+
+    def __init__(self, train_on_prompt: bool) -> None:
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        tokens = pa.list_(pa.int32())
+        names = {"input_ids": tokens, "labels": tokens, ROW: pa.int64()}
+        self.schema = pa.schema(names | ({ANSWER: pa.list_(pa.int8())} if train_on_prompt else {}))
+        self.waiting: list[TokenizedRow] = []
+        self.batches: list[Any] = []
+        self.path: Path | None = None
+        self.file: Any = None
+
+    def add(self, row: TokenizedRow) -> None:
+        self.waiting.append(row)
+        if len(self.waiting) == self.BATCH:
+            self._flush()
+
+    def finish(self) -> Dataset:
+        import pyarrow as pa
+        from datasets import Dataset
+
+        self._flush()
+        if self.file is None:
+            return Dataset(pa.Table.from_batches(self.batches, self.schema))
+        self.file.close()
+        return Dataset.from_file(str(self.path))
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        rows, self.waiting = self.waiting, []
+        columns: dict[str, Any] = {
+            "input_ids": [row.input_ids for row in rows],
+            "labels": [row.labels for row in rows],
+            ROW: [row.row for row in rows],
+        }
+        if ANSWER in self.schema.names:
+            columns[ANSWER] = [[int(label != IGNORED) for label in row.labels] for row in rows]
+            columns["labels"] = [[IGNORED, *row.input_ids[1:]] for row in rows]
+        self.batches.append(pa.record_batch(columns, schema=self.schema))
+        if self.file is None and sum(batch.nbytes for batch in self.batches) > self.SPILL:
+            self.path = Path(tempfile.mkstemp(".arrow", dir=_scratch())[1])
+            self.file = pa.ipc.new_stream(str(self.path), self.schema)
+        if self.file is not None:
+            for batch in self.batches:
+                self.file.write_batch(batch)
+            self.batches = []
+
+
+@cache
+def _scratch() -> str:
+    """A folder for the files of this process; it is removed when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="echo-lora-rows-", ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
+def refuse_unfit_tokens(
+    dataset: Dataset, source: str, *, vocabulary: int, positions: int | None, has_table: Callable[[], bool]
+) -> None:
+    """Tokens that the model has no embedding for, and rows longer than it has positions for.
+
+    vocabulary: rows of the model's embedding. positions: the longest row that the model was made for, if it says so.
+    has_table: whether positions are looked up in a table, beyond whose end there is nothing; asked only where it
+    matters. Raises EchoDataError, which names the row. Where positions are computed a longer row is a warning.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    kind = dataset.features.arrow_schema.field("input_ids").type
+    if not (pa.types.is_nested(kind) and pa.types.is_integer(kind.value_type)):
+        return  # what a collator of the user's own makes tokens of
+    columns = [name for name in ("input_ids", ROW) if name in dataset.column_names]
+    rows: Any = dataset.select_columns(columns)
+    start, is_warned = 0, positions is None
+    for batch in rows.with_format("arrow").iter(1000):  # whole columns at a time: rows as Python's lists are slow
+        ids = batch["input_ids"]
+        span = pc.min_max(pc.list_flatten(ids)).as_py()
+        longest = pc.max(pc.list_value_length(ids)).as_py() or 0
+        is_unknown = span["min"] is not None and not 0 <= span["min"] <= span["max"] < vocabulary
+        is_long = positions is not None and longest > positions and not is_warned
+        for place, example in enumerate(batch.to_pylist() if is_unknown or is_long else []):
+            where, length = where_is(source, row_number(example, start + place)), len(example["input_ids"])
+            for token in example["input_ids"]:
+                if not 0 <= token < vocabulary:
+                    raise EchoDataError(
+                        f"{where} has the token id {token}, but the model's embedding has rows for 0 to "
+                        f"{vocabulary - 1}. Use the model's own tokenizer, or resize the embedding first."
+                    )
+            if is_warned or positions is None or length <= positions:
+                continue
+            if has_table():
+                raise EchoDataError(
+                    f"{where} has {length} tokens, but the model has embeddings for {positions} positions. "
+                    f"Set max_length to at most {positions}, and on_overlength, or shorten the row."
+                )
+            _logger.warning("%s has %d tokens, more than the %d that the model was made for.", where, length, positions)
+            is_warned = True
+        start += len(batch)
 
 
 def check_tokenized_dataset(
@@ -362,17 +616,17 @@ def check_tokenized_dataset(
     source: str,
     bos_token_id: int | None = None,
 ) -> tuple[Dataset, RowCounts]:
-    """The checks of `prepare_rows` on a dataset that has `input_ids` and `labels`, and maybe `row`.
+    """The checks of `prepare_rows` on a dataset that has `input_ids` and `labels`, and maybe the column ROW.
 
     A column `completion_mask` says which labels are answer tokens. Other columns are kept. bos_token_id: the token that
     stays first when a prompt is shortened.
     """
     check = _Check(max_length, on_overlength, end_token_ids, bos_token_id, source)
-    columns = [name for name in ("input_ids", "labels", "completion_mask", "row") if name in dataset.column_names]
+    columns = [name for name in ("input_ids", "labels", ANSWER, ROW) if name in dataset.column_names]
     kept = [
         index
         for index, example in enumerate(dataset.select_columns(columns).with_format(None))
-        if check(TokenizedRow(example["input_ids"], _answer_labels(example), _number(example, index))) is not None
+        if check(_tokenized(example, index)) is not None
     ]
     counts = check.finish()
     if counts.dropped:
@@ -395,11 +649,15 @@ class _Check:
     dropped: list[int] = field(default_factory=list)
     answerless: int = 0
     truncated: int = 0
-    prompt_lengths: list[int] = field(default_factory=list)
-    answer_lengths: list[int] = field(default_factory=list)
+    prompt_lengths: array[int] = field(default_factory=lambda: array("q"))
+    answer_lengths: array[int] = field(default_factory=lambda: array("q"))
+    tokens: int = 0
     endless: list[int] = field(default_factory=list)  # rows whose answer has no end token
     merged: list[int] = field(default_factory=list)  # rows whose prompt ends within a token of the answer
-    overlong: list[TokenizedRow] = field(default_factory=list)
+    untrained: dict[str, list[int]] = field(default_factory=dict)
+    overlong: TokenizedRow | None = None  # the first one
+    overlong_count: int = 0
+    longest: int = 0
 
     def __call__(self, row: TokenizedRow) -> TokenizedRow | None:
         """The row to train on; None for one that is dropped or will be reported by `finish`."""
@@ -419,21 +677,26 @@ class _Check:
                 self.answerless += start >= self.max_length
                 return None
             if self.on_overlength == "error" or length - start >= self.max_length:
-                self.overlong.append(row)
+                self.overlong = self.overlong or row
+                self.overlong_count += 1
+                self.longest = max(self.longest, length)
                 return None
             row = _shorten(row, self.max_length, self.bos)
             self.truncated += 1
         answer = [label for label in row.labels if label != IGNORED]
+        self.tokens += len(row.labels)
         self.prompt_lengths.append(row.answer_start)
         self.answer_lengths.append(len(answer))
         if self.end_ids.isdisjoint(answer[-2:]):  # a chat template may write a newline after its end of turn
             self.endless.append(row.row)
         if row.merged_tokens:
             self.merged.append(row.row)
+        for what in row.untrained:
+            self.untrained.setdefault(what, []).append(row.row)
         return row
 
     def finish(self) -> RowCounts:
-        if self.overlong:
+        if self.overlong is not None:
             raise EchoDataError(self._overlength_message())
         if not self.answer_lengths:
             raise EchoDataError(
@@ -443,6 +706,7 @@ class _Check:
         for problem, rows in {
             "ends its answer without an end-of-sequence or end-of-turn token": self.endless,
             "shares the last token of its prompt with its answer: the boundary lies before it": self.merged,
+            **{f"has {what}: they are not trained on": rows for what, rows in self.untrained.items()},
         }.items():
             if rows:
                 _logger.warning("%s %s (%d such rows).", where_is(self.source, rows[0]), problem, len(rows))
@@ -456,10 +720,13 @@ class _Check:
             prompt_tokens=_lengths(self.prompt_lengths),
             answer_tokens=_lengths(self.answer_lengths),
             answer_tokens_total=sum(self.answer_lengths),
+            tokens_total=self.tokens,
+            untrained=self.untrained,
         )
 
     def _overlength_message(self) -> str:
-        row, limit = self.overlong[0], self.max_length
+        row, limit = self.overlong, self.max_length
+        assert row is not None
         assert limit is not None
         where, start, length = where_is(self.source, row.row), row.answer_start, len(row.labels)
         if self.on_overlength == "truncate_prompt":
@@ -469,10 +736,9 @@ class _Check:
             keeps = "no answer token" if start >= limit else "only a part of its answer"
             problem = f"keeps {keeps}: the prompt has {start} tokens, the answer {length - start}"
             remedy = 'set on_overlength to "truncate_prompt" or "drop"'
-        longest = max(len(row.labels) for row in self.overlong)
         return (
-            f"{where} {problem}, and max_length is {limit} ({len(self.overlong)} such rows).\n"
-            f"Raise max_length to {longest}, or {remedy}."
+            f"{where} {problem}, and max_length is {limit} ({self.overlong_count} such rows).\n"
+            f"Raise max_length to {self.longest}, or {remedy}."
         )
 
 
@@ -493,12 +759,16 @@ def _shorten_example(example: dict[str, Any], max_length: int, bos: int | None) 
     if len(example["labels"]) <= max_length:
         return example
     keep = _kept_columns(TokenizedRow(example["input_ids"], _answer_labels(example)), max_length, bos)
-    names = [name for name in ("input_ids", "labels", "completion_mask") if name in example]
+    names = [name for name in ("input_ids", "labels", ANSWER) if name in example]
     return example | {name: keep(example[name]) for name in names}
 
 
+def _tokenized(example: dict[str, Any], index: int) -> TokenizedRow:
+    return TokenizedRow(example["input_ids"], _answer_labels(example), row_number(example, index))
+
+
 def _answer_labels(example: dict[str, Any]) -> list[int]:
-    mask = example.get("completion_mask")
+    mask = example.get(ANSWER)
     if mask is None:
         return example["labels"]
     return [label if is_answer else IGNORED for label, is_answer in zip(example["labels"], mask, strict=True)]
@@ -512,13 +782,8 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _lengths(lengths: list[int]) -> Lengths:
+def _lengths(lengths: Sequence[int]) -> Lengths:
     return Lengths(min(lengths), median(lengths), max(lengths))
-
-
-def _number(row: Mapping[str, Any], index: int) -> int:
-    number = row.get("row")
-    return number if isinstance(number, int) else index
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -528,7 +793,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return ends
     answer = "the-answer-of-the-assistant"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    text = _apply_template({}, messages, tokenizer, "An example", tokenize=False)
+    text = _Template({}, tokenizer, "An example").render(messages)
     after = tokenizer(text.partition(answer)[2], add_special_tokens=False)["input_ids"]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ends | (special.intersection(after) - {tokenizer.bos_token_id})

@@ -7,6 +7,7 @@ already is not trained again; an arm that was interrupted is resumed.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from pathlib import Path
 from scipy.stats import binomtest
 
 from echo_lora.checkpoint import has_complete_checkpoint
-from echo_lora.errors import EchoError
+from echo_lora.errors import EchoError, EchoInterrupt
 from echo_lora.evaluate import TaskResult
-from echo_lora.export import ADAPTER_FILE, write_file
+from echo_lora.export import ADAPTER_FILE
+from echo_lora.files import write_file
 from echo_lora.recipe import load_recipe
 from echo_lora.run import RUN_FILE, RunResult
 from echo_lora.scoring import score_recipe
@@ -52,6 +54,13 @@ def run_demo(output: str | Path) -> list[Line]:
     Raises an EchoError if an arm fails, or if the arms did not start from the same adapter.
     """
     output = Path(output)
+    try:
+        return _run_demo(output)
+    except KeyboardInterrupt as error:
+        raise EchoInterrupt(f"Interrupted. Repeat the command: what is complete in {output} is kept.") from error
+
+
+def _run_demo(output: Path) -> list[Line]:
     runs = {name: _trained(output / folder, setting) for name, (folder, setting) in ARMS.items()}
     if len({run.initial_adapter_sha256 for run in runs.values()}) != 1:
         raise EchoError(
@@ -71,7 +80,7 @@ def run_demo(output: str | Path) -> list[Line]:
 
 
 def _trained(folder: Path, setting: str) -> RunResult:
-    if not (folder / RUN_FILE).is_file():
+    if not os.path.isfile(folder / RUN_FILE):
         command = [
             sys.executable,
             "-m",

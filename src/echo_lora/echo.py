@@ -181,6 +181,10 @@ class EchoNetworks(nn.Module):
         self.names = list(widths)
         self.standardize = Standardize(hidden_size) if config.normalization == "standardize" else None
 
+    def branch(self, name: str) -> nn.Module:
+        """The branch that feeds the module of this name."""
+        return self.branches[_key(name)]
+
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint keeps: the parameters and the statistics of `standardize`, themselves, not copies."""
         return self.state_dict() | dict(self.named_buffers())
@@ -195,7 +199,7 @@ class EchoNetworks(nn.Module):
         # autocast would round the echo to bf16 although its parameters are float32
         with torch.autocast(z.device.type, enabled=False):
             for name in self.names:
-                delta, gate = self.branches[_key(name)](z)  # (B, width), (B, width)
+                delta, gate = self.branch(name)(z)  # (B, width), (B, width)
                 deltas[name] = delta
                 norms.append(delta.detach().norm(dim=-1).mean())
                 gates.append(gate.detach().mean())

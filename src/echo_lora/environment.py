@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
-import resource
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from echo_lora.errors import EchoConfigError
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 # What each package that may be missing is for.
@@ -61,6 +65,42 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def require_place(path: str | Path, *, is_file: bool = False) -> None:
+    """Raises EchoConfigError if no folder, or no file, can be made at a path: before hours of work, not after.
+
+    What is there already is no concern of this function if it is of the right kind.
+    """
+    name, kind = str(path), "file" if is_file else "folder"
+    if name.startswith("~"):
+        raise EchoConfigError(
+            f"{name}: there is no such home folder. Write the whole path, or ./~ for a name with a ~."
+        )
+    place = Path(os.path.abspath(name))
+    try:
+        there = place
+        while (mode := _mode(there)) is None:
+            there = there.parent
+        if there == place:
+            if not (stat.S_ISREG(mode) if is_file else stat.S_ISDIR(mode)):
+                raise OSError(f"it is there and is no {kind}")
+        elif not stat.S_ISDIR(mode):
+            raise OSError(f"{there} is no folder")
+        else:
+            os.rmdir(tempfile.mkdtemp(prefix=".echo-lora-", dir=there))
+    except (OSError, ValueError) as error:
+        raise EchoConfigError(f"{name} can't be the {kind} to write: {error}. Choose another place.") from error
+
+
+def _mode(path: Path) -> int | None:
+    """The mode of what a path leads to, None if it leads to nothing. Raises OSError where it can't be looked at."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise OSError(f"{path} is a link to nothing") from None
+        return None
+
+
 def devices() -> list[str]:
     """What torch can compute on, best first; the first is used for training."""
     import torch
@@ -82,6 +122,12 @@ def peak_memory() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -104,7 +150,7 @@ class MemoryWatch:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return self
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what is freed
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what is freed
             libc.malloc_trim(0)
         self.before = self.peak = _resident()
         try:

@@ -7,13 +7,35 @@
     ├── EchoCheckpointError   a checkpoint or a saved adapter is unusable or not what it should be
     └── EchoTrainingError     training had to stop (a loss or gradient that is not finite)
 
+EchoInterrupt is a KeyboardInterrupt that says what was reached and how to go on.
+
 A message says what is wrong, where (file and line, row, layer name, field), and what to do, and it
 carries the values. Wrong use of the command line is reported by typer with exit status 2.
 """
 
+LONGEST_LINE, MOST_LINES = 600, 12  # of a message
+
+
+def shortened(text: str) -> str:
+    """Text that fits a screen: long lines and many lines lose their middle, unprintable characters are escaped."""
+    lines = text.split("\n")
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES - 3 : -2] = [f"... ({len(lines) - MOST_LINES + 1:,} more lines)"]
+    return "\n".join(map(_shortened_line, lines))
+
+
+def _shortened_line(line: str) -> str:
+    if len(line) > LONGEST_LINE:
+        head, tail = 2 * LONGEST_LINE // 3, LONGEST_LINE // 4
+        line = f"{line[:head]} ... ({len(line) - head - tail:,} more characters) ... {line[-tail:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
 
 class EchoError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors raised on purpose by this package. Messages are shortened here, whatever values they carry."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message))
 
 
 class EchoConfigError(EchoError, ValueError):
@@ -34,3 +56,7 @@ class EchoCheckpointError(EchoError, RuntimeError):
 
 class EchoTrainingError(EchoError, RuntimeError):
     """Training stopped; the message names the step, the rows and the term."""
+
+
+class EchoInterrupt(KeyboardInterrupt):
+    """The user's Ctrl-C; the message names the step, the newest checkpoint and how to go on."""

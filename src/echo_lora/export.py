@@ -9,26 +9,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from echo_lora.config import EchoConfig
+from echo_lora.config import EchoConfig, first_problem
 from echo_lora.errors import EchoCheckpointError
+from echo_lora.files import new_folder
+from echo_lora.schema import LARGEST_RANK
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+LARGEST_CONFIG = 10_000_000  # bytes
+# What a tokenizer may leave in a folder: an earlier one must not stay beside the files of another.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
 METHODS = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
 CARD_METRICS = (
     *("loss", "eval_loss", "ce_off", "ce_on", "distillation", "ce_prompt", "mean_token_accuracy"),
@@ -73,6 +81,7 @@ def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
         echo_config=None if echo_config is None else echo_config.to_dict(),
         method=METHODS[run["recipe"]["method"]],
         packaged=run["recipe"]["model"].startswith("packaged:"),
+        of_hub=not run["recipe"]["model"].startswith("packaged:") and not Path(run["recipe"]["model"]).is_absolute(),
         shown=CARD_METRICS,
     )
 
@@ -80,7 +89,7 @@ def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
 def read_adapter(folder: str | Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder. Raises EchoCheckpointError if the file is missing or corrupted."""
     path = Path(folder) / ADAPTER_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise EchoCheckpointError(f"{path} is missing. Name the folder that holds adapter_config.json beside it.")
     try:
         return load_file(path)
@@ -91,15 +100,110 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """The adapter_config.json of a folder. Raises EchoCheckpointError if it is missing or not an adapter's."""
+    """The adapter_config.json of a folder.
+
+    Raises EchoCheckpointError if it is missing, not an adapter's, or says of a LoRA adapter what none can have.
+    """
     path = Path(folder) / CONFIG_FILE
     try:
+        if not os.path.isfile(path):
+            raise OSError("there is no such file")
+        if os.path.getsize(path) > LARGEST_CONFIG:
+            raise OSError(f"it has {os.path.getsize(path):,} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EchoCheckpointError(f"{path} can't be read: {error}. Name the folder of a PEFT adapter.") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise EchoCheckpointError(f"{path} is not the configuration of a PEFT adapter. Name another folder.")
+    kind = config["peft_type"]
+    if not isinstance(kind, str) or kind not in PeftType.__members__:
+        raise EchoCheckpointError(
+            f"{path}: peft_type = {kind!r} is unknown to the installed PEFT. Correct it, or install a newer PEFT."
+        )
+    if kind == PeftType.LORA:
+        try:
+            _LoraFile.model_validate(config)
+        except ValidationError as error:
+            raise EchoCheckpointError(
+                f"{path}: {first_problem(error)}. Restore the file that was saved with the weights."
+            ) from error
     return config
+
+
+class _LoraFile(BaseModel):
+    """What an adapter_config.json says of the weights beside it, and what PEFT does not check when it reads it."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    r: int = Field(ge=1, le=LARGEST_RANK)
+    lora_alpha: float
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    use_dora: bool = False
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    task_type: Literal[tuple(TaskType.__members__)] | None = None  # type: ignore[valid-type]
+    base_model_name_or_path: str | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=LARGEST_RANK)]] | None = None
+    alpha_pattern: dict[str, float] | None = None
+
+
+def adapter_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Why the tensors of an adapter file are not those of its configuration, or not to be used."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            yield f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers"
+        elif not tensor.isfinite().all():
+            yield f"{name} holds values that are not finite"
+    foreign = sorted(name for name in tensors if not name.startswith("base_model.model."))
+    if foreign:
+        yield f"{foreign[0]} is not a key of PEFT ({len(foreign)} such keys)"
+    if config["peft_type"] != PeftType.LORA:
+        if any(".lora_A." in name for name in tensors):
+            yield f"the weights are those of LoRA, but peft_type = {config['peft_type']}"
+        return
+    modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    if not modules:
+        yield "it has no weights of LoRA"
+    if config["lora_alpha"] == 0:
+        yield "lora_alpha = 0: the adapter changes nothing"
+    for module in sorted(modules):
+        yield from _module_problems(config, tensors, module)
+
+
+def _module_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor], module: str) -> Iterator[str]:
+    own = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.lora_")}
+    named = module.removeprefix("base_model.model.")
+    try:
+        ranks = [rank for name, rank in (config.get("rank_pattern") or {}).items() if _is_named(named, name)]
+        targets = config.get("target_modules")
+        if isinstance(targets, str) and targets != "all-linear" and not re.fullmatch(targets, named):
+            yield f"{named} has weights, but target_modules = {targets!r} does not name it"
+    except re.error as error:
+        yield f"a pattern in {CONFIG_FILE} is no regular expression: {error}"
+        return
+    if isinstance(targets, list) and not any(named == name or named.endswith(f".{name}") for name in targets):
+        yield f"{named} has weights, but target_modules = {targets} does not name it"
+    A, B = own.get("lora_A.weight"), own.get("lora_B.weight")
+    if (A is None) != (B is None):
+        yield f"{named} has no {'lora_A' if A is None else 'lora_B'}"
+    elif A is not None and B is not None:
+        rank = (ranks or [config["r"]])[0]
+        if A.dim() < 2 or B.dim() != A.dim() or (A.shape[0], B.shape[1]) != (rank, rank) or not A.numel() * B.numel():
+            shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+            yield f"{named} has lora_A and lora_B of the shapes {shapes}, which are not those of rank {rank}"
+        has_magnitude = any("magnitude" in name for name in own)
+        if has_magnitude != bool(config.get("use_dora")):
+            has = "a magnitude" if has_magnitude else "no magnitude"
+            yield f"{named} has {has} of DoRA, but use_dora = {config.get('use_dora', False)}"
+
+
+def _is_named(module: str, pattern: str) -> bool:
+    """Whether PEFT takes an entry of rank_pattern for this module."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
 
 
 @dataclass(frozen=True)
@@ -125,15 +229,23 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     """Look into an adapter folder without a model. Raises EchoCheckpointError if it is none, or corrupted."""
     folder = Path(folder)
     config, tensors = read_adapter_config(folder), read_adapter(folder)
-    method = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+    is_lora = config["peft_type"] == PeftType.LORA
+    method = (
+        config["peft_type"].lower()
+        if not is_lora
+        else "dora"
+        if config.get("use_dora")
+        else "rslora"
+        if config.get("use_rslora")
+        else "lora"
+    )
     changed = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
     lora_B = [tensor for name, tensor in tensors.items() if ".lora_B" in name]
-    problems = [f"{name} holds values that are not finite" for name, t in tensors.items() if not t.isfinite().all()]
+    problems = list(adapter_problems(config, tensors))
     if lora_B and not any(tensor.any() for tensor in lora_B):
         problems.append("every lora_B is zero: the adapter changes nothing")
-    foreign = sorted(name for name in tensors if not name.startswith("base_model.model."))
-    if foreign:
-        problems.append(f"{foreign[0]} is not a key of PEFT ({len(foreign)} such keys)")
+    if not problems:
+        problems += _refused_by_peft(folder)
     readers = ["PEFT: peft.PeftModel.from_pretrained", "transformers: model.load_adapter"]
     if method == "dora":
         readers.append("servers without DoRA (such as vLLM): merge it first, with `echo-lora merge`")
@@ -143,8 +255,8 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     return AdapterReport(
         folder=folder,
         method=method,
-        rank=int(config.get("r", 0)),
-        alpha=float(config.get("lora_alpha", 0)),
+        rank=config.get("r", 0),
+        alpha=config.get("lora_alpha", 0),
         base=config.get("base_model_name_or_path"),
         modules=sorted({name.rpartition(".")[2] for name in changed}),
         layers=len(changed),
@@ -155,6 +267,15 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
         problems=problems,
         readers=[] if problems else readers,
     )
+
+
+def _refused_by_peft(folder: Path) -> list[str]:
+    """What PEFT objects to in the configuration of a folder. It raises whatever its own code happens to raise."""
+    try:
+        PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        return [f"PEFT does not take {CONFIG_FILE}: {type(error).__name__}: {error}"]
+    return []
 
 
 def verify_adapter(
@@ -222,9 +343,11 @@ def save_verified(
     card: text of the README.md, in place of PEFT's own.
 
     Nothing appears under `folder` unless the proof holds. Raises EchoCheckpointError if it does not, if the
-    folder exists and is not empty (unless `overwrite`), or if the disk refuses.
+    folder exists and is not empty (unless `overwrite`, which replaces an adapter and keeps other files), or if the
+    disk refuses.
     """
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    stale = (ADAPTER_FILE, CONFIG_FILE, "README.md", *TOKENIZER_FILES)
+    with new_folder(folder, overwrite=overwrite, stale=stale) as temporary:
         adapter_name = model.active_adapters[0]
         model.save_pretrained(str(temporary), selected_adapters=[adapter_name])
         if adapter_name != "default":  # PEFT puts a named adapter one level down
@@ -237,68 +360,6 @@ def save_verified(
             (temporary / "README.md").write_text(card, encoding="utf-8")
         verify_adapter(model, temporary, adapter_name, trained=trained)
     return Path(folder)
-
-
-@contextmanager
-def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when the block ends well, and vanishes when it does not."""
-    folder = Path(folder)
-    refuse_existing(folder, overwrite=overwrite)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise EchoCheckpointError(
-            f"{folder.parent} can't be written: {error}. Choose another output folder."
-        ) from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise EchoCheckpointError(
-            f"{folder} could not be written: {error}. Free some space or choose another folder; nothing was left."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write a file under a temporary name, then rename it: the file is complete or absent.
-
-    Raises EchoCheckpointError if the disk refuses.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise EchoCheckpointError(
-            f"{path} could not be written: {error}. Free some space or choose another place; nothing was left behind."
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Raises EchoCheckpointError if the folder holds anything, unless it may be replaced."""
-    folder = Path(folder)
-    if folder.is_file():
-        raise EchoCheckpointError(f"{folder} is a file. Name a folder for the output.")
-    if folder.is_dir() and any(os.scandir(folder)) and not overwrite:
-        raise EchoCheckpointError(f"{folder} exists and is not empty. Choose another folder, or remove this one.")
 
 
 def probe_ids(model: PeftModel) -> Tensor:

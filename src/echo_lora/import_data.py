@@ -12,6 +12,7 @@ may be the part `test_public`), as `dataset/` of LLM-Adapters, or their one file
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from typing import Any
 import yaml
 
 from echo_lora.errors import EchoDataError
+from echo_lora.evaluate.answers import UNREADABLE, read_number
 from echo_lora.evaluate.benchmarks import (
     BENCHMARKS,
     COMMONSENSE,
+    LETTERS,
     UNION,
     UNION_ROWS,
     Benchmark,
@@ -34,7 +37,7 @@ from echo_lora.evaluate.benchmarks import (
     benchmark_rows,
     instruction_of,
 )
-from echo_lora.export import new_folder, refuse_existing
+from echo_lora.files import new_folder, refuse_existing
 from echo_lora.sources import read_rows
 
 TASK_FILES = Path(__file__).parent / "evaluate" / "lm_eval_tasks"
@@ -91,6 +94,7 @@ def import_data(
     EchoCheckpointError if the folder exists or can't be written.
     """
     refuse_existing(output)
+    tasks = list(dict.fromkeys(tasks))
     for name in tasks:
         benchmark_named(name)
     parts: list[Part] = []
@@ -124,16 +128,16 @@ def _all_found(source: str | Path | None, tasks: Sequence[str]) -> Iterable[tupl
         yield from ((name, _from_hub(name)) for name in tasks or BENCHMARKS)
         return
     source = Path(source)
-    if source.is_file():
+    if os.path.isfile(source):
         if tasks:
             raise EchoDataError(f"{source} is one file of all tasks, which can't be told apart. Leave --task out.")
         raw = read_rows(source)
         _check_columns(UNION, raw, str(source))
         yield UNION, {"train": (source.name, raw)}
         return
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise EchoDataError(f"{source}: there is no such folder or file. Correct the path, or put the data there.")
-    known = [name for name in BENCHMARKS if (source / name).is_dir()]
+    known = [name for name in BENCHMARKS if os.path.isdir(source / name)]
     if not known:
         raise EchoDataError(
             f"{source} has no folder of a known task. Name the folder that has {', '.join(BENCHMARKS)}."
@@ -148,7 +152,7 @@ def _from_folder(source: Path, name: str) -> _Found:
     found: _Found = {}
     for part, stems in _STEMS.items():
         files = [source / name / (stem + kind) for stem in stems for kind in (".json", ".jsonl", ".parquet")]
-        files = [file for file in files if file.is_file()]
+        files = [file for file in files if os.path.isfile(file)]
         if len(files) > 1:
             both = " and ".join(file.name for file in files)
             raise EchoDataError(f"{source / name} has {both}, both of them its {part} part. Keep one.")
@@ -158,30 +162,100 @@ def _from_folder(source: Path, name: str) -> _Found:
             found[part] = str(files[0].relative_to(source)), raw
     if not found:
         raise EchoDataError(f"{source / name} has no train or test file (.json, .jsonl or .parquet). Put one there.")
-    if name == "mmlu" and "dev" not in found:
-        raise EchoDataError(
-            f"{source / name} has no dev file, whose rows are the examples in each prompt. Put it there."
-        )
+    if name == "mmlu":
+        if "dev" not in found:
+            raise EchoDataError(
+                f"{source / name} has no dev file, whose rows are the examples in each prompt. Put it there."
+            )
+        shown = {row["subject"] for row in found["dev"][1]}
+        for where, raw in found.values():
+            for index, row in enumerate(raw):
+                if row["subject"] not in shown:
+                    raise EchoDataError(
+                        f"{source / where}: row {index} has subject = {row['subject']!r}, of which the dev file has no "
+                        "row: there are no examples for its prompt. Add them, or remove the row."
+                    )
     return found
 
 
 def _check_columns(name: str, raw: list[Row], where: str) -> None:
     columns = _COLUMNS.get(name, _INSTRUCTION_COLUMNS)
-    pattern = BENCHMARKS[name].scored.get("answer_pattern") if name in BENCHMARKS else None
     for index, row in enumerate(raw):
         missing = [column for column in columns if row.get(column) is None]
         if missing:
             raise EchoDataError(
                 f"{where}: row {index} has no {missing[0]}. Present: {', '.join(row)}. Is this the file of {name}?"
             )
-        if name in _COLUMNS:
-            continue
-        if row.get("input"):
-            raise EchoDataError(
-                f"{where}: row {index} has input = {row['input']!r}, which {name} never has. Remove it."
-            )
-        if pattern is not None and not re.fullmatch(pattern, row["answer"]):
-            raise EchoDataError(f"{where}: row {index} has answer = {row['answer']!r}, but {name} has {pattern}.")
+        for column in columns:
+            if (column, name) not in (("answer", "mmlu"), ("choices", "mmlu")) and not _is_text(row[column]):
+                raise EchoDataError(
+                    f"{where}: row {index} has {column} = {row[column]!r}, which must be text that is not blank. "
+                    "Correct the row, or remove it."
+                )
+        problem = _PROBLEMS.get(name, _problem_of_instruction)(name, row)
+        if problem is not None:
+            raise EchoDataError(f"{where}: row {index} has {problem}. Correct the row, or remove it.")
+
+
+def _is_text(value: Any) -> bool:
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)  # half a character, which is no UTF-8
+
+
+def _problem_of_instruction(name: str, row: Row) -> str | None:
+    """What is not as in the files of LLM-Adapters, where the output is the answer in a sentence."""
+    pattern = BENCHMARKS[name].scored["answer_pattern"] if name in BENCHMARKS else re.escape(row["answer"])
+    answer, output = row["answer"], row["output"]
+    if row.get("input"):
+        return f"input = {row['input']!r}, which {name} never has"
+    if not re.fullmatch(pattern, answer):
+        return f"answer = {answer!r}, but {name} has {pattern}"
+    said = re.search(pattern, output)
+    if said is None or said[0] != answer or not output.rstrip().endswith(answer):
+        return f"answer = {answer!r}, but output = {output!r} says another one"
+    if name not in BENCHMARKS or all(row.get(column) is None for column in ("question", "choices", "label")):
+        return None
+    question, choices = row.get("question"), row.get("choices")
+    label: Any = row.get("label")
+    if not _is_text(question) or not isinstance(choices, list) or not all(map(_is_text, choices)):
+        return f"question = {question!r} and choices = {choices!r}, which must be text and a list of texts"
+    if not _is_index(label, len(choices)) or answer_of(name, choices, label) != answer:
+        return f"label = {label!r}, which does not give answer = {answer!r} with choices = {choices!r}"
+    return None
+
+
+def _problem_of_solution(name: str, row: Row) -> str | None:
+    if read_number(row["answer"]) == UNREADABLE:
+        return f"answer = {row['answer']!r}, in which there is no number"
+    return None
+
+
+def _problem_of_choice(name: str, row: Row) -> str | None:
+    choices, answer = row["choices"], row["answer"]
+    if not isinstance(choices, list) or len(choices) != len(LETTERS) or not all(map(_is_text, choices)):
+        return f"choices = {choices!r}, which must be a list of {len(LETTERS)} texts"
+    if not _is_index(answer, len(choices)):
+        return f"answer = {answer!r}, which must be the index of a choice: 0 to {len(choices) - 1}"
+    return None
+
+
+def _problem_of_program(name: str, row: Row) -> str | None:
+    entry = row["entry_point"]
+    if not entry.isidentifier() or not re.search(rf"\bdef {entry}\b", row["prompt"]):
+        return f"entry_point = {entry!r}, which is no function of its prompt"
+    return None
+
+
+def _is_index(value: Any, count: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+
+
+_PROBLEMS: dict[str, Callable[[str, Row], str | None]] = {
+    "gsm8k": _problem_of_solution,
+    "mmlu": _problem_of_choice,
+    "humaneval": _problem_of_program,
+}
 
 
 # --------------------------------------------------------------------------------------------------- the hub
@@ -409,7 +483,12 @@ def _write_recipe(folder: Path, names: list[str], scored: list[str]) -> None:
     held = [path for path in held if (folder / path).is_file()]
     if not train:  # no recipe is without rows to train on
         return
-    data = {"train": train} | ({"validation": held} if held else {}) | {"max_length": 256, "on_overlength": "drop"}
+    data: dict[str, Any] = {"train": train}
+    if held:
+        data["validation"] = held
+    # prompt and completion hold these, or no one trains on them
+    data["ignore_columns"] = ["question", "choices", "answer", "task_id", "canonical_solution"]
+    data |= {"max_length": 256, "on_overlength": "drop"}
     tasks = [{"name": name, "data": f"{name}/test.jsonl"} | _plain(BENCHMARKS[name]) for name in scored]
     document = {"model": "packaged:smollm2-135m", "data": data, "evaluation": {"tasks": tasks}}
     head = (

@@ -100,7 +100,9 @@ class Injector:
         self.adapter = adapter
         self.modules = modules
         self.current: Injection | None = None
+        self._hooked: dict[str, nn.Module] = {}
         for name, module in modules.items():
+            self._hooked[name] = module.lora_A[adapter]
             # bound methods and partials, not closures: a deep copy of the model copies its hooks with it
             if site == "lora_input":
                 module.lora_A[adapter].register_forward_pre_hook(partial(self._add_to_input, name))
@@ -111,6 +113,14 @@ class Injector:
     def widths(modules: dict[str, LoraLayer], site: str) -> dict[str, int]:
         """Number of features that δ needs for each module at this site."""
         return {n: m.in_features if site == "lora_input" else m.out_features for n, m in modules.items()}
+
+    def lost(self) -> list[str]:
+        """Modules whose lora_A is another one than the echo was made for."""
+        return [
+            name
+            for name, module in self.modules.items()
+            if self.adapter not in module.lora_A or module.lora_A[self.adapter] is not self._hooked[name]
+        ]
 
     def injecting(self, injection: Injection | None) -> AbstractContextManager[None]:
         """Add this to every forward inside; None adds nothing."""

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from echo_lora.base_models import load_base_model, load_config, load_tokenizer
 from echo_lora.errors import EchoCheckpointError, EchoModelError
-from echo_lora.export import CONFIG_FILE, new_folder, probe_ids, read_adapter, read_adapter_config, refuse_existing
+from echo_lora.export import CONFIG_FILE, adapter_problems, probe_ids, read_adapter, read_adapter_config
+from echo_lora.files import locked, new_folder, refuse_existing, remove_leftovers
 from echo_lora.progress import stage
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -51,10 +52,24 @@ def merge(
     """Write the base with the adapter merged into its weights, and its tokenizer, as a model of its own.
 
     base: by default the one that the adapter names. dtype: type in which to load, merge and write; "auto" is the
-    type in which the base is stored. verify: read the written folder back and compare it too. Raises
-    EchoCheckpointError if the logits differ by more than the type's rounding, EchoModelError for a quantised base.
+    type in which the base is stored. verify: read the written folder back and compare it too. trust_remote_code: run
+    code that comes with the base, or with a tokenizer beside the adapter. Raises EchoCheckpointError if the logits
+    differ by more than the type's rounding or another process writes the output, EchoModelError for a quantised base.
     """
-    refuse_existing(output)
+    with locked(output):
+        remove_leftovers(Path(output))
+        refuse_existing(output)
+        return _merge(adapter, output, base, dtype, verify, trust_remote_code)
+
+
+def _merge(
+    adapter: str | Path,
+    output: str | Path,
+    base: str | Path | None,
+    dtype: Dtype,
+    verify: bool,
+    trust_remote_code: bool,
+) -> MergeResult:
     config = read_adapter_config(adapter)
     reference = base if base is not None else config.get("base_model_name_or_path")
     if not reference:
@@ -77,7 +92,7 @@ def merge(
             load_tokenizer(tokenizer_folder, trust_remote_code).save_pretrained(temporary)
             if verify:
                 again = AutoModelForCausalLM.from_pretrained(
-                    temporary, dtype=merged.dtype, trust_remote_code=trust_remote_code
+                    temporary, dtype=merged.dtype, trust_remote_code=trust_remote_code, use_safetensors=True
                 )
                 reread = _compare(again.eval(), before, probe, f"{output}: the merged model as it reads back")
     return MergeResult(
@@ -97,18 +112,22 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_named_alike: b
     EchoCheckpointError if the adapter is corrupted or does not fit the base, naming the first module where it doesn't.
     """
     folder, name = Path(folder), base.name_or_path
-    saved = read_adapter(folder)
-    made_for = read_adapter_config(folder).get("base_model_name_or_path")
+    config, saved = read_adapter_config(folder), read_adapter(folder)
+    made_for = config.get("base_model_name_or_path")
     advice = f"The adapter was made for {made_for or 'a base that it does not name'}. Name its own base."
     if is_named_alike and made_for and Path(made_for).name != Path(name).name:
         raise EchoCheckpointError(
             f"{folder} was made for {made_for}, not for {name}. Name that base as the recipe's model; or, if the two "
             f"are the same, correct base_model_name_or_path in {folder / CONFIG_FILE}."
         )
+    for what in adapter_problems(config, saved):
+        raise EchoCheckpointError(f"{folder}: {what}. Don't use this adapter; save it again, or fetch it again.")
     try:
         model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
-    except ValueError as error:  # none of its target modules is there
+    except Exception as error:  # whatever PEFT's own code meets where none of the target modules is there, for example
         raise EchoCheckpointError(f"{folder} does not fit {name}: {error}. {advice}") from error
+    # PEFT asks the hub for the base that it names, which may be a path of another machine
+    model.peft_config["default"].base_model_name_or_path = name
     expected = get_peft_model_state_dict(model)
     for key in sorted(expected.keys() | saved.keys()):
         problem = _misfit(key, expected.get(key), saved.get(key))

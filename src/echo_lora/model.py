@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, TaskType
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from echo_lora.config import EchoConfig
@@ -24,6 +24,7 @@ from echo_lora.echo import EchoNetworks, apply_control, echo_representation
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.head import Head
 from echo_lora.inject import Injection, Injector, decoder_layers, target_modules
+from echo_lora.neftune import with_one_noise
 from echo_lora.prefix import PrefixSharing, cache_argument
 from echo_lora.probe import refuse_base, why_full_by_trial
 from echo_lora.routing import is_routed
@@ -40,6 +41,8 @@ from echo_lora.step import (
 logger = logging.getLogger(__name__)
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")  # initialisations that read or rewrite the base
+# What decides how an adapter acts, beside the names and shapes of its tensors.
+SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 IGNORED_INPUTS = {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits"}
 PROBE_COLUMNS = 2  # on which the output layer is compared with the model's own logits
 # What a forward may lack: columns that need no logits are cut off afterwards, and the rest are requests, not inputs.
@@ -83,6 +86,11 @@ def get_echo_model(
             f"LoraConfig.init_lora_weights is {peft_config.init_lora_weights!r}, which changes the base's weights: the "
             "saved adapter would not fit the base that others load. Use True, 'gaussian' or 'orthogonal'."
         )
+    if peft_config.inference_mode:
+        raise EchoModelError(
+            "LoraConfig.inference_mode is True, as saved adapters have it: the adapter would be frozen, and only the "
+            "echo, which is not deployed, trained. Set peft_config.inference_mode = False."
+        )
     if hasattr(model, "peft_config"):
         raise EchoModelError(
             f"{type(model).__name__} carries a PEFT adapter already. Pass the base model (`.unload()` removes an "
@@ -125,6 +133,7 @@ class EchoModel(PeftModelForCausalLM):
         self._head_is_known = False
         self._tried: dict[bool, str | None] = {}  # by whether a prefix was tried: what stands against sharing it
         self._routing_clock: tuple[int, int] | None = None
+        self.is_stepping = False  # whether a forward was a step of Echo-LoRA since the clock was set
         self._said: set[str] = set()
 
         widths = Injector.widths(modules, echo_config.injection_site)
@@ -187,6 +196,11 @@ class EchoModel(PeftModelForCausalLM):
         if input_ids is None or labels is None:
             raise EchoDataError("the echo needs input_ids and labels; inputs_embeds can't be aligned at the boundary.")
         _refuse_packed(attention_mask, kwargs)
+        if kwargs.get("fused_lm_head"):
+            raise EchoModelError(
+                "TRL's SFTTrainer computes the loss itself, from log-probabilities, and would leave out the echo. Use "
+                "EchoSFTTrainer, with the same arguments."
+            )
         unknown = [key for key, value in kwargs.items() if value is not None and key not in IGNORED_INPUTS]
         if unknown:
             raise EchoDataError(
@@ -206,7 +220,7 @@ class EchoModel(PeftModelForCausalLM):
             starts_together=reason is not None,
         )
         return training_step(
-            self._plain_forward,
+            with_one_noise(self._plain_forward, base.get_input_embeddings(), input_ids.shape[1]),
             self._source_layers,
             self.echo,
             self._injector,
@@ -226,9 +240,12 @@ class EchoModel(PeftModelForCausalLM):
         Another step than before ends the one under way, whose rows then count where states are standardised.
         EchoTrainer and EchoCallback do this; a training loop of one's own calls it before each step.
         """
+        if self._routing_clock is None and self.echo_enabled:
+            self._refuse_untrainable()
         if (step, total_steps) != self._routing_clock:
             self.end_step()
         self._routing_clock = (step, total_steps)
+        self.is_stepping = False
 
     def end_step(self) -> None:
         """Forget the clock, as at the start of a training: what comes next belongs to no step before."""
@@ -237,6 +254,7 @@ class EchoModel(PeftModelForCausalLM):
             self.echo.standardize.end_step()
 
     def _clock(self) -> tuple[int, int]:
+        self.is_stepping = True
         if self._routing_clock is not None:
             return self._routing_clock
         if self.echo_config.routing_schedule == "constant" and self.echo_config.routing_start in (0.0, 1.0):
@@ -257,6 +275,89 @@ class EchoModel(PeftModelForCausalLM):
             and not self._adapters_disabled
             and self.active_adapters == [self.echo_adapter]
         )
+
+    # -------------------------------------------------------------- adapters
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Raises EchoModelError: a saved adapter is a plain one, and PEFT would make a plain model of it."""
+        raise EchoModelError(
+            "a saved adapter holds no echo, so there is no EchoModel to load. To use it: PeftModel.from_pretrained. To "
+            "go on training it: get_echo_model(base, LoraConfig(…)), and on the model that this gives "
+            "load_adapter(folder, 'default', is_trainable=True)."
+        )
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's. Into the adapter that carries the echo, to go on training it, goes only one that fits it.
+
+        Raises EchoModelError where PEFT would keep the scale of the present adapter, or load a part of the other.
+        """
+        if adapter_name != self.echo_adapter or adapter_name not in self.peft_config:
+            return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        own = self.peft_config[adapter_name]
+        other = type(own).from_pretrained(model_id, **self._split_kwargs(dict(kwargs))[0])
+        differences = [
+            f"{name} is {getattr(other, name)!r} there and {getattr(own, name)!r} here"
+            for name in SCALING
+            if getattr(other, name) != getattr(own, name)
+        ]
+        if differences:
+            raise EchoModelError(
+                f"{model_id} does not fit the adapter {adapter_name!r}: {'; '.join(differences)}. Give get_echo_model "
+                "the LoraConfig that the saved adapter was made with."
+            )
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        for what, keys in (("lacks", result.missing_keys), ("holds also", result.unexpected_keys)):
+            if keys:
+                raise EchoModelError(
+                    f"{model_id} does not fit the adapter {adapter_name!r}: it {what} {keys[0]} ({len(keys)} such "
+                    "tensors). Give get_echo_model the LoraConfig that the saved adapter was made with."
+                )
+        return result
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's. Raises EchoModelError for the adapter that carries the echo."""
+        if adapter_name == self.echo_adapter:
+            raise EchoModelError(
+                f"the adapter {adapter_name!r} carries the echo, so it can't be deleted. Use unload() for the base "
+                "model, or load_adapter to replace the adapter's weights."
+            )
+        super().delete_adapter(adapter_name)
+
+    def _refuse_untrainable(self) -> None:
+        """Raises EchoModelError if steps would train something else than the adapter that carries the echo."""
+        name, modules = self.echo_adapter, self._injector.modules
+        reason = None
+        if self.active_adapters != [name]:
+            reason = (
+                f"the echo belongs to the adapter {name!r}, but active is {', '.join(map(repr, self.active_adapters))}."
+                f" To go on training a saved adapter, load it under that name: load_adapter(folder, {name!r}, "
+                "is_trainable=True). To train the active one without the echo, set model.echo_enabled = False."
+            )
+        elif any(module.disable_adapters for module in modules.values()):
+            reason = (
+                f"the layers of the adapter {name!r} are disabled, so it would not be trained. Call "
+                "model.base_model.enable_adapter_layers()."
+            )
+        elif any(module.merged for module in modules.values()):
+            reason = f"the adapter {name!r} is merged into the base, so it can't be trained. Call unmerge_adapter()."
+        elif lost := self._injector.lost():
+            reason = (
+                f"{lost[0]} has lost its echo, for the adapter {name!r} was made anew ({len(lost)} such modules). Call "
+                "get_echo_model again, on the base model."
+            )
+        elif not any(p.requires_grad for n, p in self.base_model.named_parameters() if name in n.split(".")):
+            reason = (
+                f"every parameter of the adapter {name!r} is frozen, so that only the echo, which is not deployed, "
+                f"would be trained. Call model.set_adapter({name!r})."
+            )
+        if reason is not None:
+            raise EchoModelError(reason)
+
+    def echo_branches(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+        """Each branch of the echo with the weights of the LoRA module that it feeds: lora_A, lora_B."""
+        for name, module in self._injector.modules.items():
+            yield self.echo.branch(name), [part[self.echo_adapter].weight for part in (module.lora_A, module.lora_B)]
 
     # ------------------------------------------------------------- diagnosis
 

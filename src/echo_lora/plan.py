@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from echo_lora.base_models import load_config, load_tokenizer
+from echo_lora.base_models import load_config
 from echo_lora.config import EchoConfig
 from echo_lora.data import PreparedData, Segment, preview_segments
 from echo_lora.environment import peak_memory
@@ -26,8 +26,7 @@ from echo_lora.losses import CHUNK_ELEMENTS
 from echo_lora.model import EchoModel
 from echo_lora.progress import stage
 from echo_lora.routing import routing_probability
-from echo_lora.rows import prepare_part
-from echo_lora.run import add_adapter, parameter_counts, require_packages
+from echo_lora.run import add_adapter, parameter_counts, prepare, require_packages
 from echo_lora.schema import Recipe
 from echo_lora.step import why_full
 
@@ -86,9 +85,9 @@ class Preview:
 
 def preview(recipe: Recipe, count: int = 3) -> Preview:
     """The first `count` training rows of each source. Raises EchoDataError for a row that can't be trained on."""
-    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     with stage("Reading rows", line=False):
-        prepared = prepare_part(recipe, tokenizer, "train")
+        tokenizer, parts = prepare(recipe)
+    prepared = parts["train"]
     return Preview(
         rows=[
             (f"{data.source}: row {row.row}", preview_segments(row, tokenizer))
@@ -102,15 +101,14 @@ def preview(recipe: Recipe, count: int = 3) -> Preview:
 def plan(recipe: Recipe) -> Plan:
     """The dry run. Raises what training would raise before its first step."""
     require_packages(recipe)
-    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     with stage("Reading rows", line=False):
-        prepared = prepare_part(recipe, tokenizer, "train")
-        prepare_part(recipe, tokenizer, "validation")  # its rows are checked too
+        prepared = prepare(recipe)[1]["train"]
     base, model = _on_meta(recipe)
     config = recipe.build_echo_config()
     sources, targets = _named_layers(base, model, config) if isinstance(model, EchoModel) else ([], {})
     steps = _steps(recipe, sum(len(data.rows) for data in prepared))
-    mean_routing = sum(routing_probability(config, step, steps) for step in range(steps)) / steps
+    # both schedules are straight lines
+    mean_routing = (routing_probability(config, 0, steps) + routing_probability(config, steps - 1, steps)) / 2
     reason = "echo_config.echo_step is full" if config.echo_step == "full" else why_full(base)
     if reason is None and isinstance(model, EchoModel):
         reason = model._sharing.why_not

@@ -10,6 +10,7 @@ working directory.
 from __future__ import annotations
 
 import json
+import os
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,13 @@ from pydantic.fields import FieldInfo
 from echo_lora.config import nearest
 from echo_lora.errors import EchoConfigError
 from echo_lora.schema import PARTS, DataSection, Recipe, Section, Source
+from echo_lora.sources import expanded
 
 __all__ = ["Recipe", "load_recipe", "recipe_of_run", "recipe_table", "shipped_recipes"]
 
 SHIPPED = Path(__file__).parent / "recipes"
+LARGEST_FILE = 1_000_000  # bytes; a recipe has some hundred
+MOST_VALUES, DEEPEST = 100_000, 50
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -45,11 +49,17 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_of_run(record: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that the `run.json` of a finished run holds, as it was then. Raises EchoConfigError."""
+    """The recipe that the `run.json` of a finished run holds, as it was then. Raises EchoConfigError.
+
+    It may be somebody else's, so it does not decide whether code of the model is run: only `overrides` do.
+    """
     try:
         document = json.loads(Path(record).read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(document, dict):
+            raise TypeError(f"its recipe is a {type(document).__name__}, not an object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EchoConfigError(f"{record} holds no recipe: {error!r}. Name a recipe instead.") from error
+    document.pop("trust_remote_code", None)
     return validated(Recipe, document, str(record), None, overrides)
 
 
@@ -85,8 +95,8 @@ def is_in(path: Path, shipped: Path) -> bool:
 
 def find_yaml(source: str, shipped: Path, kind: str) -> Path:
     """The file of this path or, in the folder `shipped`, of this name. Raises EchoConfigError if there is neither."""
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):  # False also for a name that no file can have
         return path
     names = names_in(shipped)
     if source in names:
@@ -97,28 +107,60 @@ def find_yaml(source: str, shipped: Path, kind: str) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number (as in YAML 1.2) and a key given twice is an error."""
+    """YAML in which every reader sees the same values.
+
+    Numbers, booleans and null are those of JSON; what only YAML 1.1 takes for one (1:30, 1_000, 010, on, 2024-01-01)
+    is the text that it looks like. Keys are texts, each given once. Tags are refused.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- as the base class has it
+
+    def get_event(self) -> Any:
+        event = super().get_event()
+        if (tag := getattr(event, "tag", None)) not in (None, "!"):
+            raise yaml.MarkedYAMLError(problem=f"the tag {tag} has no meaning here", problem_mark=event.start_mark)
+        return event
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in (_TEXT, _MERGE):
+                what = repr(key.value) if isinstance(key, yaml.ScalarNode) else "here"
+                raise yaml.MarkedYAMLError(problem=f"the key {what} is not text", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_INTEGER = r"[-+]?(0|[1-9][0-9]{0,99})"
+for _tag, _pattern, _first in (
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", _INTEGER, list("-+0123456789")),
+    (
+        "float",
+        rf"({_INTEGER}(\.[0-9]*)?|[-+]?\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", "<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def parse_yaml(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
     """The tree, which knows lines, and the document. Raises EchoConfigError with file and line."""
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        tree = loader.get_single_node()
-        document = loader.construct_document(tree) if tree is not None else None
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise EchoConfigError(
+                f"{path} has {size:,} bytes, more than any recipe or study ({LARGEST_FILE:,}). Name another file."
+            )
+        tree, document = _parsed(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise EchoConfigError(
+            f"{path} can't be read: {error}. Correct its permissions, or name another file."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -131,6 +173,42 @@ def parse_yaml(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
     return tree, document
 
 
+def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
+    """The tree and the value of a YAML text. Raises yaml.YAMLError."""
+    try:
+        loader = _Loader(text)
+        tree = loader.get_single_node()
+        if tree is None:
+            return None, None
+        _check_size(tree, {}, set())
+        return tree, loader.construct_document(tree)
+    except RecursionError:
+        raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep") from None
+
+
+def _check_size(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """Number of values in a node, those that an alias repeats included. Raises yaml.YAMLError if there are too many."""
+    if id(node) in above:
+        raise yaml.MarkedYAMLError(problem="the value holds itself, by an alias", problem_mark=node.start_mark)
+    if len(above) > DEEPEST:
+        raise yaml.MarkedYAMLError(
+            problem=f"it is nested more than {DEEPEST} levels deep", problem_mark=node.start_mark
+        )
+    if id(node) not in known:
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(_check_size(part, known, above | {id(node)}) for part in inner)
+        if known[id(node)] > MOST_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"it has more than {MOST_VALUES:,} values, aliases counted as what they repeat",
+                problem_mark=node.start_mark,
+            )
+    return known[id(node)]
+
+
 def _rebase(document: dict[str, Any], folder: Path) -> None:
     """Let the file's relative paths of rows and of the model start at the file's folder."""
 
@@ -138,12 +216,12 @@ def _rebase(document: dict[str, Any], folder: Path) -> None:
         if isinstance(value, list):
             return [rebased(item) for item in value]
         if isinstance(value, dict) and isinstance(value.get("file"), str):
-            return value | {"file": str(folder / value["file"])}
-        return str(folder / value) if isinstance(value, str) else value
+            return value | {"file": str(folder / expanded(value["file"]))}
+        return str(folder / expanded(value)) if isinstance(value, str) and value.strip() else value
 
     model, data, evaluation = (document.get(key) for key in ("model", "data", "evaluation"))
     if isinstance(model, str) and model.startswith("."):
-        document["model"] = rebased(model)
+        document["model"] = str((folder / model).absolute())  # "./base" must not become the hub id "base"
     tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
     for holder, keys in ((data, PARTS), *((task, ("data",)) for task in (tasks if isinstance(tasks, list) else []))):
         for key in keys:
@@ -153,12 +231,14 @@ def _rebase(document: dict[str, Any], folder: Path) -> None:
 
 def _override(text: str) -> tuple[list[str], Any]:
     key, is_given, value = text.partition("=")
-    if not is_given or not key.strip():
+    keys = key.strip().split(".")
+    if not is_given or not all(key.isprintable() and key for key in keys) or len(keys) > DEEPEST:
         raise EchoConfigError(f"--set {text}: write it as key=value, for example --set training.steps=20.")
     try:
-        return key.strip().split("."), yaml.load(value, _Loader)
+        return keys, _parsed(value)[1]
     except yaml.YAMLError as error:
-        raise EchoConfigError(f"--set {text}: the value is not YAML: {getattr(error, 'problem', error)}.") from error
+        problem = getattr(error, "problem", None) or error
+        raise EchoConfigError(f"--set {text}: the value is not YAML: {problem}. Correct it, or quote it.") from error
 
 
 def _set(document: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
@@ -192,6 +272,8 @@ def _explain(
             message = f"unknown key {shown}.{nearest(str(path[-1]), _keys(kind, problem['loc'][:-1]))}"
         elif problem["type"] == "missing":
             message = f"the key {'.'.join([shown, str(problem['loc'][-1])]).lstrip('.')} is missing. Add it."
+        elif problem["type"] == "bool_type":
+            message = f"{shown} = {problem['input']!r} must be true or false."
         elif problem["type"] == "value_error":
             message = f"{shown + ': ' if shown else ''}{message.rstrip('.')}."
         else:
@@ -219,20 +301,20 @@ def _where(path: tuple[Any, ...], source: str, tree: yaml.Node | None, changed: 
     for keys, text in changed.items():
         if keys == path[: len(keys)]:
             return f"--set {text}"
+    below = "".join(f", --set {text}" for keys, text in changed.items() if keys[: len(path)] == path)
     if tree is None:
-        return source
+        return source + below
     line = tree.start_mark.line
     for part in path:
         if isinstance(tree, yaml.MappingNode):
             found = [(key, value) for key, value in tree.value if key.value == part]
             if not found:  # then the section consists of what --set gave
-                texts = [f"--set {text}" for keys, text in changed.items() if keys[: len(path)] == path]
-                return ", ".join(texts) or source
+                return below.removeprefix(", ") or source
             line, tree = found[0][0].start_mark.line, found[0][1]
         elif isinstance(tree, yaml.SequenceNode) and part < len(tree.value):
             tree = tree.value[part]
             line = tree.start_mark.line
-    return f"{source}:{line + 1}" if path else source
+    return f"{source}:{line + 1}{below}" if path else source
 
 
 def _keys(kind: type[Section], loc: tuple[Any, ...]) -> list[str]:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from echo_lora.data import (
-    PreparedData,
-    end_token_ids,
-    prepare_rows,
-    render_prompt,
-)
+import numpy as np
+
+from echo_lora.data import PreparedData, end_token_ids, prepare_rows, render_prompt
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.evaluate.tasks import EvalTask
+from echo_lora.forms import check_forms, is_learned, row_number, texts_of
 from echo_lora.schema import PARTS, EvaluationTask, Recipe, Source
-from echo_lora.sources import read_rows, reasoning_gym_splits
+from echo_lora.sources import ROW, RowFile, reasoning_gym_splits, where_is
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,23 +25,29 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def source_rows(recipe: Recipe, source: Source, part: str) -> list[Row]:
+def source_rows(recipe: Recipe, source: Source, part: str) -> RowFile | list[Row]:
     """The raw rows of one source of `data.train`, `data.validation` or `data.test`.
 
     Parts that name the same task with the same seed and parameters share no question, and the test rows depend on
     neither the number of training rows nor on other sources. Raises EchoDataError.
     """
     if source.file is not None:
-        rows = read_rows(source.file, recipe.data.columns, source.part)
-    else:
-        sizes = dict.fromkeys(PARTS, 1)  # every part has its place, so that adding one moves no row of another
-        for name, other in _all_sources(recipe):
-            if other.rows_key == source.rows_key:
-                sizes[name] = max(sizes[name], other.count or 1)
-        params = json.dumps(source.params or {})
-        splits = _generated(str(source.task), source.seed or 0, params, tuple(sizes.values()))
-        rows = splits[part][: source.count]
-    return rows[: recipe.data.limit]
+        return RowFile(Path(source.file), recipe.data.columns, source.part, recipe.data.limit)
+    sizes = dict.fromkeys(PARTS, 1)  # every part has its place, so that adding one moves no row of another
+    for name, other in _all_sources(recipe):
+        if other.rows_key == source.rows_key:
+            sizes[name] = max(sizes[name], other.count or 1)
+    params = json.dumps(source.params or {})
+    splits = _generated(str(source.task), source.seed or 0, params, tuple(sizes.values()))
+    return splits[part][: source.count][: recipe.data.limit]
+
+
+def check_rows(recipe: Recipe) -> None:
+    """Check the form of every row to train on, without a tokenizer. Raises EchoDataError with file and line."""
+    for part in ("train", "validation"):
+        for source in getattr(recipe.data, part) or []:
+            if source.file is not None:  # those of a task are our own
+                check_forms(source_rows(recipe, source, part), source.file, recipe.data.ignore_columns)
 
 
 def prepare_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: str) -> list[PreparedData]:
@@ -57,6 +60,7 @@ def prepare_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: str) 
             on_overlength=recipe.data.on_overlength,
             chat=recipe.data.chat,
             train_on_prompt=recipe.data.train_on_prompt,
+            ignore_columns=recipe.data.ignore_columns,
             source=source.file or source.name,
         )
         for source in getattr(recipe.data, part) or []
@@ -65,10 +69,12 @@ def prepare_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: str) 
 
 def join(prepared: list[PreparedData]) -> Dataset:
     """One dataset of all sources; with several, its rows are numbered through all of them."""
-    rows = [row for data in prepared for row in data.rows]
-    if len(prepared) > 1:
-        rows = [replace(row, row=number) for number, row in enumerate(rows)]
-    return replace(prepared[0], rows=rows).to_dataset()
+    from datasets import concatenate_datasets
+
+    if len(prepared) == 1:
+        return prepared[0].dataset
+    whole = concatenate_datasets([data.dataset.remove_columns(ROW) for data in prepared])
+    return whole.add_column(ROW, np.arange(len(whole)))
 
 
 def evaluation_rows(
@@ -91,11 +97,16 @@ def evaluation_rows(
         sources = task.data or getattr(recipe.data, part)
         if not sources:
             raise EchoConfigError(f"evaluation task {task.name!r} has no rows. Give it data, or give data.{part}.")
-        where = ", ".join(source.file or source.name for source in sources)
-        rows = [row for source in sources for row in source_rows(recipe, source, part)]
-        rendered = [_scored(task, row, tokenizer, recipe.data.chat, f"{where}: row {i}") for i, row in enumerate(rows)]
+        rendered = []
+        for source in sources:
+            where, rows = source.file or source.name, source_rows(recipe, source, part)
+            check_forms(rows, where, recipe.data.ignore_columns, is_scored=True)
+            for index, row in enumerate(rows):
+                place = where_is(where, row_number(row, index))
+                rendered.append(_scored(task, row, tokenizer, recipe.data.chat, place))
+        files = ", ".join(source.file or source.name for source in sources)
         stop = task.stop or (ends if task.kind != "choice" else [])
-        scored.append((task.build(file=where, stop=stop), rendered))
+        scored.append((task.build(file=files, stop=stop), rendered))
     return scored
 
 
@@ -126,7 +137,7 @@ def _scored(
     task: EvaluationTask, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: bool, where: str
 ) -> Row:
     """A row as its kind of task wants it: the prompt rendered, and what is right."""
-    rendered = {"prompt": render_prompt(row, tokenizer, chat)}
+    rendered = {"prompt": render_prompt(row, tokenizer, chat, where)}
     if task.kind in ("generate", "number"):
         rendered["answer"] = _answer(row, where)
     names = {"choice": ("choices", "label"), "code": ("test", "entry_point")}.get(task.kind, ())
@@ -138,7 +149,8 @@ def _answer(row: Mapping[str, Any], where: str) -> str:
     if row.get("answer") is not None:
         return row["answer"]
     if isinstance(turns, list):  # the prompt ends at the first answer
-        turns = next((turn["content"] for turn in turns if turn["role"] == "assistant"), None)
+        turns = next(("".join(texts_of(turn)) or None for turn in turns if is_learned(turn)), None)
     if not isinstance(turns, str):
-        raise EchoDataError(f"{where} has no answer to compare with. Present: {', '.join(row)}. Give it a completion.")
+        present = ", ".join(name for name in row if name != ROW)
+        raise EchoDataError(f"{where} has no answer to compare with. Present: {present}. Give it a completion.")
     return turns

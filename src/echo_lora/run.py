@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -38,16 +39,33 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
-from echo_lora.base_models import load_base_model, load_tokenizer
-from echo_lora.checkpoint import SEAL, has_complete_checkpoint, last_complete_checkpoint
+from echo_lora.base_models import (
+    canonical,
+    empty_model,
+    has_position_table,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+)
+from echo_lora.checkpoint import (
+    SEAL,
+    checkpoints_in,
+    has_complete_checkpoint,
+    last_complete_checkpoint,
+    remove_checkpoint,
+)
+from echo_lora.data import PreparedData, refuse_unfit_tokens
 from echo_lora.environment import MemoryWatch, versions
-from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoModelError
-from echo_lora.export import adapter_hash, model_card, refuse_existing, save_verified, write_file
+from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt, EchoModelError
+from echo_lora.export import adapter_hash, model_card, save_verified
+from echo_lora.files import locked, refuse_existing, remove_empty, remove_files, remove_leftovers, write_file
 from echo_lora.model import EchoModel, get_echo_model
 from echo_lora.progress import progress_console, stage
-from echo_lora.rows import join, prepare_part
+from echo_lora.rows import check_rows, join, prepare_part
 from echo_lora.schema import Recipe
 from echo_lora.sft import EchoSFTTrainer
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 STARTED = "started.json"  # in checkpoints/, the recipe: the folder is a run's own, and may be tidied
@@ -84,7 +102,8 @@ class RunResult:
         """The result of a finished run. Raises EchoCheckpointError if the folder holds none."""
         path = Path(output) / RUN_FILE
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**fields | {"output": str(output)})  # the folder may have been moved
         except (OSError, ValueError, TypeError) as error:
             raise EchoCheckpointError(
                 f"{path} is not the record of a finished run: {error}. Name the output folder of `echo-lora train`."
@@ -95,29 +114,40 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
     """Train the recipe's adapter and write its output folder.
 
     resume: go on from the newest complete checkpoint in the output folder; the recipe must be the same.
-    Raises an EchoError, and then leaves nothing behind but complete checkpoints.
+    Raises an EchoError, and then leaves nothing behind but complete checkpoints; EchoInterrupt at a Ctrl-C. Files in
+    the folder that are not the run's own stay.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
         raise EchoConfigError(
-            "a recipe trains in one process, but WORLD_SIZE is above 1. Use EchoSFTTrainer in a script."
+            f"a recipe trains in one process, but WORLD_SIZE = {os.environ['WORLD_SIZE']}. Use EchoSFTTrainer in a "
+            "script, or unset the variable."
         )
     require_packages(recipe)
+    recipe = recipe.model_copy(update={"model": canonical(recipe.model)})
     output = Path(recipe.output)
     checkpoints = output / "checkpoints"
-    _claim(output, checkpoints, resume)
-    try:
-        if not resume:
-            started = json.dumps(recipe.to_dict(), indent=2)
-            write_file(checkpoints / STARTED, lambda path: path.write_text(started, encoding="utf-8"))
-        result, model, tokenizer = train(recipe, checkpoints, resume=resume)
-        with stage("Saving the adapter and reading it back"):
-            card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
-            save_verified(model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True)
-            write_file(output / "loss.png", lambda path: plot_losses(result.history, path))
-            record = json.dumps(dataclasses.asdict(result), indent=2)
-            write_file(output / RUN_FILE, lambda path: path.write_text(record, encoding="utf-8"))
-    finally:
-        _tidy(output, checkpoints)
+    with locked(output):
+        is_new = not output.exists()
+        _claim(output, checkpoints, resume)
+        try:
+            return _run(recipe, output, checkpoints, resume)
+        except KeyboardInterrupt as error:
+            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {_way_on(checkpoints)}") from error
+        finally:
+            _tidy(output, checkpoints, is_new)
+
+
+def _run(recipe: Recipe, output: Path, checkpoints: Path, resume: bool) -> RunResult:
+    if not resume:
+        started = json.dumps(recipe.to_dict(), indent=2)
+        write_file(checkpoints / STARTED, lambda path: path.write_text(started, encoding="utf-8"))
+    result, model, tokenizer = train(recipe, checkpoints, resume=resume)
+    with stage("Saving the adapter and reading it back"):
+        card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
+        save_verified(model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True)
+        write_file(output / "loss.png", lambda path: plot_losses(result.history, path))
+        record = json.dumps(dataclasses.asdict(result), indent=2)
+        write_file(output / RUN_FILE, lambda path: path.write_text(record, encoding="utf-8"))
     return result
 
 
@@ -204,14 +234,35 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     )
 
 
+def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, dict[str, list[PreparedData]]]:
+    """The tokenizer and the rows of data.train and data.validation, checked as far as that goes without weights.
+
+    What takes longer comes later: the form of all rows, their tokens, then what the model has embeddings for.
+    Raises EchoDataError.
+    """
+    check_rows(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    prepared = {part: prepare_part(recipe, tokenizer, part) for part in ("train", "validation")}
+    config = load_config(recipe.model, recipe.trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    for data in (data for part in prepared.values() for data in part):
+        refuse_unfit_tokens(
+            data.dataset,
+            data.source,
+            vocabulary=config.vocab_size,
+            positions=positions,
+            has_table=lambda: has_position_table(empty_model(recipe.model, recipe.trust_remote_code), positions or 0),
+        )
+    return tokenizer, prepared
+
+
 def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult, PeftModel, Any]:
     """Train the recipe's adapter, with checkpoints in this folder; the result, the trained model and its tokenizer.
 
     The model has its echo networks still. Raises an EchoError.
     """
     with stage(f"Reading rows with the tokenizer of {recipe.model}"):
-        tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-        prepared = {part: prepare_part(recipe, tokenizer, part) for part in ("train", "validation")}
+        tokenizer, prepared = prepare(recipe)
     with stage(f"Loading {recipe.model}"):
         base = load_base_model(
             recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
@@ -236,6 +287,9 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     try:
         with watch:
             trainer.train(resume_from_checkpoint=resume or None)
+    except KeyboardInterrupt as error:
+        state = trainer.state
+        raise EchoInterrupt(f"Interrupted after step {state.global_step} of {state.max_steps}.") from error
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch's file writer reports a full disk as a RuntimeError that names its source file
         if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
@@ -299,7 +353,7 @@ def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
     Raises EchoCheckpointError if it is not free, or holds nothing to resume.
     """
     if resume:
-        if (output / RUN_FILE).exists():
+        if os.path.exists(output / RUN_FILE):
             raise EchoCheckpointError(
                 f"{output} holds a finished run; there is nothing to resume. Its adapter is in adapter/."
             )
@@ -307,7 +361,8 @@ def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
         return
     is_run = (checkpoints / STARTED).is_file() and not (output / RUN_FILE).exists()
     if is_run and not has_complete_checkpoint(checkpoints):  # killed before it had anything to resume from
-        shutil.rmtree(output)
+        _remove_unfinished(checkpoints)
+        return
     try:
         refuse_existing(output)
     except EchoCheckpointError as error:
@@ -315,15 +370,35 @@ def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
         raise EchoCheckpointError(f"{error} {hint}The recipe's key is output.") from None
 
 
-def _tidy(output: Path, checkpoints: Path) -> None:
-    """Remove what an interruption left in this run's folder: all that is unfinished, and folders without more."""
-    for folder in checkpoints.glob("checkpoint-*"):
+def _tidy(output: Path, checkpoints: Path, is_new: bool) -> None:
+    """Remove what an interruption left of this run: all that is unfinished, and folders of ours without more.
+
+    What can't be removed is told and left: an error here would hide the one that ended the run.
+    """
+    try:
+        for name in (output / "adapter", output / "loss.png", output / RUN_FILE, checkpoints / STARTED):
+            remove_leftovers(name)
+        _remove_unfinished(checkpoints)
+        own = [STARTED, "README.md"]  # the second is TRL's
+        if checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= set(own):
+            remove_files(checkpoints, own)
+        if is_new:
+            remove_empty(output)
+    except OSError as error:
+        logger.warning("%s could not be tidied: %s", output, error)
+
+
+def _remove_unfinished(checkpoints: Path) -> None:
+    for folder in checkpoints_in(checkpoints):
         if not (folder / SEAL).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_checkpoint(folder)
+
+
+def _way_on(checkpoints: Path) -> str:
     if not has_complete_checkpoint(checkpoints):
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    if output.is_dir() and not any(os.scandir(output)):
-        output.rmdir()
+        return "No checkpoint was complete yet: repeat the command to start again."
+    newest = last_complete_checkpoint(checkpoints)
+    return f"The newest complete checkpoint is {newest}: to go on from it, repeat the command with --resume."
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:

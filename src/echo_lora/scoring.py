@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ from echo_lora.errors import EchoCheckpointError
 from echo_lora.evaluate import TaskResult, score
 from echo_lora.evaluate.benchmarks import commonsense_average
 from echo_lora.evaluate.harness import require_permission
-from echo_lora.export import CONFIG_FILE, write_file
+from echo_lora.evaluate.programs import described
+from echo_lora.export import CONFIG_FILE
+from echo_lora.files import refuse_locked, write_file
 from echo_lora.merge import load_adapter
-from echo_lora.progress import stage
+from echo_lora.progress import progress_console, stage
 from echo_lora.recipe import load_recipe, recipe_of_run
 from echo_lora.rows import evaluation_rows
 from echo_lora.run import RUN_FILE
 from echo_lora.schema import Recipe
+from echo_lora.sources import expanded
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,15 @@ def resolve(
     """The recipe and the adapter that `eval` means.
 
     target: a recipe (its adapter is the one of its output folder, if it has been trained), the output folder of a
-    run, or an adapter folder inside one. Raises EchoConfigError or EchoCheckpointError.
+    run, or an adapter folder inside one. What a run's folder says about remote code does not count. Raises
+    EchoConfigError, or EchoCheckpointError, also while another process trains into the folder.
     """
-    folder = Path(target)
-    if not folder.is_dir():
+    folder = expanded(target)
+    if not os.path.isdir(folder):
         recipe = load_recipe(target, overrides)
         trained = Path(recipe.output) / "adapter"
+        if adapter is None:  # which a run that is not over has not written yet
+            refuse_locked(recipe.output)
         return recipe, Path(adapter) if adapter is not None else trained if trained.is_dir() else None
     is_adapter = (folder / CONFIG_FILE).is_file()
     run = folder.resolve().parent if is_adapter else folder
@@ -66,23 +73,32 @@ def resolve(
             f"{folder} has no {RUN_FILE} {'beside' if is_adapter else 'in'} it, so nothing says what to score it on. "
             "Name a recipe, and the adapter with --adapter."
         )
+    refuse_locked(run)
     own = folder if is_adapter else folder / "adapter"
     return recipe_of_run(run / RUN_FILE, overrides), Path(adapter) if adapter is not None else own
 
 
 def score_recipe(
-    recipe: Recipe, adapter: Path | None, *, with_base: bool, run_generated_code: bool = False
+    recipe: Recipe,
+    adapter: Path | None,
+    *,
+    with_base: bool,
+    run_generated_code: bool = False,
+    allow_unsandboxed: bool = False,
 ) -> list[Scores]:
     """Score the adapter on the recipe's evaluation tasks, the base before it if asked for or if there is no adapter.
 
-    run_generated_code: as of `score`. Raises EchoConfigError if a task needs it and it is not given,
-    EchoCheckpointError if the adapter does not fit the recipe's model.
+    run_generated_code, allow_unsandboxed: as of `score`. Raises EchoConfigError if a task needs them and they are
+    not given, EchoCheckpointError if the adapter does not fit the recipe's model.
     """
-    require_permission([task.build() for task in recipe.evaluation.tasks], run_generated_code)
+    require_permission([task.build() for task in recipe.evaluation.tasks], run_generated_code, allow_unsandboxed)
+    if any(task.kind == "code" for task in recipe.evaluation.tasks):
+        progress_console().print(f"Generated code runs {described(allow_unsandboxed)}")
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     options: dict[str, Any] = {
         "batch_size": recipe.evaluation.batch_size,
         "run_generated_code": run_generated_code,
+        "allow_unsandboxed": allow_unsandboxed,
     }
     with stage("Rendering the rows of the evaluation"):
         tasks = evaluation_rows(recipe, tokenizer)

@@ -5,23 +5,30 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import AutoProcessor, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig, SFTTrainer
+from trl.data_utils import maybe_convert_to_chatml
 from trl.trainer.utils import create_model_from_path
 
+from echo_lora.base_models import canonical
 from echo_lora.config import EchoConfig
-from echo_lora.data import check_tokenized_dataset, end_token_ids, tokenize_row
+from echo_lora.data import ANSWER, IGNORED, check_tokenized_dataset, end_token_ids, tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.forms import checked_row, row_number, unused_texts
 from echo_lora.model import EchoModel, get_echo_model
+from echo_lora.sources import ROW, where_is, without_nulls
 from echo_lora.trainer import EchoTrainerMixin, numbered, refuse_arguments
 
 logger = logging.getLogger(__name__)
+
+_UNTRAINED = "_echo_untrained"  # column with what a row holds and is not trained on, until it is said
 
 
 class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
@@ -48,9 +55,14 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SFTConfig(f"{Path(name).name}-Echo-SFT")  # TRL's way to name a run
+        data = kwargs.get("train_dataset", positional[1] if len(positional) > 1 else None)
+        if data is not None:
+            _first(data, "train")
         if self._has_echo:
             refuse_arguments(args)
         if echo_config is not None:
+            if isinstance(model, str):
+                model = _load_as_trl(model, args, kwargs)
             model, peft_config = _echo_wrapped(model, args, peft_config, echo_config), None
         super().__init__(model, args, *positional, peft_config=peft_config, **kwargs)
 
@@ -63,12 +75,13 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        if not self._has_echo:
-            return super()._prepare_dataset(
-                numbered(dataset), processing_class, args, packing, formatting_func, dataset_name
-            )
-        _refuse_text(next(iter(dataset)), dataset_name, args, formatting_func)
+        first = _first(dataset, dataset_name)
         dataset = numbered(dataset)
+        if not self._has_echo:
+            dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        _refuse_text(first, dataset_name, args, formatting_func)
+        dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
         # TRL's cut at max_length takes the answer's end; ours, below, never does.
         uncut = copy.copy(args)
         uncut.max_length = None
@@ -101,6 +114,45 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         logger.info("%s data: %s", dataset_name, counts)
         return prepared
 
+    def _tokenize_what_trl_gets_wrong(
+        self, dataset: Any, first: dict[str, Any], args: Any, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """The dataset after the checks of a recipe's rows; tokenised if it has a row that TRL would train on otherwise.
+
+        TRL trains on turns of weight 0, on every turn of a completion, and shows templates the nulls that Arrow adds.
+        Its own ids and labels of all other rows are those made here. Without the echo, which needs no boundary, what is
+        an error with it is a warning.
+        """
+        is_conversation = args.assistant_only_loss and not {"messages", "conversations"}.isdisjoint(first)
+        has_boundary = "prompt" in first or is_conversation
+        if "input_ids" in first or formatting_func is not None or not has_boundary or self._is_vlm:
+            return dataset
+        options = {
+            "tokenizer": self._tokenizer,
+            "source": f"{dataset_name} data",
+            "assistant_only": args.assistant_only_loss,
+            "is_whole": not self.completion_only_loss,
+        }
+        if isinstance(dataset, IterableDataset):
+            if not self._has_echo:
+                return dataset
+            return dataset.map(_tokenized_of_stream, with_indices=True, fn_kwargs=options)
+        try:
+            is_special = _check_rows(dataset, f"{dataset_name} data")
+        except EchoDataError as error:
+            if self._has_echo:
+                raise
+            logger.warning("%s TRL trains on it as it is.", error)
+            return dataset
+        if not is_special:
+            return dataset
+        what = f"Tokenizing {dataset_name} dataset"
+        dataset = dataset.map(
+            _tokenized, with_indices=True, fn_kwargs=options, num_proc=args.dataset_num_proc, desc=what
+        )
+        _warn_of_untrained(dataset, f"{dataset_name} data")
+        return dataset.remove_columns(_UNTRAINED)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -110,14 +162,38 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
+        """TRL's check, which looks at the class of the collator."""
+        super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collate", data_collator))
+
     def _send_telemetry(self) -> None:
         """Silent, unlike TRL's, unless ECHO_LORA_TELEMETRY=1 is set."""
         if os.environ.get("ECHO_LORA_TELEMETRY") == "1":
             super()._send_telemetry()
 
 
+def _load_as_trl(name: str, args: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model that SFTTrainer would load; what it would read from its arguments for that is taken out of them."""
+    given = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
+    given |= getattr(args, "model_init_kwargs", None) or {}
+    if (quantization := kwargs.pop("quantization_config", None)) is not None:
+        if "quantization_config" in given:
+            raise EchoConfigError(
+                "quantization_config is given to EchoSFTTrainer and in model_init_kwargs. Give it once, to the trainer."
+            )
+        given["quantization_config"] = quantization
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        given["device_map"] = None  # as TRL: "auto" fails in several processes
+    if kwargs.get("processing_class") is None and given.get("revision") is not None:
+        kwargs["processing_class"] = AutoProcessor.from_pretrained(
+            name, revision=given["revision"], trust_remote_code=given["trust_remote_code"]
+        )
+    set_seed(args.seed)
+    return create_model_from_path(canonical(name), **given)
+
+
 def _echo_wrapped(
-    model: str | PreTrainedModel, args: Any, peft_config: LoraConfig | None, echo_config: EchoConfig
+    model: PreTrainedModel, args: Any, peft_config: LoraConfig | None, echo_config: EchoConfig
 ) -> EchoModel:
     """The EchoModel that takes the place of the PEFT model SFTTrainer would make, from the same seed."""
     if isinstance(model, PeftModel):
@@ -135,15 +211,83 @@ def _echo_wrapped(
             "Give a .jinja file, or set the tokenizer's chat_template yourself."
         )
     set_seed(args.seed)  # PEFT draws the adapter's weights when it makes it
-    if isinstance(model, str):
-        model = create_model_from_path(
-            model,
-            **{
-                "trust_remote_code": getattr(args, "trust_remote_code", False),
-                **(getattr(args, "model_init_kwargs", None) or {}),
-            },
-        )
     return get_echo_model(model, peft_config, echo_config)
+
+
+def _first(dataset: Any, name: str) -> dict[str, Any]:
+    first = next(iter(dataset), None)
+    if first is None:
+        raise EchoDataError(f"the {name} data have no row. Give at least one.")
+    return first
+
+
+def _check_rows(dataset: Dataset, source: str) -> bool:
+    """Check the form of each row, and warn of text that nothing uses. Whether TRL would train on one otherwise.
+
+    Raises EchoDataError, which names the row.
+    """
+    unused: dict[str, int] = {}
+    is_special = False
+    for index, example in enumerate(dataset.with_format(None)):
+        row = maybe_convert_to_chatml(without_nulls(example))
+        number = row_number(row, index)
+        checked_row(row, where_is(source, number))
+        is_special = is_special or _is_special(row)
+        for name in unused_texts(row):
+            unused.setdefault(name, number)
+    for name, number in unused.items():
+        logger.warning("%s has text in the column %r, which is not trained on.", where_is(source, number), name)
+    return is_special
+
+
+def _is_special(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds more than plain turns, of which TRL may make something else."""
+    turns = [turn for name in ("messages", "prompt", "completion") for turn in _turns(row, name)]
+    return (
+        bool(row.get("tools"))
+        or any(set(turn) != {"role", "content"} or not isinstance(turn["content"], str) for turn in turns)
+        or any("</think>" in turn["content"] for turn in turns)
+        or any(turn["role"] != "assistant" for turn in _turns(row, "completion"))
+    )
+
+
+def _turns(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    value = row.get(name)
+    return value if isinstance(value, list) else []
+
+
+def _tokenized(
+    example: dict[str, Any], index: int, tokenizer: Any, source: str, assistant_only: bool, is_whole: bool
+) -> dict[str, Any]:
+    """The columns that TRL's preparation makes of a row."""
+    row = maybe_convert_to_chatml(without_nulls(example))
+    where = where_is(source, row_number(row, index))
+    tokenized = tokenize_row(row, tokenizer, where=where, assistant_only=assistant_only)
+    columns: dict[str, Any] = {"input_ids": tokenized.input_ids, "labels": tokenized.labels}
+    columns[_UNTRAINED] = list(tokenized.untrained)  # a warning here would be lost with a cached result
+    if is_whole and "messages" not in row:
+        columns[ANSWER] = [int(label != IGNORED) for label in tokenized.labels]
+        if not assistant_only:
+            columns["labels"] = tokenized.input_ids
+    return columns
+
+
+def _tokenized_of_stream(example: dict[str, Any], index: int, **options: Any) -> dict[str, Any]:
+    """The same, with its warnings as the rows come."""
+    columns = _tokenized(example, index, **options)
+    where = where_is(options["source"], row_number(example, index))
+    for what in columns.pop(_UNTRAINED):
+        logger.warning("%s has %s: not trained on.", where, what)
+    return columns
+
+
+def _warn_of_untrained(dataset: Dataset, source: str) -> None:
+    rows: dict[str, list[int]] = {}
+    for index, example in enumerate(dataset.select_columns([_UNTRAINED, ROW]).with_format(None)):
+        for what in example[_UNTRAINED]:
+            rows.setdefault(what, []).append(row_number(example, index))
+    for what, numbers in rows.items():
+        logger.warning("%s has %s: not trained on (%d such rows).", where_is(source, numbers[0]), what, len(numbers))
 
 
 def _refuse_text(example: dict[str, Any], name: str, args: Any, formatting_func: Any) -> None:

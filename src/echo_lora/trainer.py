@@ -11,13 +11,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -32,28 +35,42 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.training_args import OptimizerNames
 
+from echo_lora.base_models import has_position_table
 from echo_lora.checkpoint import (
     SEAL,
     compare_configuration,
+    describe_base,
     fill,
     last_complete_checkpoint,
     load_whole_optimizer_state,
     read_seal,
+    rotate_checkpoints,
     seal_checkpoint,
     whole_optimizer_state,
 )
-from echo_lora.errors import EchoConfigError, EchoDataError, EchoTrainingError
-from echo_lora.export import adapter_hash, adapter_tensors, compare_adapter, read_adapter, verify_adapter, whole
+from echo_lora.data import ANSWER, refuse_unfit_tokens
+from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
+from echo_lora.export import (
+    ADAPTER_FILE,
+    adapter_hash,
+    adapter_tensors,
+    compare_adapter,
+    read_adapter,
+    verify_adapter,
+    whole,
+)
+from echo_lora.files import use_umask
 from echo_lora.model import EchoModel
+from echo_lora.optimizer import refuse_shared_rate, separate_echo
 from echo_lora.routing import routing_probability
+from echo_lora.sources import ROW
 from echo_lora.step import EchoOutput
 
 logger = logging.getLogger(__name__)
 
-ROW = "row"  # column with the number of each row in the user's data, for error messages
-ANSWER = "completion_mask"  # column that is 1 at answer tokens, where labels cover prompt tokens too
 ECHO_STATE = "echo_state.safetensors"
 
 # Arguments that decide what training computes; a resume must agree on them. [O]
@@ -62,21 +79,37 @@ FINGERPRINT = [
     *("optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_steps", "num_train_epochs"),
     *("lr_scheduler_kwargs", "optim_args", "average_tokens_across_devices", "neftune_noise_alpha"),
-    *("dataloader_drop_last", "train_sampling_strategy"),
+    *("dataloader_drop_last", "train_sampling_strategy", "auto_find_batch_size"),
     *("seed", "data_seed", "bf16", "fp16"),
-    "router_aux_loss_coef",  # SFTConfig's
+    *("label_smoothing_factor", "optim_target_modules"),  # of a baseline; refused beside the echo
+    *("router_aux_loss_coef", "loss_type"),  # SFTConfig's
 ]
 
 
 class EchoCallback(TrainerCallback):
-    """Sets the routing clock of an EchoModel; all that a stock Trainer needs to train one."""
+    """Sets the routing clock of an EchoModel, for the stock Trainer.
+
+    Raises EchoConfigError for what the stock Trainer would do to the echo that its configuration does not say, and
+    EchoModelError after a step that was trained without it.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        if isinstance(model, EchoModel):
-            model.end_step()  # a resume may have loaded another step into the model than it stopped at
+        if not isinstance(model, EchoModel):
+            return
+        model.end_step()  # a resume may have loaded another step into the model than it stopped at
+        if not model.echo_enabled:
+            return
+        refuse_arguments(args)
+        if not (args.deepspeed and model.echo_config.echo_lr_multiplier == 1):  # whose optimizer hides parameters
+            refuse_shared_rate(
+                kwargs["optimizer"],
+                model,
+                "Use EchoTrainer, give the stock Trainer optimizers=(optimizer, None) after separate_echo(optimizer, "
+                "model), or set echo_lr_multiplier=1.0.",
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,6 +117,17 @@ class EchoCallback(TrainerCallback):
         model = kwargs["model"]
         if isinstance(model, EchoModel):
             model.set_routing_clock(state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if isinstance(model, EchoModel) and model.echo_enabled and not model.is_stepping:
+            raise EchoModelError(
+                f"step {state.global_step + 1} was trained without the echo: the model was given no labels (as by a "
+                "Trainer with compute_loss_func), or the adapter that carries it was not the active one. Leave the "
+                "loss to the model, or set model.echo_enabled = False."
+            )
 
 
 class _Watch(EchoCallback):
@@ -95,8 +139,8 @@ class _Watch(EchoCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = self.trainer.accelerator.unwrap_model(kwargs["model"])
-        super().on_train_begin(args, state, control, model=model)
+        if self.trainer._echo_model is not None:
+            self.trainer._echo_model.end_step()
         self.trainer._begin()
 
     def on_step_begin(
@@ -106,8 +150,12 @@ class _Watch(EchoCallback):
         super().on_step_begin(args, state, control, model=model)
         self.trainer._rows_of_step.clear()
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if not self.trainer.args.max_grad_norm:  # else they were looked at before they were clipped
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = self.trainer.accelerator.unwrap_model(kwargs["model"])
+        super().on_pre_optimizer_step(args, state, control, model=model)
+        if not args.max_grad_norm:  # else they were looked at before they were clipped
             self.trainer._check_gradients()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -115,13 +163,18 @@ class _Watch(EchoCallback):
 
 
 class _RowCollator:
-    """The user's collator, with the rows' numbers, and what is answer in their labels, carried past it."""
+    """The user's collator, with the rows' numbers carried past it, and for the echo what is answer in their labels."""
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], has_echo: bool = True) -> None:
+        self.collate, self.has_echo = collate, has_echo
+
+    @property
+    def tokenizer(self) -> Any:
+        """Where Trainer looks for one to save beside the model."""
+        return getattr(self.collate, "tokenizer", None)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        has_answers = all(ANSWER in feature and "labels" in feature for feature in features)
+        has_answers = self.has_echo and all(ANSWER in feature and "labels" in feature for feature in features)
         carried = {ROW, ANSWER} if has_answers else {ROW}
         rows = [feature[ROW] for feature in features if ROW in feature]
         batch = self.collate([{k: v for k, v in feature.items() if k not in carried} for feature in features])
@@ -196,16 +249,25 @@ class EchoTrainerMixin(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.data_collator = _RowCollator(self.data_collator)
+        self._base_accepts_loss_kwargs = self.model_accepts_loss_kwargs
+        self._given_optimizer = None if self.optimizer is None else f"{type(self.optimizer).__name__}"
+        if self.optimizer_cls_and_kwargs is not None:
+            self._given_optimizer = f"{self.optimizer_cls_and_kwargs[0].__name__} {self.optimizer_cls_and_kwargs[1]}"
+        self.data_collator = _RowCollator(self.data_collator, has_echo=self._echo_model is not None)
         self.train_dataset = numbered(self.train_dataset)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluated}.items():
+            _refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
         self._meter = _Meter()
         self._rows_of_step: list[int] = []
         self.initial_adapter_hash: str | None = None
+        self._base: dict[str, Any] = {}
         self.add_callback(_Watch(self))
         refuse_parallelism(self.accelerator.state, has_echo=self._echo_model is not None)
         if self._echo_model is not None:
             self._echo_model.echo.float()  # TRL casts what is trainable on a quantised base to bf16
-            self.model_accepts_loss_kwargs = True  # the step reduces by num_items_in_batch whatever the base does
+            # the step reduces by num_items_in_batch whatever the base does
+            self.model_accepts_loss_kwargs |= self._echo_model.echo_enabled
             refuse_arguments(self.args)
             _refuse_packed_data(self.train_dataset, self.data_collator.collate)
             _refuse_lonely_rows(self)
@@ -235,7 +297,8 @@ class EchoTrainerMixin(Trainer):
         if echo is None or not echo.applies(inputs.get("labels")):
             inputs.pop(ANSWER, None)
         if not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            items = num_items_in_batch if self._base_accepts_loss_kwargs else None
+            return super().compute_loss(model, inputs, return_outputs, items)
         self._rows_of_step += [] if rows is None else rows.tolist()
         if echo is None or not echo.applies(inputs.get("labels")):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -286,29 +349,33 @@ class EchoTrainerMixin(Trainer):
     # --------------------------------------------------------------- optimizer
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The base's optimizer, with the echo networks in a group of their own. One that was given stays as it is."""
-        is_given = self.optimizer is not None
+        """The base's optimizer, or the one that was given, with the echo networks in groups of their own."""
         optimizer = super().create_optimizer(model)
-        if self._echo_model is None or is_given:
+        echo = self._echo_model
+        if echo is None or not echo.echo_enabled:
             return optimizer
-        of_echo = {id(p) for p in self._echo_model.echo.parameters()}
-        for group in list(optimizer.param_groups):
-            echo_params = [p for p in group["params"] if id(p) in of_echo]
-            if not echo_params:
-                continue
-            group["params"] = [p for p in group["params"] if id(p) not in of_echo]
-            lr = group["lr"] * self._echo_model.echo_config.echo_lr_multiplier
-            optimizer.add_param_group(group | {"params": echo_params, "lr": lr, "echo": True})
+        if not hasattr(optimizer, "param_groups"):  # accelerate's stand-in for one of DeepSpeed's
+            if echo.echo_config.echo_lr_multiplier != 1:
+                raise EchoConfigError(
+                    f"echo_lr_multiplier={echo.echo_config.echo_lr_multiplier:g} can't be applied to the optimizer of "
+                    "the DeepSpeed configuration. Remove its optimizer block, so that Trainer makes the optimizer."
+                )
+        elif self.lr_scheduler is not None and not self._created_lr_scheduler:
+            refuse_shared_rate(
+                optimizer, echo, "Call separate_echo(optimizer, model) before you make the scheduler, or give none."
+            )
+        else:
+            separate_echo(optimizer, echo)
         return optimizer
 
     # ----------------------------------------------------------------- metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._echo_model is not None and "loss" in logs:
-            logs |= self._meter.metrics(lambda x: self.accelerator.reduce(x, "sum"))
-            logs["routing_p"] = routing_probability(
-                self._echo_model.echo_config, max(self.state.global_step - 1, 0), self.state.max_steps
-            )
+            if metrics := self._meter.metrics(lambda x: self.accelerator.reduce(x, "sum")):
+                step = max(self.state.global_step - 1, 0)
+                metrics["routing_p"] = routing_probability(self._echo_model.echo_config, step, self.state.max_steps)
+                logs |= metrics
             self._meter.reset()
         super().log(logs, start_time)
 
@@ -331,6 +398,8 @@ class EchoTrainerMixin(Trainer):
         count = 0
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
+            if "labels" not in batch:
+                continue  # rows to predict
             if len(batch["labels"]) == 1 and model.echo_config.echo_kind == "shuffled":
                 continue  # a last row that is alone has no other's echo
             labels = batch["labels"].where(batch[ANSWER].bool(), -100) if ANSWER in batch else batch["labels"]
@@ -345,6 +414,7 @@ class EchoTrainerMixin(Trainer):
     # ------------------------------------------------------------- checkpoints
 
     def _begin(self) -> None:
+        self._meter.reset()  # auto_find_batch_size starts anew after a step that did not fit
         if isinstance(model := self.accelerator.unwrap_model(self.model), PeftModel):
             self.initial_adapter_hash = self.initial_adapter_hash or adapter_hash(model, model.active_adapters[0])
             logger.info("initial adapter sha256 %s", self.initial_adapter_hash)
@@ -355,10 +425,11 @@ class EchoTrainerMixin(Trainer):
         if self.args.should_save:
             (folder / SEAL).unlink(missing_ok=True)  # of an earlier run that reached this step
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        pushes, self.args.push_to_hub = self.args.push_to_hub, False
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self.args.push_to_hub = limit, pushes
         self.accelerator.wait_for_everyone()
         echo = (
             None
@@ -371,12 +442,9 @@ class EchoTrainerMixin(Trainer):
         if not self.args.should_save:
             return
         seal_checkpoint(folder, configuration=self.configuration(), initial_adapter_sha256=self.initial_adapter_hash)
-        rotate_checkpoints(
-            output_dir=str(folder.parent),
-            save_total_limit=limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        if pushes:
+            self._push_from_checkpoint(str(folder))
+        rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model, and read back. Raises EchoCheckpointError if the folder does not hold the adapter."""
@@ -422,6 +490,7 @@ class EchoTrainerMixin(Trainer):
         tensors = adapter_tensors(model, name) if self._is_sharded else None
         if not self.args.should_save:
             return
+        use_umask(_adapter_folder(folder, model), ADAPTER_FILE)
         if tensors is None:
             verify_adapter(model, _adapter_folder(folder, model), name, trained=trained)
         else:  # one process can't run a forward
@@ -432,11 +501,13 @@ class EchoTrainerMixin(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         values = {f"training.{name}": getattr(self.args, name, None) for name in FINGERPRINT}
         values["training.batches"] = self._batches()
+        values["training.given_optimizer"] = self._given_optimizer
         if isinstance(model, PeftModel):
             adapter = model.peft_config[model.active_adapters[0]].to_dict()
             values |= {f"adapter.{key}": value for key, value in adapter.items() if key != "inference_mode"}
         if self._echo_model is not None:
             values |= {f"echo.{key}": value for key, value in self._echo_model.echo_config.to_dict().items()}
+        values |= {f"base.{key}": value for key, value in self._base.items()}
         values["data.sha256"] = self._data_hash
         return values
 
@@ -464,9 +535,11 @@ class EchoTrainerMixin(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer.train. True resumes from the last complete checkpoint in output_dir.
 
-        Raises EchoCheckpointError if there is none, if its files are not those that were sealed, or if this
-        run's configuration differs from the checkpoint's (with the differences).
+        Raises EchoCheckpointError if there is none, if its files are not those that were sealed, if it was saved with
+        save_only_model, or if this run's configuration differs from the checkpoint's (with the differences).
         """
+        self.initial_adapter_hash = None
+        self._base = self._describe_base()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
         if resume_from_checkpoint:
@@ -476,7 +549,25 @@ class EchoTrainerMixin(Trainer):
             ended = self._already_ended(Path(resume_from_checkpoint))
             if ended is not None:
                 return ended
+            self._refuse_without_optimizer(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _refuse_without_optimizer(self, folder: Path) -> None:
+        """Trainer would go on with a new optimizer, and a learning rate as at the first step."""
+        if not self.is_deepspeed_enabled and not any(folder.glob("optimizer*")):  # DeepSpeed has its own files
+            raise EchoCheckpointError(
+                f"{folder} was saved with save_only_model=True: it holds no optimizer and no learning rate schedule, "
+                "so the run can't be resumed from it. Resume from a checkpoint saved without it, or start a new run "
+                "from its adapter: model.load_adapter(folder, 'default', is_trainable=True)."
+            )
+
+    def _describe_base(self) -> dict[str, Any]:
+        """Asked for before the model is shared out; one process may have read its weights for all."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            return {}
+        found = [describe_base(model) if self.accelerator.is_main_process else None]
+        return broadcast_object_list(found)[0]
 
     def _already_ended(self, folder: Path) -> TrainOutput | None:
         """The result of a run whose last step this checkpoint holds: Trainer would train on to the end of its epoch."""
@@ -489,28 +580,46 @@ class EchoTrainerMixin(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
+        adapted = self.accelerator.unwrap_model(self.model)
+        if isinstance(adapted, PeftModel) and not (_adapter_folder(folder, adapted) / ADAPTER_FILE).is_file():
+            raise EchoCheckpointError(  # PEFT would go on to a pickle
+                f"{_adapter_folder(folder, adapted) / ADAPTER_FILE} is missing, and weights are read from safetensors "
+                "only. Resume from another checkpoint."
+            )
         if self._is_sharded:
             self._load_adapter(folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._echo_model is not None:
-            fill(self._echo_model.echo.tensors(), load_file(folder / ECHO_STATE))
+        self._load_echo(folder)
 
     def _load_best_model(self) -> None:
+        """The best checkpoint's adapter, and its echo."""
+        folder = Path(self.state.best_model_checkpoint)
         if self._is_sharded:
-            self._load_adapter(Path(self.state.best_model_checkpoint))
+            self._load_adapter(folder)
+        elif isinstance(self.model, PeftModel) and self.model.active_adapters != ["default"]:
+            # transformers does not look into the folder of a named one
+            self.model.load_adapter(str(_adapter_folder(folder, self.model)), self.model.active_adapters[0])
         else:
             super()._load_best_model()
+        self._load_echo(folder)
+
+    def _load_echo(self, folder: Path) -> None:
+        if self._echo_model is not None:
+            fill(self._echo_model.echo.tensors(), load_file(folder / ECHO_STATE))
 
     def _load_adapter(self, folder: Path) -> None:
         adapter = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapters[0])
         fill(adapter, read_adapter(_adapter_folder(folder, self.model)))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _no_code(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self._is_sharded or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        if not (Path(checkpoint) / OPTIMIZER_NAME).is_file():  # save_only_model=True
+            with _no_code(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer, scheduler = (
             torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
@@ -522,11 +631,24 @@ class EchoTrainerMixin(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if ROW not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, ROW, ANSWER]
+            ours = [ROW] if self._echo_model is None else [ROW, ANSWER]
+            self._signature_columns = [*self._signature_columns, *ours]
 
 
 class EchoTrainer(EchoTrainerMixin, Trainer):
     """transformers' Trainer for a model of `get_echo_model`; datasets hold input_ids and labels."""
+
+
+@contextmanager
+def _no_code(checkpoint: str | None) -> Iterator[None]:
+    """Names the checkpoint whose optimizer, schedule or random states hold more than numbers: torch refuses them."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise EchoCheckpointError(
+            f"{checkpoint} holds states that only a pickle with code could restore; nothing of it was run: {error} "
+            "Resume from a checkpoint that you made."
+        ) from error
 
 
 def numbered(dataset: Any) -> Any:
@@ -534,6 +656,25 @@ def numbered(dataset: Any) -> Any:
     if isinstance(dataset, Dataset) and ROW not in dataset.column_names:
         return dataset.add_column(ROW, list(range(len(dataset))))
     return dataset
+
+
+def _refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
+    """Rows that the model has no embeddings for. Raises EchoDataError."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    vocabulary = len(model.get_input_embeddings().weight)
+    if not len(dataset):
+        raise EchoDataError(f"the {source} have no row. Give at least one.")
+    if not vocabulary:  # ZeRO-3 keeps the tensor elsewhere
+        return
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    refuse_unfit_tokens(
+        dataset,
+        source,
+        vocabulary=vocabulary,
+        positions=positions,
+        has_table=lambda: has_position_table(model, positions or 0),
+    )
 
 
 def refuse_arguments(args: Any) -> None:
@@ -544,7 +685,14 @@ def refuse_arguments(args: Any) -> None:
         "eval_packing": "each row needs a boundary of its own",
         "label_smoothing_factor": "the step computes its own losses",
         "use_liger_kernel": "it replaces the forward that the step calls",
+        "optim_target_modules": "its patterns would take in the echo networks",
+        "ddp_static_graph": "the graph of a routed step is another one",
     }
+    if getattr(args, "optim", None) in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+        raise EchoConfigError(
+            f"optim={args.optim.value!r} can't be combined with the echo: it has one learning rate for all parameters, "
+            "and updates them before their gradients are known to be finite. Use 'adamw_torch'."
+        )
     for name, reason in reasons.items():
         if getattr(args, name, None):
             raise EchoConfigError(
@@ -580,6 +728,13 @@ def refuse_parallelism(state: Any, *, has_echo: bool) -> None:
     Raises EchoConfigError.
     """
     fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    parallelism = getattr(state, "parallelism_config", None)
+    for name in ("cp", "sp"):
+        if has_echo and getattr(parallelism, f"{name}_enabled", False):
+            raise EchoConfigError(
+                f"parallelism_config with {name}_size={getattr(parallelism, f'{name}_size')} can't be combined with "
+                "the echo: it cuts rows into parts, and the echo needs whole ones. Set it to 1."
+            )
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise EchoConfigError(
             f"fsdp_version={fsdp.fsdp_version} can't be used: it flattens the adapter's tensors, which then can't be "
@@ -615,7 +770,8 @@ def _refuse_lonely_rows(trainer: Any) -> None:
     """The control `shuffled` needs two rows in every batch."""
     if trainer._echo_model.echo_config.echo_kind != "shuffled":
         return
-    batch, rows = trainer.args.per_device_train_batch_size, len(trainer.train_dataset)
+    batch = trainer.args.per_device_train_batch_size
+    rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else 0  # of a stream, not known
     if batch < 2 or (rows % batch == 1 and not trainer.args.dataloader_drop_last):
         raise EchoConfigError(
             f"echo_kind='shuffled' gives each row the echo of another row of its batch, but {rows} rows in batches of "

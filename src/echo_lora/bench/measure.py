@@ -37,7 +37,7 @@ from echo_lora.bench.programs import (
 from echo_lora.bench.report import Memory, Report, Table, table_of, write_report
 from echo_lora.environment import MemoryWatch, commit, devices, processor, versions
 from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
-from echo_lora.export import refuse_existing
+from echo_lora.files import refuse_existing
 from echo_lora.progress import progress_console, stage
 from echo_lora.recipe import load_recipe
 from echo_lora.run import require_packages
@@ -186,8 +186,9 @@ def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
     Raises the EchoError that it raises, and ChildError for any other end.
     """
     # A fork of a process that has imported everything and computed nothing saves the seconds of the imports; CUDA
-    # survives no fork.
-    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    # survives no fork, and Windows has none.
+    can_fork = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
+    context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(sender, [*warnings.filters], function, args), daemon=True)

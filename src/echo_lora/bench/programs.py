@@ -40,6 +40,8 @@ from echo_lora.schema import Recipe
 from echo_lora.sft import EchoSFTTrainer
 from echo_lora.step import EchoOutput, boundary_positions, injection_mask
 
+MOST_TOKENS = 100_000_000  # of a step: more is a slip
+
 # ------------------------------------------------------------- the literal step
 
 
@@ -132,10 +134,10 @@ class Batch:
 
 def parse_shape(text: str) -> tuple[int, int]:
     """Prompt and answer tokens of `96x8`. Raises EchoConfigError."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", text)
     if match is None:
         raise EchoConfigError(
-            f"--shape {text}: write prompt and answer tokens, each at least 1, with an x between them, as in "
+            f"--shape {text}: write prompt and answer tokens, each from 1 to 9,999,999, with an x between them, as in "
             "--shape 96x8."
         )
     return int(match[1]), int(match[2])
@@ -143,6 +145,11 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 def random_batch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, prompt: int, answer: int, rows: int) -> Batch:
     """Rows of random tokens for the recipe's model, all of one shape."""
+    if rows * (prompt + answer) > MOST_TOKENS:
+        raise EchoConfigError(
+            f"{rows:,} rows of {prompt + answer:,} tokens are more than a step can have ({MOST_TOKENS:,} tokens). "
+            "Use fewer --rows or a smaller --shape."
+        )
     vocabulary = load_config(recipe.model, recipe.trust_remote_code).get_text_config().vocab_size
     ids = np.random.default_rng(recipe.seeds.initialisation).integers(vocabulary, size=(rows, prompt + answer))
     if tokenizer.eos_token_id is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from echo_lora.bench.programs import CASES, VARIANTS, Batch, Case
-from echo_lora.export import new_folder
+from echo_lora.files import new_folder
 
 NOTES = (
     "Medians over the rounds with 95 % bootstrap intervals; a ratio is taken within each round.",

@@ -2,7 +2,7 @@
 
     number     after the first `####` (GSM8K's mark), or else the last one; without `$` and thousands commas, equal as
                numbers: 1,200.0 is 1200
-    code       prompt, answer and test are one program, which has to reach its end; see `programs.py`
+    code       prompt and answer are one program, which has to pass the test; see `programs.py`
     grouped    accuracy over rows (micro), and the mean of the groups' accuracies (macro)
 
 One more function mends lm-eval's search with several beams.
@@ -88,5 +88,15 @@ def aggregate_groups(pairs: Sequence[tuple[str, float]]) -> float:
 
 
 def process_code(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Whether the program passes its test. It is run: lm-eval asks for a confirmation first."""
-    return {"pass_at_1": float(passes(document["prompt"] + results[0], document["test"], document["entry_point"]))}
+    """Whether the program passes its test. It is run in a sandbox: lm-eval asks for a confirmation first."""
+    return _passed(document, results[0], allow_unsandboxed=False)
+
+
+def process_code_unsandboxed(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """`process_code` that does without a sandbox where none works."""
+    return _passed(document, results[0], allow_unsandboxed=True)
+
+
+def _passed(document: Mapping[str, Any], answer: str, *, allow_unsandboxed: bool) -> dict[str, float]:
+    parts = document["prompt"], answer, document["test"], document["entry_point"]
+    return {"pass_at_1": float(passes(*parts, allow_unsandboxed=allow_unsandboxed))}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
 from echo_lora.evaluate.answers import UNREADABLE, macro_accuracy
+from echo_lora.evaluate.programs import confinement
 from echo_lora.evaluate.tasks import (
     FILTER,
     METRIC,
@@ -66,20 +67,22 @@ def score(
     seed: int = 0,
     progress: bool = True,
     run_generated_code: bool = False,
+    allow_unsandboxed: bool = False,
 ) -> list[TaskResult]:
     """Score `model` on each task's rows, in that order, without sampling and without few-shot examples.
 
     tasks: pairs of a task and its rows; `tasks.py` describes a row. seed: of torch, for a model that draws
     random numbers even in eval mode. progress: bars, on a terminal only. run_generated_code: allow tasks of kind
-    code, which run what the model wrote, within the limits of `programs.py` and in no sandbox.
+    code, which run what the model wrote, in the sandbox of `programs.py`. allow_unsandboxed: do without one where none
+    works.
     Nothing is downloaded. Training modes, padding token and random states are left as they were.
     Raises EchoError if lm-eval is missing, EchoDataError for a row that can't be scored or is too long,
-    EchoConfigError for a name used twice or code that may not be run, EchoModelError for a model that gives NaN.
+    EchoConfigError for a name used twice or code that may not be run here, EchoModelError for a model that gives NaN.
     """
     if find_spec("lm_eval") is None:
         raise EchoError('Evaluation needs lm-evaluation-harness. Run: pip install "echo-lora[eval]"')
     _check_names([task.name for task, _ in tasks])
-    require_permission([task for task, _ in tasks], run_generated_code)
+    require_permission([task for task, _ in tasks], run_generated_code, allow_unsandboxed)
     if tokenizer.eos_token_id is None:
         raise EchoModelError("The tokenizer has no eos_token, so no answer would end. Set tokenizer.eos_token.")
     documents = [(task, check_rows(task, rows)) for task, rows in tasks]
@@ -101,7 +104,7 @@ def score(
             for index, row in enumerate(rows):
                 answer = row["choices"] if task.kind == "choice" else task.max_new_tokens
                 lm.check_length(location(task, index), row["prompt"], answer)
-            write_task(task, rows, folder)
+            write_task(task, rows, folder, allow_unsandboxed=allow_unsandboxed)
         loaded = TaskManager(include_path=folder, include_defaults=False).load([task.name for task, _ in tasks])
         torch.manual_seed(seed)
         # not simple_evaluate, which describes the machine with pip and git, and lets git complain on stderr
@@ -109,19 +112,21 @@ def score(
     return [_result(task, samples[task.name], lm.seconds[task.name]) for task, _ in documents]
 
 
-def require_permission(tasks: Iterable[EvalTask], run_generated_code: bool) -> None:
-    """Raises EchoConfigError if a task is of kind code and generated code may not be run, or can't be limited."""
+def require_permission(tasks: Iterable[EvalTask], run_generated_code: bool, allow_unsandboxed: bool) -> None:
+    """Raises EchoConfigError if a task is of kind code and generated code may not be run, or not safely enough."""
     for task in tasks:
         if task.kind == "code" and not run_generated_code:
             raise EchoConfigError(
-                f"evaluation task {task.name!r} runs programs that the model writes, with limits but in no sandbox. "
+                f"evaluation task {task.name!r} runs programs that the model writes. "
                 "Allow it with --run-generated-code (in Python: run_generated_code=True), or leave the task out."
             )
-        if task.kind == "code" and find_spec("resource") is None:
-            raise EchoConfigError(
-                f"evaluation task {task.name!r} runs programs that the model writes, and this system can't limit them. "
-                "Score it on Linux or macOS."
-            )
+        if task.kind == "code":
+            try:
+                confinement(allow_unsandboxed)
+            except EchoConfigError as error:
+                raise EchoConfigError(
+                    f"evaluation task {task.name!r} runs programs that the model writes, and {error}"
+                ) from None
 
 
 def _check_names(names: list[str]) -> None:

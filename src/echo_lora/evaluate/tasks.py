@@ -4,7 +4,7 @@ A row holds raw text. Its prompt is complete, chat template included; nothing is
 
     generate   {"prompt": "…", "answer": "…"}                    exact match of the answer read by a pattern
     number     {"prompt": "…", "answer": "…"}                    equal as numbers; `answers.py` says which one is read
-    code       {"prompt": "…", "test": "…", "entry_point": "…"}  the program passes its test: it is run
+    code       {"prompt": "…", "test": "…", "entry_point": "…"}  prompt and answer pass the test: they are run
     choice     {"prompt": "…", "choices": ["…", "…"], "label": 0}   the choice of highest log-likelihood
 
 A row may name the `group` that it belongs to, a subject, say. Other fields are left out of the task files.
@@ -12,12 +12,16 @@ A row may name the `group` that it belongs to, a subject, say. Other fields are 
 
 from __future__ import annotations
 
+import ast
+import codeop
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -25,7 +29,15 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from echo_lora.config import nearest
 from echo_lora.errors import EchoConfigError, EchoDataError
-from echo_lora.evaluate.answers import FIRST_LINE, UNREADABLE, plain_number, process_code, read_numbers, search_beams
+from echo_lora.evaluate.answers import (
+    FIRST_LINE,
+    UNREADABLE,
+    plain_number,
+    process_code,
+    process_code_unsandboxed,
+    read_numbers,
+    search_beams,
+)
 
 TASK_VERSION = 1.0  # raised when the same answers would be scored differently
 Kind = Literal["choice", "generate", "number", "code"]
@@ -37,7 +49,7 @@ METRIC = {"generate": "exact_match", "number": "exact_match", "code": "pass_at_1
 class EvalTask(BaseModel, extra="forbid", frozen=True):
     """One evaluation task. Raises EchoConfigError, which names the field, on construction."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name in results: letters, digits, _ and -")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,100}$", description="name in results: letters, digits, _ and -")
     file: str | None = Field(None, description="JSONL file with one row per line; none if rows come from elsewhere")
     kind: Kind = Field(
         "generate",
@@ -47,15 +59,18 @@ class EvalTask(BaseModel, extra="forbid", frozen=True):
     answer_pattern: str | None = Field(
         None,
         min_length=1,
+        max_length=1000,
         description="regular expression that reads the answer: its first match, or the first group "
         "that matched; default: the first line",
     )
-    max_new_tokens: int = Field(32, ge=1, description="longest generated answer; higher is slower")
-    num_beams: int = Field(1, ge=1, description="beams of the search for an answer; 1: greedy; more are slower")
+    max_new_tokens: int = Field(32, ge=1, le=1_000_000, description="longest generated answer; higher is slower")
+    num_beams: int = Field(
+        1, ge=1, le=1000, description="beams of the search for an answer; 1: greedy; more are slower"
+    )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="strings that end an answer, beside the tokenizer's end of sequence"
     )
-    limit: int | None = Field(None, ge=1, description="score the first rows only; default: all")
+    limit: int | None = Field(None, ge=1, le=1_000_000_000, description="score the first rows only; default: all")
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -68,7 +83,7 @@ class EvalTask(BaseModel, extra="forbid", frozen=True):
     def _compiles(cls, pattern: str | None) -> str | None:
         try:
             re.compile(pattern or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"the regular expression does not compile: {error}") from None
         return pattern
 
@@ -84,17 +99,20 @@ class EvalTask(BaseModel, extra="forbid", frozen=True):
         return self
 
 
-def write_task(task: EvalTask, rows: Iterable[Mapping[str, Any]], folder: str | Path) -> Path:
+def write_task(
+    task: EvalTask, rows: Iterable[Mapping[str, Any]], folder: str | Path, *, allow_unsandboxed: bool = False
+) -> Path:
     """Write `<name>.jsonl` and `<name>.yaml` to `folder` and return the path of the latter.
 
     lm-eval runs the task as it stands: `lm_eval run --include_path FOLDER --tasks NAME …`. Each file is
-    complete or absent. Raises EchoDataError, which names row and field, for a row that can't be scored.
+    complete or absent. allow_unsandboxed: let a task of kind code do without a sandbox where none works.
+    Raises EchoDataError, which names row and field, for a row that can't be scored.
     """
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     documents = check_rows(task, rows)
     data = _write(folder / f"{task.name}.jsonl", "".join(json.dumps(row) + "\n" for row in documents))
-    text = yaml.dump(_configuration(task, data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(_configuration(task, data, allow_unsandboxed), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return _write(folder / f"{task.name}.yaml", text)
 
 
@@ -166,7 +184,34 @@ def _check_number(task: EvalTask, where: str, row: Mapping[str, Any]) -> dict[st
 
 
 def _check_code(task: EvalTask, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _text(where, row, name) for name in ("prompt", "test", "entry_point")}
+    document = {name: _text(where, row, name) for name in ("prompt", "test", "entry_point")}
+    if not document["entry_point"].isidentifier():
+        raise EchoDataError(f"{where}: entry_point = {document['entry_point']!r} must be the name of a function.")
+    try:
+        test = ast.parse(document["test"])
+    except (SyntaxError, ValueError) as error:
+        raise EchoDataError(f"{where}: the test is no Python: {error}. Correct it.") from None
+    if not any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in test.body):
+        raise EchoDataError(f"{where}: the test defines no function check(candidate). Add it.")
+    if not _may_begin_a_program(document["prompt"]):
+        raise EchoDataError(
+            f"{where}: prompt = {shorten(document['prompt'], 80)!r} begins no Python program, so no answer could pass. "
+            "Give the code that the answer continues, without a chat template."
+        )
+    return document
+
+
+def _may_begin_a_program(text: str) -> bool:
+    """Whether text is Python as far as it goes."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            codeop.compile_command(text, symbol="exec")
+        except SyntaxError as error:  # at its very end there may be more to come
+            lines = text.rstrip().splitlines()
+            return (error.lineno or 0, error.offset or 0) >= (len(lines), len(lines[-1]) + 1)
+        except (ValueError, OverflowError):
+            return False
+    return True
 
 
 _CHECKS: dict[str, Callable[[EvalTask, str, Mapping[str, Any]], dict[str, Any]]] = {
@@ -205,7 +250,7 @@ def _function(function: Callable[..., Any]) -> _Function:
     return _Function(f"{function.__module__}.{function.__name__}")
 
 
-def _configuration(task: EvalTask, data: Path) -> dict[str, Any]:
+def _configuration(task: EvalTask, data: Path, allow_unsandboxed: bool) -> dict[str, Any]:
     """The task in lm-eval's terms. A field given by its bare name is taken as it is, not as a template."""
     metric = {"metric": METRIC[task.kind], "aggregation": "mean", "higher_is_better": True}
     shared = {
@@ -237,7 +282,7 @@ def _configuration(task: EvalTask, data: Path) -> dict[str, Any]:
     if task.kind == "code":
         return shared | {
             "doc_to_target": "test",
-            "process_results": _function(process_code),
+            "process_results": _function(process_code_unsandboxed if allow_unsandboxed else process_code),
             "unsafe_code": True,
         }
     reader: dict[str, Any] = {

@@ -13,31 +13,43 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from importlib.util import find_spec
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from echo_lora.environment import processor, versions
-from echo_lora.errors import EchoConfigError, EchoError
-from echo_lora.export import write_file
+from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoInterrupt
+from echo_lora.files import write_file
 from echo_lora.progress import progress_console
 from echo_lora.rows import source_rows
 from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
-from echo_lora.study.execute import COMMIT, execute, has_record, read_record, write_record
-from echo_lora.study.records import RUNS_FILE, STUDY_FILE, correct_by_task, read_runs, run_accuracy, write_archive
+from echo_lora.study.execute import COMMIT, RECORD, execute, has_record, read_record, write_record
+from echo_lora.study.records import (
+    RUNS_FILE,
+    STUDY_FILE,
+    correct_by_task,
+    read_about,
+    read_runs,
+    run_accuracy,
+    write_archive,
+)
 from echo_lora.study.statistics import estimate_noise, power
 
+RUN_NAME = [field.name for field in fields(RunKey)]
+KNOWN = ("runs", RUNS_FILE)  # what a study's folder may hold before its file is written
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
 # differ, and standard deviation between seeds. [O]
 ASSUMED = {"accuracy": 0.5, "discordance": 0.15, "seed_sd": 0.01}
@@ -67,6 +79,17 @@ def compare(study: Study, engine: Engine, *, minutes: float | None = None, comma
     if minutes is not None and engine.cluster is not None:
         raise EchoConfigError("--minutes limits runs on this machine; on a cluster use --slurm timeout_min=…")
     ends = None if minutes is None else time.monotonic() + 60 * minutes
+    try:
+        return _compare(study, engine, ends, command)
+    except KeyboardInterrupt as error:
+        done = len(list((Path(study.output) / "runs").rglob(RECORD)))
+        raise EchoInterrupt(
+            f"Interrupted; {done} runs are done and kept in {study.output}. Repeat the command: the others go on from "
+            "their newest checkpoints."
+        ) from error
+
+
+def _compare(study: Study, engine: Engine, ends: float | None, command: str) -> bool:
     about = _begin(study, command)
     _restore(study)
     if not _do(study, about, tuning_keys(study), engine, ends):
@@ -88,8 +111,8 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
     recipe.pop("output")  # the folder may be moved
     design = study.design() | {"recipe": recipe}
     if path.is_file():
-        about = json.loads(path.read_text(encoding="utf-8"))
-        begun = about["design"] | {"recipe": about["recipe"]}
+        about = read_about(path)
+        begun = about.get("design", {}) | {"recipe": about.get("recipe")}
         keys = [key for key in design if begun.get(key) != design[key]]
         if keys:
             raise EchoConfigError(
@@ -97,6 +120,12 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
                 "A design is not changed after its first run: choose another output."
             )
         return about
+    others = [name for name in os.listdir(study.output) if name not in KNOWN] if os.path.isdir(study.output) else []
+    if others:
+        raise EchoConfigError(
+            f"{study.output} has no {STUDY_FILE}, but {', '.join(sorted(others)[:3])}: it is no study's folder. Choose "
+            "another output."
+        )
     about = {
         "name": Path(study.output).name,
         "title": study.title,
@@ -231,9 +260,22 @@ def _check_pairing(records: Iterable[dict[str, Any]]) -> None:
 
 
 def _restore(study: Study) -> None:
-    """Give runs that are known from the gathered records alone, as after a clone, a folder with their record."""
-    for _, record in read_runs(Path(study.output) / RUNS_FILE):
-        key = RunKey(*(record[name] for name in ("stage", "arm", "learning_rate", "seed")))
+    """Give runs that are known from the gathered records alone, as after a clone, a folder with their record.
+
+    A record names its run, and the run its folder: names that are none of the design's are not turned into paths.
+    Raises EchoDataError for such a record.
+    """
+    path = Path(study.output) / RUNS_FILE
+    rates = [dict(zip(study.arms, chosen, strict=True)) for chosen in zip(*map(study.rates, study.arms), strict=True)]
+    keys = [*tuning_keys(study), *(key for chosen in rates for key in confirmation_keys(study, chosen))]
+    for number, record in read_runs(path):
+        named = {name: record.get(name) for name in RUN_NAME} if isinstance(record, dict) else {}
+        key = next((key for key in keys if asdict(key) == named), None)
+        if key is None:
+            raise EchoDataError(
+                f"{path}:{number}: the record of {', '.join(f'{k} {v!r}'[:60] for k, v in named.items()) or 'nothing'} "
+                "is none of this study's runs. Remove it, or choose another output."
+            )
         if not has_record(study, key):
             write_record(study, key, record)
 
@@ -279,10 +321,14 @@ def _on_this_machine(
 ) -> Iterator[tuple[RunKey, str | None]]:
     """Runs in worker processes; each run that ended, and its error. A run that another process holds comes last."""
     own = os.environ.get("OMP_NUM_THREADS") or None
+    if own is not None and not re.fullmatch("[1-9][0-9]{0,3}", own):
+        raise EchoConfigError(
+            f"OMP_NUM_THREADS = {own} must be a number of threads. Correct the variable, or unset it."
+        )
     threads = int(own or max(1, (os.cpu_count() or 1) // engine.workers))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     pool = ProcessPoolExecutor(
-        engine.workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(), threads)
+        engine.workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(threads,)
     )
     try:
         waiting, held = list(reversed(keys)), list[RunKey]()
@@ -328,15 +374,18 @@ def _logged(study: Study, key: RunKey, wait_for_it: bool) -> str | None:
             return str(error) or repr(error)
 
 
-def _start_worker(parent: int, threads: int) -> None:
+def _start_worker(threads: int) -> None:
     """A worker's settings. It ends when its parent is killed: it would wait for work for ever."""
     import torch
 
     torch.set_num_threads(threads)
 
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # what is complete on disk stays so at any moment
+    parent = parent_process()
+    assert parent is not None
+
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

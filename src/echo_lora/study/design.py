@@ -10,34 +10,38 @@ with some keys set otherwise.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from echo_lora.config import nearest
 from echo_lora.errors import EchoConfigError
 from echo_lora.recipe import find_yaml, is_in, load_recipe, names_in, parse_yaml, shipped_recipes, validated
-from echo_lora.schema import Recipe, Section
+from echo_lora.schema import LARGEST_RATE, LARGEST_SEED, Name, Recipe, Section
+from echo_lora.sources import expanded
 
 SHIPPED = Path(__file__).parent.parent / "studies"
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
+LARGEST_TEXT = 100_000_000  # bytes of the general text
 # What the study itself gives to each run; an arm may not.
 GIVEN = ("seeds", "output", "training.learning_rate")
 
 Stage = Literal["tuning", "confirmation"]
+Rate = Annotated[float, Field(gt=0, le=LARGEST_RATE)]
 
 
 class Arm(Section):
     """The study's recipe with some keys set otherwise."""
 
-    label: str | None = Field(None, description="name in reports; default: the arm's key")
+    label: Name | None = Field(None, description="name in reports; default: the arm's key")
     role: Literal["method", "control"] = Field("method", description="controls stand apart in the report")
-    set: dict[str, Any] = Field({}, description="keys of the recipe and their values, as in {echo: false}")
-    learning_rates: list[float] | None = Field(
+    set: dict[Name, Any] = Field({}, description="keys of the recipe and their values, as in {echo: false}")
+    learning_rates: list[Rate] | None = Field(
         None, description="the arm's own learning rates, as many as every other arm tries"
     )
     keep_echo_on: bool = Field(
@@ -48,25 +52,27 @@ class Arm(Section):
 class GeneralText(Section):
     """Held-out text that has nothing to do with the task: what an adapter does to it is forgetting."""
 
-    file: str = Field(
+    file: Name = Field(
         description="text file; the path starts at the study's folder, in a shipped study at the working directory"
     )
-    tokens: int = Field(2048, description="number of first tokens that are scored", ge=2)
+    tokens: int = Field(2048, description="number of first tokens that are scored", ge=2, le=10_000_000)
 
 
 class Study(Section):
     """A whole study. Made by `load_study`."""
 
-    title: str = Field(description="head of the report")
+    title: Name = Field(description="head of the report")
     question: str = Field("", description="what the study is to answer, for the report")
-    recipe: str = Field(description="recipe of all arms: a YAML file, from the study's folder, or a shipped one's name")
-    set: dict[str, Any] = Field({}, description="keys of the recipe that all arms set otherwise")
+    recipe: Name = Field(
+        description="recipe of all arms: a YAML file, from the study's folder, or a shipped one's name"
+    )
+    set: dict[Name, Any] = Field({}, description="keys of the recipe that all arms set otherwise")
     arms: dict[str, Arm] = Field(description="what is compared, by name", min_length=2)
     baseline: str = Field(description="the arm that the others are compared with")
     comparisons: list[list[str]] | None = Field(
         None, description="pairs [arm, other], the verdict's first; default: every arm with the baseline"
     )
-    learning_rates: list[float] = Field(description="peak learning rates that every arm tries", min_length=1)
+    learning_rates: list[Rate] = Field(description="peak learning rates that every arm tries", min_length=1)
     tuning_seeds: list[int] = Field([0], description="seeds of the runs that choose a learning rate")
     tune_on: Literal["accuracy", "loss"] = Field(
         "accuracy", description="validation accuracy of generated answers, or the last eval_loss"
@@ -79,14 +85,16 @@ class Study(Section):
         description="smallest difference in accuracy that matters, as a share: 0.01 is one point", gt=0, lt=1
     )
     general: GeneralText | None = Field(None, description="text on which forgetting is measured")
-    output: str = Field(description="folder of the study; default: runs/ and the study's name")
+    output: Name = Field(description="folder of the study; default: runs/ and the study's name")
+
+    _home = field_validator("output")(lambda value: str(expanded(value)))
 
     @field_validator("arms")
     @classmethod
     def _named(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
         for name, arm in arms.items():
-            if not re.match(NAME, name):
-                raise ValueError(f"the arm's name {name!r} must be made of letters, digits, _, . and -")
+            if not re.fullmatch(NAME, name):
+                raise ValueError(f"the arm's name {name!r} must be made of at most 100 letters, digits, _, . and -")
             for key in arm.set:
                 if key.startswith(GIVEN):
                     raise ValueError(f"arm {name} sets {key}, which the study gives to each run; remove it")
@@ -100,9 +108,12 @@ class Study(Section):
         for pair in self.comparisons or []:
             if len(pair) != 2 or pair[0] == pair[1]:
                 raise ValueError(f"comparison {pair} must name two different arms")
+            if (self.comparisons or []).count(pair) > 1:
+                raise ValueError(f"comparison {pair} is given twice; give it once")
         for name in self.arms:
             rates = self.rates(name)
-            if len(rates) != len(self.learning_rates) or len(set(rates)) != len(rates):
+            # told apart as the folders of their runs are
+            if len(rates) != len(self.learning_rates) or len({f"{rate:g}" for rate in rates}) != len(rates):
                 raise ValueError(
                     f"arm {name} tries the learning rates {rates}, but every arm tries {len(self.learning_rates)} "
                     "different ones: an equal budget"
@@ -117,8 +128,8 @@ class Study(Section):
                 raise ValueError(f"set.{key}: the study gives this to each run; remove it")
         for key in ("seeds", "tuning_seeds"):
             seeds = getattr(self, key)
-            if len(set(seeds)) != len(seeds) or min(seeds, default=0) < 0:
-                raise ValueError(f"{key} = {seeds} must be different whole numbers from 0")
+            if len(set(seeds)) != len(seeds) or any(not 0 <= seed <= LARGEST_SEED for seed in seeds):
+                raise ValueError(f"{key} = {seeds} must be different whole numbers from 0 to {LARGEST_SEED}")
         if self.tunes and not self.tuning_seeds:
             raise ValueError("several learning rates need tuning_seeds to choose among them")
         return self
@@ -172,20 +183,33 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
     tree, document = parse_yaml(path)
     document.setdefault("output", f"runs/{path.stem}")
     recipe, general = document.get("recipe"), document.get("general")
-    if isinstance(recipe, str) and recipe not in shipped_recipes():
-        document["recipe"] = str(path.parent / recipe)
+    if isinstance(recipe, str) and recipe.strip() and recipe not in shipped_recipes():
+        document["recipe"] = str(path.parent / expanded(recipe))
     if isinstance(general, dict) and isinstance(general.get("file"), str) and not is_in(path, SHIPPED):
-        document["general"] = general | {"file": str(path.parent / general["file"])}
+        document["general"] = general | {"file": str(path.parent / expanded(general["file"]))}
     study = validated(Study, document, str(source), tree, overrides)
     for name, arm in study.arms.items():
-        recipe = recipe_of(study, RunKey("confirmation", name, study.rates(name)[0], study.seeds[0]))
+        try:
+            recipe = recipe_of(study, RunKey("confirmation", name, study.rates(name)[0], study.seeds[0]))
+        except EchoConfigError as error:
+            raise EchoConfigError(f"{source}: {error}") from error
         if (problem := _problem(study, arm, recipe)) is not None:
             raise EchoConfigError(f"{source}: arm {name}: {problem}")
-    if study.general is not None and not Path(study.general.file).is_file():
-        raise EchoConfigError(
-            f"{source}: general.file = {study.general.file}: there is no such file. Correct the path."
-        )
+    if study.general is not None:
+        _require_text(study.general.file, f"{source}: general.file = {study.general.file}")
     return study
+
+
+def _require_text(path: str, where: str) -> None:
+    """Raises EchoConfigError if a file is not there, or holds no text."""
+    if not os.path.isfile(path):
+        raise EchoConfigError(f"{where}: there is no such file. Correct the path.")
+    if os.path.getsize(path) > LARGEST_TEXT:
+        raise EchoConfigError(f"{where}: it has more than {LARGEST_TEXT:,} bytes. Name a part of it.")
+    try:
+        Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EchoConfigError(f"{where} can't be read: {error}. Name a text file in UTF-8.") from error
 
 
 def _problem(study: Study, arm: Arm, recipe: Recipe) -> str | None:
@@ -234,7 +258,7 @@ def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
         key, is_given, value = text.partition("=")
         if not is_given or not key.strip():
             raise EchoConfigError(f"--slurm {text}: write it as key=value, for example --slurm timeout_min=60.")
-        options[key.strip()] = int(value) if value.isdigit() else value
+        options[key.strip()] = int(value) if re.fullmatch("[0-9]{1,18}", value) else value
     return options
 
 

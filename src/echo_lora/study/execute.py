@@ -7,21 +7,20 @@ finished, its record stands and it is not run again. A lock keeps two processes 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import gzip
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft import PeftModel
 
 from echo_lora.base_models import load_tokenizer
-from echo_lora.checkpoint import has_complete_checkpoint
+from echo_lora.checkpoint import clear_checkpoints, has_complete_checkpoint
 from echo_lora.environment import commit
 from echo_lora.errors import EchoCheckpointError, EchoDataError, EchoTrainingError
 from echo_lora.evaluate import score
@@ -30,7 +29,7 @@ from echo_lora.model import EchoModel
 from echo_lora.rows import evaluation_rows
 from echo_lora.run import require_packages, train
 from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
-from echo_lora.study.records import write_archive
+from echo_lora.study.records import problem_of_run, write_archive
 
 RECORD = "record.json.gz"
 COMMIT = commit()  # of the code that this process has imported: the tree may move on before its last run ends
@@ -46,12 +45,17 @@ def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
     if has_record(study, key):
         return True
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock", wait) as is_ours:
-        if not is_ours:
-            return False
+    lock = FileLock(folder / "lock")  # the system frees it when the process ends, however it ends
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return False
+    try:
         if not has_record(study, key):
             write_record(study, key, _record(study, key, folder))
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            clear_checkpoints(folder / "checkpoints")
+    finally:
+        lock.release()
     return True
 
 
@@ -71,8 +75,11 @@ def read_record(study: Study, key: RunKey) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError) as error:
+        record = json.loads(gzip.decompress(path.read_bytes()))
+        if (problem := problem_of_run(record)) is not None:
+            raise ValueError(problem)
+        return record
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise EchoCheckpointError(f"{path} can't be read: {error}. Remove it to have this run done again.") from error
 
 
@@ -86,7 +93,7 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
     checkpoints = folder / "checkpoints"
     resume = has_complete_checkpoint(checkpoints)
     if not resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        clear_checkpoints(checkpoints)
     part = "validation" if key.stage == "tuning" else study.score_on
     # tuning by loss needs no generated answer
     answers = key.stage == "confirmation" or study.tune_on == "accuracy"
@@ -161,15 +168,3 @@ def _nats(model: PeftModel, ids: list[int]) -> float:
             total += model(input_ids=window, labels=window).loss.item() * (window.shape[1] - 1)
             count += window.shape[1] - 1
     return total / count
-
-
-@contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process holds the lock inside; the system frees it when the process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True

@@ -5,26 +5,115 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
 
+from echo_lora.config import first_problem
 from echo_lora.errors import EchoConfigError, EchoDataError
-from echo_lora.export import write_file
+from echo_lora.files import write_file
 
 STUDY_FILE, RUNS_FILE = "study.json", "runs.jsonl.gz"
-NUMBER = (int, float)
-STUDY_KEYS: dict[str, Any] = {"title": str, "baseline": str, "arms": dict, "comparisons": list, "learning_rates": dict}
-STUDY_KEYS |= {"tuning_seeds": list, "seeds": list, "smallest_effect": NUMBER}
-RUN_KEYS: dict[str, Any] = {"stage": str, "arm": str, "learning_rate": NUMBER, "seed": int}
-RUN_KEYS |= {"scores": list, "history": list}
-RESULT_KEYS: dict[str, Any] = {"task": str, "accuracy": NUMBER, "correct_per_row": list}
+LARGEST_FILE, LARGEST_ARCHIVE = 10_000_000, 200_000_000  # bytes, of study.json and of the records, unpacked
 
 Record = dict[str, Any]  # one run
+
+
+class _Read(BaseModel):
+    """What is read of a file of ours; it may hold more."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _ArmFile(_Read):
+    label: str | None = None
+    role: str = "method"
+    overrides: dict[str, Any] = {}
+
+
+class _StudyFile(_Read):
+    """study.json. Raises ValidationError."""
+
+    title: str
+    question: str = ""
+    baseline: str
+    arms: dict[str, _ArmFile] = Field(min_length=1)
+    comparisons: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(min_length=1)
+    learning_rates: dict[str, list[float]]
+    tuning_seeds: list[NonNegativeInt]
+    seeds: list[NonNegativeInt]
+    smallest_effect: float = Field(gt=0, lt=1)
+    chosen: dict[str, float] | None = None
+    score_on: str = "test"
+    design: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    power: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> _StudyFile:
+        named = [("baseline", self.baseline), *(("comparisons", name) for pair in self.comparisons for name in pair)]
+        named += [(key, name) for key in ("learning_rates", "chosen") for name in getattr(self, key) or {}]
+        for key, name in named:
+            if name not in self.arms:
+                raise ValueError(f"{key} names {name!r}, which is none of its arms")
+        return self
+
+
+class _Result(_Read):
+    task: Annotated[str, Field(min_length=1)]
+    accuracy: float = Field(ge=0, le=1)
+    correct_per_row: list[bool] = Field(min_length=1)
+    unreadable: float = Field(0.0, ge=0, le=1)
+    predictions: list[str] = []
+
+
+class _Score(_Read):
+    result: _Result
+    echo: bool = False
+
+
+class _General(_Read):
+    before: float
+    after: float
+    tokens: int = 0
+
+
+class _Run(_Read):
+    """A record. Raises ValidationError."""
+
+    stage: Literal["tuning", "confirmation"]
+    arm: str
+    learning_rate: float = Field(gt=0)
+    seed: NonNegativeInt
+    scores: list[_Score]
+    history: list[dict[str, Annotated[float, Field(allow_inf_nan=True)]]]
+    seconds: NonNegativeFloat | None = None
+    peak_memory: NonNegativeFloat | None = None
+    steps: NonNegativeInt | None = None
+    deployed_parameters: NonNegativeInt | None = None
+    echo_parameters: NonNegativeInt | None = None
+    general: _General | None = None
+    versions: dict[str, str] = {}
+    recipe: dict[str, Any] = {}
+    rows: list[str] = []
+    device: str = "unknown"
+    diverged: str = ""
+    initial_adapter_sha256: str = ""
 
 
 class RunName(NamedTuple):
@@ -172,7 +261,7 @@ def read_study(folder: str | Path) -> StudyRecords:
     file and line.
     """
     folder = Path(folder)
-    about = _read_about(folder / STUDY_FILE)
+    about = read_about(folder / STUDY_FILE)
     runs: list[Record] = []
     lines: dict[tuple[Any, ...], int] = {}
     for number, run in read_runs(folder / RUNS_FILE):
@@ -188,43 +277,40 @@ def read_study(folder: str | Path) -> StudyRecords:
     return StudyRecords(folder, about, runs)
 
 
-def _read_about(path: Path) -> dict[str, Any]:
+def read_about(path: Path) -> dict[str, Any]:
+    """What study.json holds. Raises EchoConfigError."""
     hint = "Name a folder that `echo-lora compare` wrote."
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is not a file")
+        if os.path.isfile(path) and os.path.getsize(path) > LARGEST_FILE:
+            raise OSError(f"it has {os.path.getsize(path):,} bytes")
         about = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise EchoConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}. {hint}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EchoConfigError(f"{path} can't be read: {error}. {hint}") from error
-    problem = _problem(about, STUDY_KEYS)
-    if problem is None:
-        problem = next(_disagreements(about), None)
-    if problem is not None:
-        raise EchoConfigError(f"{path} is not a study's: {problem}. {hint}")
+    try:
+        if not isinstance(about, dict):
+            raise EchoConfigError(f"{path} is not a study's: it is a {type(about).__name__}, not an object. {hint}")
+        _StudyFile.model_validate(about)
+    except ValidationError as error:
+        raise EchoConfigError(f"{path} is not a study's: {first_problem(error)}. {hint}") from error
     return about
-
-
-def _disagreements(about: dict[str, Any]) -> Iterator[str]:
-    names = [("baseline", about["baseline"])]
-    for pair in about["comparisons"]:
-        if not isinstance(pair, list) or len(pair) != 2:
-            yield f"comparisons holds {pair!r}, which is not a pair of arms"
-            return
-        names += [("comparisons", name) for name in pair]
-    for arm, arm_about in about["arms"].items():
-        if not isinstance(arm_about, dict):
-            yield f"arms.{arm} is not an object"
-    for key, name in names:
-        if name not in about["arms"]:
-            yield f"{key} names {name!r}, which is none of its arms"
 
 
 def read_runs(path: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and records of runs.jsonl.gz; none if there is no such file yet. Raises EchoDataError."""
-    if not path.is_file():
+    if not os.path.exists(path):
         return
     try:
-        text = gzip.decompress(path.read_bytes()).decode("utf-8")
+        if not os.path.isfile(path):
+            raise OSError("it is not a file")
+        with gzip.open(path) as file:
+            packed = file.read(LARGEST_ARCHIVE + 1)
+        if len(packed) > LARGEST_ARCHIVE:
+            raise OSError(f"it holds more than {LARGEST_ARCHIVE:,} bytes")
+        text = packed.decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise EchoDataError(
             f"{path} can't be read: {error}. Remove it, then `echo-lora compare` gathers the records anew."
@@ -233,33 +319,24 @@ def read_runs(path: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise EchoDataError(
-                    f"{path}:{number}: not JSON: {error.msg}. Remove it, then `echo-lora compare` gathers the records "
-                    "anew."
+                    f"{path}:{number}: not JSON: {error}. Remove it, then `echo-lora compare` gathers the records anew."
                 ) from error
 
 
 def _check_run(run: Any, about: dict[str, Any], where: str) -> None:
-    problem = _problem(run, RUN_KEYS)
-    if problem is None and run["stage"] not in ("tuning", "confirmation"):
-        problem = f"stage = {run['stage']!r} is neither tuning nor confirmation"
+    problem = problem_of_run(run)
     if problem is None and run["arm"] not in about["arms"]:
         problem = f"arm = {run['arm']!r} is none of the study's: {', '.join(about['arms'])}"
-    if problem is None:
-        for i, score in enumerate(run["scores"]):
-            found = _problem(score, {"result": dict}) or _problem(score["result"], RESULT_KEYS)
-            problem = problem or (f"scores[{i}]: {found}" if found else None)
     if problem is not None:
         raise EchoDataError(f"{where}: not the record of a run: {problem}. Call `echo-lora compare` to write it anew.")
 
 
-def _problem(value: Any, keys: dict[str, Any]) -> str | None:
-    if not isinstance(value, dict):
-        return f"it is a {type(value).__name__}, not an object"
-    for key, kind in keys.items():
-        if key not in value:
-            return f"{key} is missing"
-        if not isinstance(value[key], kind) or isinstance(value[key], bool):
-            return f"{key} = {str(value[key])[:40]} has the wrong type"
+def problem_of_run(run: Any) -> str | None:
+    """Why a value is not the record of a run; None if it is one."""
+    try:
+        _Run.model_validate(run)
+    except ValidationError as error:
+        return first_problem(error)
     return None

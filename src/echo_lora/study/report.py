@@ -6,12 +6,13 @@ Both are made from one list of sections, so neither can say what the other does 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echo_lora.export import write_file
+from echo_lora.files import write_file
 from echo_lora.study import outcome, training
 from echo_lora.study.layout import Section, Table, count_of, listed
 from echo_lora.study.records import STUDY_FILE, StudyRecords, read_study
@@ -61,7 +62,7 @@ def write_report(folder: str | Path) -> Path:
 def _studies_in(folder: str | Path) -> list[Path]:
     """The folders of studies inside one that is none itself."""
     folder = Path(folder)
-    if (folder / STUDY_FILE).exists() or not folder.is_dir():
+    if os.path.exists(folder / STUDY_FILE) or not os.path.isdir(folder):
         return []
     return sorted(path.parent for path in folder.glob(f"*/{STUDY_FILE}"))
 

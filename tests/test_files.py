@@ -1,0 +1,219 @@
+"""Folders and files that appear whole, keep what is not ours, and belong to one process at a time."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from echo_lora.errors import EchoCheckpointError
+from echo_lora.files import locked, new_folder, refuse_existing, refuse_locked, write_file
+
+HOLD = """
+import sys
+from echo_lora.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by_another(output: Path) -> Iterator[subprocess.Popen]:
+    """A process that holds an output; it is killed at the end, and cleans nothing up."""
+    pipe = subprocess.PIPE
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdin=pipe, stdout=pipe, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        yield holder
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdin.close()
+        holder.stdout.close()
+
+
+@contextmanager
+def umask(value: int) -> Iterator[None]:
+    before = os.umask(value)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# ----------------------------------------------------------------------- locks
+
+
+def test_an_output_belongs_to_one_process(tmp_path):
+    output = tmp_path / "run"
+    with held_by_another(output) as holder:
+        with (
+            pytest.raises(EchoCheckpointError, match=rf"run is in use by process {holder.pid} on ") as caught,
+            locked(output),
+        ):
+            pass
+        with pytest.raises(EchoCheckpointError, match="in use by process"):
+            refuse_locked(output)
+    assert "choose another output" in str(caught.value)
+    with locked(output):  # the process was killed: its lock file is there, and blocks nobody
+        pass
+    refuse_locked(output)
+    assert names(tmp_path) == set()
+
+
+def test_an_empty_output_that_is_locked_is_still_empty(tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        refuse_existing(tmp_path / "run")
+        assert names(tmp_path / "run") == set()
+
+
+def test_two_names_of_one_folder_have_one_lock(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    with (
+        held_by_another(tmp_path / "disk"),
+        pytest.raises(EchoCheckpointError, match="in use"),
+        locked(tmp_path / "run"),
+    ):
+        pass
+
+
+def test_the_lock_lies_inside_where_the_parent_is_closed(tmp_path, monkeypatch):
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    with locked(mount):
+        assert names(tmp_path) == {"mount", "mount/.lock"}
+        refuse_existing(mount)
+        with pytest.raises(EchoCheckpointError, match="in use by process"):
+            refuse_locked(mount)
+    assert names(tmp_path) == {"mount"}
+
+
+def test_folders_that_were_made_for_a_lock_vanish_with_it(tmp_path):
+    with locked(tmp_path / "a" / "b" / "run"):
+        pass
+    assert names(tmp_path) == set()
+    with locked(tmp_path / "a" / "b" / "run"):
+        (tmp_path / "a" / "mine").touch()
+    assert names(tmp_path) == {"a", "a/mine"}
+
+
+# ---------------------------------------------------------------- whole folders
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    with umask(0o027):
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "inner").mkdir()
+            save_file({"x": torch.zeros(2)}, folder / "inner" / "x.safetensors")
+        write_file(tmp_path / "file.json", lambda path: path.write_text("{}"))
+    assert mode(tmp_path / "out") == mode(tmp_path / "out" / "inner") == 0o750
+    assert mode(tmp_path / "out" / "inner" / "x.safetensors") == mode(tmp_path / "file.json") == 0o640
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_folder_that_exists_is_filled_and_not_replaced(tmp_path, is_link):
+    """As a mount point has to be."""
+    real = tmp_path / "real"
+    real.mkdir()
+    output = tmp_path / "link" if is_link else real
+    if is_link:
+        output.symlink_to(real)
+    before = real.stat().st_ino
+    with new_folder(output) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "x").write_text("new")
+    assert real.stat().st_ino == before
+    assert output.is_symlink() == is_link
+    assert names(real) == {"inner", "inner/x"}
+
+
+def test_overwriting_keeps_what_is_not_ours(tmp_path):
+    write = {"adapter": "old", "template": "old", "notes.txt": "mine", "more/notes.txt": "mine"}
+    for name, text in write.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with new_folder(tmp_path, overwrite=True, stale=["template"]) as folder:
+        (folder / "adapter").write_text("new")
+    assert names(tmp_path) == {"adapter", "notes.txt", "more", "more/notes.txt"}
+    assert (tmp_path / "adapter").read_text() == "new"
+
+
+def test_overwriting_never_mixes_old_and_new(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).write_text("old")
+    original = Path.replace
+
+    def replace(self, target):
+        if self.name == "b":
+            raise OSError(5, "Input/output error")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+
+    def overwrite():
+        with new_folder(tmp_path, overwrite=True) as folder:
+            for name in "ab":
+                (folder / name).write_text("new")
+
+    with pytest.raises(EchoCheckpointError, match="Input/output error"):
+        overwrite()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new"}
+
+
+def test_an_error_is_not_hidden_by_cleaning_up(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "rmdir", refuse)
+    monkeypatch.setattr(os, "rmdir", refuse)
+
+    def write(path):
+        path.write_text("half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_file(tmp_path / "file", write)
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out"):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "a" / "run"):
+        raise ZeroDivisionError
+
+
+def test_the_first_file_in_the_way_is_named(tmp_path):
+    (tmp_path / ".hidden").touch()
+    with pytest.raises(EchoCheckpointError, match=r"exists and is not empty: it holds \.hidden"):
+        refuse_existing(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_device_or_a_pipe_is_never_replaced(tmp_path):
+    """With enough rights, a rename would put a folder or a file in the place of /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(EchoCheckpointError, match="pipe is a file"), new_folder(pipe, overwrite=True):
+        pass
+    with pytest.raises(EchoCheckpointError, match="pipe is not a file that could be replaced"):
+        write_file(pipe, lambda path: path.write_text("scores"))
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
