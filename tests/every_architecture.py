@@ -408,7 +408,7 @@ def tiny_model(name: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(1.5)
+                parameter.mul_(2.0)
     return model
 
 

@@ -12,9 +12,12 @@ import pytest
 import transformers
 
 import echo_lora
+from architectures import Row
+from echo_lora import EchoModel
 from echo_lora.errors import EchoModelError
 from every_architecture import NAMES, UNTRIED, VARIANTS, tiny_echo_model_of
-from test_oracle import assert_equals_oracle, mixed_rows
+from oracle import oracle_step
+from test_oracle import assert_equals_oracle, gradients, mixed_rows, stacked_scalars
 
 PAGE = Path(echo_lora.__file__).parent.parent.parent / "docs" / "architectures.md"
 BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"
@@ -48,12 +51,38 @@ def verdict(name: str) -> tuple[str, str]:
     except EchoModelError as error:
         return "refused", str(error)
     for side, rows in (("left", mixed_rows()), ("right", mixed_rows(2))):
-        assert_equals_oracle(model, rows, side=side)
+        assert_exact(model, rows, side)
     reason = model._why_full(model.get_base_model(), model.device)
     if reason is None:
-        assert_equals_oracle(tiny_echo_model_of(name, echo_step="full"), mixed_rows(), side="left")
+        assert_exact(tiny_echo_model_of(name, echo_step="full"), mixed_rows(), "left")
         return "shared", ""
     return "full", reason
+
+
+def assert_exact(model: EchoModel, rows: list[Row], side: str) -> None:
+    """Within the project's bound, or within ten times what rounding alone does to the oracle itself.
+
+    Random models that normalise queries and keys amplify it: to 1e-4 in Gemma 4, between rows alone and rows together.
+    """
+    try:
+        assert_equals_oracle(model, rows, side=side)
+    except AssertionError:
+        rounding = rounding_of_oracle(model, rows)
+        assert rounding < 5e-4
+        assert_equals_oracle(model, rows, side=side, bound=10 * rounding)
+
+
+def rounding_of_oracle(model: EchoModel, rows: list[Row]) -> float:
+    """The largest relative difference between gradients of rows run alone and padded on the right."""
+    found = []
+    for together in (False, True):
+        config = model.echo_config
+        model.zero_grad()
+        oracle_step(model, rows, source_layers=config.source_layers, config=config, together=together).loss.backward()
+        found.append(stacked_scalars(gradients(model)))
+    largest = max(g.norm() for g in found[0].values())
+    differences = [(found[1][n] - g).norm() / g.norm().clamp(min=1e-2 * largest) for n, g in found[0].items()]
+    return float(max(differences))
 
 
 @pytest.mark.parametrize("name", QUICK)

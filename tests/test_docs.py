@@ -28,6 +28,7 @@ ROOT = Path(echo_lora.__file__).parent.parent.parent
 SOURCE = ROOT / "src" / "echo_lora"
 PAGES = [
     "method",
+    "architectures",
     "quickstart",
     "recipes",
     "api",

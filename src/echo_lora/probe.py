@@ -34,17 +34,17 @@ def refuse_base(base_model: PreTrainedModel) -> None:
         raise EchoModelError(f"{name} is an encoder-decoder; the echo needs a decoder-only model. {WORKING}")
     if getattr(config, "num_hidden_layers", None) is None:
         raise EchoModelError(
-            f"the configuration of {name} has no num_hidden_layers, so its decoder layers can't be found. {WORKING}"
+            f"the configuration of {name} has no num_hidden_layers, by which decoder layers are found. {WORKING}"
         )
     if getattr(config, "local_attn_chunk_length", None) is not None:
         raise EchoModelError(
-            f"{name} trains on rows whose length is a multiple of its chunks' ({config.local_attn_chunk_length}), "
-            f"which the echo's step does not keep. {WORKING}"
+            f"{name} trains on rows of a multiple of {config.local_attn_chunk_length} tokens only "
+            f"(local_attn_chunk_length), which the echo's step does not keep. {WORKING}"
         )
     if getattr(config, "prompt_length", None):
         raise EchoModelError(
-            f"{name} puts {config.prompt_length} tokens of its own before each row (prompt_length), so the boundary is "
-            f"not where the labels say. {WORKING}"
+            f"{name} puts {config.prompt_length} tokens of its own before each row (prompt_length), so that the "
+            f"boundary is not where the labels say. {WORKING}"
         )
     layers_say = any(getattr(module, "is_decoder", None) is False for module in base_model.modules())
     flags = {
