@@ -204,7 +204,7 @@ SFT = {
         "chat_template_path",
     ],
     "the model": ["model_init_kwargs", "trust_remote_code", "router_aux_loss_coef"],
-    "own": ["activation_offloading"],
+    "the machine": ["activation_offloading"],  # needs an accelerator, so nothing here runs it
 }
 SFT_REFUSED = {"packing": True, "padding_free": True, "eval_packing": True, "loss_type": "dft"}
 
