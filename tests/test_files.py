@@ -211,9 +211,9 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     assert reader.communicate(timeout=60)[0] == "scores"
     assert pipe.is_fifo()
     assert names(tmp_path) == {"pipe"}
-    with pytest.raises(EchoCheckpointError, match="pipe is a file. Name a folder"):
+    with pytest.raises(EchoCheckpointError, match=r"pipe is a file\. Name a folder"):
         refuse_existing(pipe)
-    with pytest.raises(EchoCheckpointError, match=f"{tmp_path.name} is a folder. Name a file"):
+    with pytest.raises(EchoCheckpointError, match=rf"{tmp_path.name} is a folder\. Name a file"):
         write_file(tmp_path, lambda path: path.write_text("scores"))
 
 
