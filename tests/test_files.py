@@ -200,20 +200,24 @@ def test_an_error_is_not_hidden_by_cleaning_up(tmp_path, monkeypatch):
         raise ZeroDivisionError
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in folders")
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    """As /dev/stdout and /dev/null are to be, whose folder the superuser could write."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    with locked(pipe):
+        write_file(pipe, lambda path: path.write_text("scores"))
+    assert reader.communicate(timeout=60)[0] == "scores"
+    assert pipe.is_fifo()
+    assert names(tmp_path) == {"pipe"}
+    with pytest.raises(EchoCheckpointError, match=r"pipe is a file\. Name a folder"):
+        refuse_existing(pipe)
+    with pytest.raises(EchoCheckpointError, match=rf"{tmp_path.name} is a folder\. Name a file"):
+        write_file(tmp_path, lambda path: path.write_text("scores"))
+
+
 def test_the_first_file_in_the_way_is_named(tmp_path):
     (tmp_path / ".hidden").touch()
     with pytest.raises(EchoCheckpointError, match=r"exists and is not empty: it holds \.hidden"):
         refuse_existing(tmp_path)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_device_or_a_pipe_is_never_replaced(tmp_path):
-    """With enough rights, a rename would put a folder or a file in the place of /dev/null."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    with pytest.raises(EchoCheckpointError, match="pipe is a file"), new_folder(pipe, overwrite=True):
-        pass
-    with pytest.raises(EchoCheckpointError, match="pipe is not a file that could be replaced"):
-        write_file(pipe, lambda path: path.write_text("scores"))
-    assert stat.S_ISFIFO(pipe.stat().st_mode)
-    assert os.listdir(tmp_path) == ["pipe"]

@@ -63,7 +63,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
     try:
         return _sound_seal(folder)
     except EchoCheckpointError as error:
-        raise EchoCheckpointError(f"{error} {_way_on(folder)}") from error
+        raise EchoCheckpointError(_with_way_on(str(error), folder)) from error
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
@@ -159,8 +159,8 @@ def _sound_seal(folder: Path) -> dict[str, Any]:
     return seal
 
 
-def _way_on(damaged: Path) -> str:
-    """What to do about a checkpoint that can't be resumed from."""
+def _with_way_on(problem: str, damaged: Path) -> str:
+    """The problem of a checkpoint that can't be resumed from, and what to do about it."""
     newer = [damaged]
     for folder in reversed(checkpoints_in(damaged.parent)):
         try:
@@ -170,10 +170,10 @@ def _way_on(damaged: Path) -> str:
             continue
         away = " and ".join(map(str, sorted(newer)))
         return (
-            f"The newest sound checkpoint is {folder}. To go on from it, move {away} away and resume again "
+            f"{problem} The newest sound checkpoint is {folder}. To go on from it, move {away} away and resume again "
             f"(echo-lora train … --resume), or pass resume_from_checkpoint={str(folder)!r} in a script."
         )
-    return "There is no sound checkpoint beside it: start anew, in another output folder."
+    return f"{problem} There is no sound checkpoint beside it: start anew, in another output folder."
 
 
 def compare_configuration(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -201,10 +201,11 @@ def describe_base(model: PeftModel) -> dict[str, Any]:
     To be read before training, while the model is whole. About a second for each gigabyte, in up to 8 threads.
     """
     base = model.get_base_model()
-    quantisation: Any = getattr(base.config, "quantization_config", None)
+    config = getattr(base, "config", None)  # a module of one's own has none
+    quantisation: Any = getattr(config, "quantization_config", None)
     return {
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "attn_implementation": base.config._attn_implementation,
+        "dtype": str(getattr(base, "dtype", None)).removeprefix("torch."),
+        "attn_implementation": getattr(config, "_attn_implementation", None),
         "quantization": quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation,
         "sha256": _weights_hash(model),
     }

@@ -64,14 +64,18 @@ def new_folder(folder: str | Path, *, overwrite: bool = False, stale: Iterable[s
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` write a file under a temporary name, then rename it: the file is complete or absent.
 
-    Raises EchoCheckpointError if the disk refuses.
+    A device or a pipe, such as /dev/stdout, is written to and not replaced. Raises EchoCheckpointError if the disk
+    refuses.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():  # a rename would put a file in the place of a device
-        raise EchoCheckpointError(f"{path} is not a file that could be replaced. Name another one for the output.")
+    if target.is_dir():
+        raise EchoCheckpointError(f"{path} is a folder. Name a file for the output.")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         try:
+            if _is_special(path):
+                write(path)
+                return
             target.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             temporary.replace(target)
@@ -97,7 +101,7 @@ def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
     """Raises EchoCheckpointError if the folder holds anything, unless it may be replaced."""
     folder = Path(folder)
     try:
-        if folder.exists() and not folder.is_dir():  # a device or a pipe, too
+        if folder.exists() and not folder.is_dir():
             raise EchoCheckpointError(f"{folder} is a file. Name a folder for the output.")
         found = sorted(entry.name for entry in os.scandir(folder) if entry.name != LOCK) if folder.is_dir() else []
     except OSError as error:
@@ -132,6 +136,12 @@ def remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def _is_special(path: str | Path) -> bool:
+    """Whether there is something that is neither a file nor a folder."""
+    path = Path(path)
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def _fill(target: Path, temporary: Path, stale: Iterable[str]) -> None:
     """Move the files of a temporary folder, in subfolders too, into one that exists."""
     new = [str(path.relative_to(temporary)) for path in sorted(temporary.rglob("*")) if path.is_file()]
@@ -152,6 +162,9 @@ def locked(output: str | Path) -> Iterator[None]:
     The system frees the lock when the process ends, however it ends: a lock file that is left blocks nobody. It lies
     beside the output, which therefore is as empty as it was. Raises EchoCheckpointError, which names the other process.
     """
+    if _is_special(output):  # a device or a pipe, which many may write to
+        yield
+        return
     path = _lock_file(output)
     made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     try:
