@@ -135,8 +135,12 @@ def test_other_architectures_can_be_planned(tmp_path, kind):
         ),
     }[kind]
     config.save_pretrained(tmp_path / "base")
-    planned = plan(load_recipe(path, [f"lora.target_modules=[{'c_attn' if kind == 'gpt2' else 'q_proj'}]"]))
+    planned = plan(load_recipe(path, ["lora.target_modules=all-linear"]))
     assert len(planned.target_layers) == 2
+    experts = {name.rpartition("mlp.")[2]: why for name, why in planned.without_echo.items() if "layers.1." in name}
+    assert experts.keys() == ({"gate", "experts", "experts.base_layer"} if kind == "mixtral" else set())
+    assert all("adapts a parameter" in why for why in experts.values())
+    assert not any("experts" in name for names in planned.target_layers.values() for name in names)
     assert planned.memory.activations is None or planned.memory.activations > 0
 
 
