@@ -1750,7 +1750,7 @@ def checkpoints(template: Path, rng: random.Random) -> list[Case]:
         return arrange
 
     for name in files:
-        if name not in ("README.md", "training_args.bin") and not name.startswith(
+        if name not in ("README.md", "training_args.bin", "adapter_config.json") and not name.startswith(
             ("tokenizer", "special", "chat_template")
         ):
             add(f"{name} is cut, and sealed", resealed(name, lambda old: old[: len(old) // 2]), says="checkpoint")

@@ -184,6 +184,8 @@ def _text(where: str, row: Mapping[str, Any], name: str) -> str:
     value = _field(where, row, name)
     if not isinstance(value, str) or not value.strip():
         raise EchoDataError(f"{where}: {name} = {value!r} must be text that is not blank.")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise EchoDataError(f"{where}: {name} = {value!r} holds half a character, which is no UTF-8. Correct it.")
     return value
 
 
