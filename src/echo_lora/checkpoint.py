@@ -52,9 +52,15 @@ def read_seal(folder: Path) -> dict[str, Any]:
             f"{folder} has no {SEAL}: it was interrupted while being written, or is not a checkpoint of this package. "
             "Resume from an earlier checkpoint."
         )
-    seal = json.loads((folder / SEAL).read_text())
+    try:
+        seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        seal["initial_adapter_sha256"], seal["configuration"].keys(), seal["files"].keys()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise EchoCheckpointError(
+            f"{folder / SEAL} is damaged: {error!r}. Resume from an earlier checkpoint."
+        ) from error
     for name, digest in seal["files"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not os.path.isfile(folder / name) or _sha256(folder / name) != digest:
             raise EchoCheckpointError(
                 f"{folder / name} is missing or not what was saved. Resume from an earlier checkpoint."
             )

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -30,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 from echo_lora.environment import processor, versions
-from echo_lora.errors import EchoConfigError, EchoError
+from echo_lora.errors import EchoConfigError, EchoDataError, EchoError
 from echo_lora.export import write_file
 from echo_lora.progress import progress_console
 from echo_lora.rows import source_rows
@@ -40,6 +40,7 @@ from echo_lora.study.records import (
     RUNS_FILE,
     STUDY_FILE,
     correct_by_task,
+    problem_of_run,
     read_about,
     read_runs,
     run_accuracy,
@@ -77,8 +78,11 @@ def compare(study: Study, engine: Engine, *, minutes: float | None = None, comma
     if minutes is not None and engine.cluster is not None:
         raise EchoConfigError("--minutes limits runs on this machine; on a cluster use --slurm timeout_min=…")
     ends = None if minutes is None else time.monotonic() + 60 * minutes
+    restored = _gathered(study)  # read before anything is written
     about = _begin(study, command)
-    _restore(study)
+    for key, record in restored:
+        if not has_record(study, key):
+            write_record(study, key, record)
     if not _do(study, about, tuning_keys(study), engine, ends):
         return False
     about["chosen"] = chosen = choose(study)
@@ -246,12 +250,26 @@ def _check_pairing(records: Iterable[dict[str, Any]]) -> None:
                 )
 
 
-def _restore(study: Study) -> None:
-    """Give runs that are known from the gathered records alone, as after a clone, a folder with their record."""
-    for _, record in read_runs(Path(study.output) / RUNS_FILE):
-        key = RunKey(*(record[name] for name in ("stage", "arm", "learning_rate", "seed")))
-        if not has_record(study, key):
-            write_record(study, key, record)
+def _gathered(study: Study) -> list[tuple[RunKey, dict[str, Any]]]:
+    """Runs that are known from the gathered records alone, as after a clone.
+
+    A record names its run, and the run its folder: names that are none of the design's are not turned into paths.
+    Raises EchoDataError for such a record, and for one that is not a run's.
+    """
+    path = Path(study.output) / RUNS_FILE
+    rates = [dict(zip(study.arms, chosen, strict=True)) for chosen in zip(*map(study.rates, study.arms), strict=True)]
+    keys = [*tuning_keys(study), *(key for chosen in rates for key in confirmation_keys(study, chosen))]
+    found = []
+    for number, record in read_runs(path):
+        problem = problem_of_run(record)
+        key = None if problem else next((key for key in keys if asdict(key).items() <= record.items()), None)
+        if key is None:
+            raise EchoDataError(
+                f"{path}:{number}: {problem or 'it is the record of none of the runs of this study'}. Remove the line, "
+                "or choose another output."
+            )
+        found.append((key, record))
+    return found
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

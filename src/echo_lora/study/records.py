@@ -45,6 +45,12 @@ class _ArmFile(_Read):
     overrides: dict[str, Any] = {}
 
 
+class _Power(_Read):
+    power: float = 0.0
+    effect: float = 0.0
+    smallest_detectable: float | None = None
+
+
 class _StudyFile(_Read):
     """study.json. Raises ValidationError."""
 
@@ -62,7 +68,7 @@ class _StudyFile(_Read):
     design: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
     versions: dict[str, str] = {}
-    power: dict[str, Any] | None = None
+    power: _Power | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> _StudyFile:
