@@ -2398,7 +2398,6 @@ def imports(rng: random.Random) -> list[Case]:
         )
     for value in (
         "the correct answer is false",
-        "true",
         "",
         "the correct answer is",
         "the correct answer is truefalse",

@@ -225,14 +225,21 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     except ValueError as error:  # bf16 on hardware without it, for example
         raise EchoConfigError(f"transformers refuses the recipe's training: {error} Correct the key.") from error
     progress = _Progress()
-    trainer = EchoSFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=join(prepared["train"]),
-        eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
-        processing_class=tokenizer,
-        callbacks=[progress],
-    )
+    try:
+        trainer = EchoSFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=join(prepared["train"]),
+            eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
+            processing_class=tokenizer,
+            callbacks=[progress],
+        )
+    except ValueError as error:  # of accelerate, which reads its settings from the environment
+        if isinstance(error, EchoError):
+            raise
+        raise EchoConfigError(
+            f"the trainer can't be made: {error} Correct the recipe, or the environment variables of accelerate."
+        ) from error
     trainer.remove_callback(PrinterCallback)
     resumed_at = int(last_complete_checkpoint(checkpoints).name.rpartition("-")[2]) if resume else 0
     started, watch = time.perf_counter(), MemoryWatch()

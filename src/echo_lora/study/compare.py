@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -77,6 +78,10 @@ def compare(study: Study, engine: Engine, *, minutes: float | None = None, comma
         raise EchoError('A study needs statsmodels. Run: pip install "echo-lora[study]"')
     if minutes is not None and engine.cluster is not None:
         raise EchoConfigError("--minutes limits runs on this machine; on a cluster use --slurm timeout_min=…")
+    if engine.cluster == "slurm" and shutil.which("srun") is None:
+        raise EchoConfigError(
+            "--slurm needs a machine that submits jobs, but there is no srun. Leave --slurm out here."
+        )
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     restored = _gathered(study)  # read before anything is written
     about = _begin(study, command)
