@@ -215,8 +215,8 @@ def _rebase(document: dict[str, Any], folder: Path) -> None:
     def rebased(value: Any) -> Any:
         if isinstance(value, list):
             return [rebased(item) for item in value]
-        if isinstance(value, dict) and isinstance(value.get("file"), str):
-            return value | {"file": str(folder / expanded(value["file"]))}
+        if isinstance(value, dict):
+            return value | {"file": rebased(value["file"])} if isinstance(value.get("file"), str) else value
         return str(folder / expanded(value)) if isinstance(value, str) and value.strip() else value
 
     model, data, evaluation = (document.get(key) for key in ("model", "data", "evaluation"))

@@ -18,6 +18,8 @@ import logging
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -273,19 +275,26 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     except ValueError as error:  # bf16 on hardware without it, for example
         raise EchoConfigError(f"transformers refuses the recipe's training: {error} Correct the key.") from error
     progress = _Progress()
-    trainer = EchoSFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=join(prepared["train"]),
-        eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
-        processing_class=tokenizer,
-        callbacks=[progress],
-    )
+    try:
+        trainer = EchoSFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=join(prepared["train"]),
+            eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
+            processing_class=tokenizer,
+            callbacks=[progress],
+        )
+    except ValueError as error:  # of accelerate, which reads its settings from the environment
+        if isinstance(error, EchoError):
+            raise
+        raise EchoConfigError(
+            f"the trainer can't be made: {error} Correct the recipe, or the environment variables of accelerate."
+        ) from error
     trainer.remove_callback(PrinterCallback)
     resumed_at = int(last_complete_checkpoint(checkpoints).name.rpartition("-")[2]) if resume else 0
     started, watch = time.perf_counter(), MemoryWatch()
     try:
-        with watch:
+        with watch, _reading(last_complete_checkpoint(checkpoints) if resume else None, progress):
             trainer.train(resume_from_checkpoint=resume or None)
     except KeyboardInterrupt as error:
         state = trainer.state
@@ -323,6 +332,27 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         history=history,
     )
     return result, model, tokenizer
+
+
+@contextmanager
+def _reading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
+    """Errors before the first step are those of reading the checkpoint, whatever torch and transformers raise.
+
+    Raises EchoCheckpointError for a checkpoint that is whole and can't be gone on from.
+    """
+    try:
+        if checkpoint is not None:
+            step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            if step != int(checkpoint.name.rpartition("-")[2]):
+                raise ValueError(f"trainer_state.json is that of step {step!r}")
+        yield
+    except Exception as error:
+        if checkpoint is None or progress.has_begun or isinstance(error, EchoError):
+            raise
+        raise EchoCheckpointError(
+            f"{checkpoint} can't be resumed from: {type(error).__name__}: {error}. Remove it, then resume: an earlier "
+            "checkpoint is taken, if there is one."
+        ) from error
 
 
 def plot_losses(history: list[dict[str, float]], path: Path) -> None:
@@ -412,6 +442,12 @@ class _Progress(TrainerCallback):
         self.console = progress_console()
         self.bar: Progress | None = None
         self.started = 0.0
+        self.has_begun = False  # a step, so that the checkpoint has been read
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.has_begun = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

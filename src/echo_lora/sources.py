@@ -273,6 +273,14 @@ def reasoning_gym_rows(
     names = list(reasoning_gym.factory.DATASETS)
     if task not in names:
         raise EchoDataError(f"{task!r} is not a task of reasoning-gym.{nearest(task, names)}")
+    for field in dataclasses.fields(reasoning_gym.factory.DATASETS[task][1]):
+        value = (params or {}).get(field.name)
+        usual = abs(field.default) if isinstance(field.default, (int, float)) else 1
+        if isinstance(value, (int, float)) and abs(value) > max(10_000, 1000 * usual):
+            raise EchoDataError(
+                f"{task!r} with {field.name} = {value!r} would make questions that no model can read; the default is "
+                f"{field.default!r}. Lower it."
+            )
     try:
         items = list(reasoning_gym.create_dataset(task, size=count, seed=seed, **params or {}))
     except (TypeError, ValueError, AssertionError) as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from multiprocessing import get_context, parent_process
@@ -41,6 +42,7 @@ from echo_lora.study.records import (
     RUNS_FILE,
     STUDY_FILE,
     correct_by_task,
+    problem_of_run,
     read_about,
     read_runs,
     run_accuracy,
@@ -48,7 +50,6 @@ from echo_lora.study.records import (
 )
 from echo_lora.study.statistics import estimate_noise, power
 
-RUN_NAME = [field.name for field in fields(RunKey)]
 KNOWN = ("runs", RUNS_FILE)  # what a study's folder may hold before its file is written
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
 # differ, and standard deviation between seeds. [O]
@@ -78,6 +79,10 @@ def compare(study: Study, engine: Engine, *, minutes: float | None = None, comma
         raise EchoError('A study needs statsmodels. Run: pip install "echo-lora[study]"')
     if minutes is not None and engine.cluster is not None:
         raise EchoConfigError("--minutes limits runs on this machine; on a cluster use --slurm timeout_min=…")
+    if engine.cluster == "slurm" and shutil.which("srun") is None:
+        raise EchoConfigError(
+            "--slurm needs a machine that submits jobs, but there is no srun. Leave --slurm out here."
+        )
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     try:
         return _compare(study, engine, ends, command)
@@ -90,8 +95,11 @@ def compare(study: Study, engine: Engine, *, minutes: float | None = None, comma
 
 
 def _compare(study: Study, engine: Engine, ends: float | None, command: str) -> bool:
+    restored = _gathered(study)  # read before anything is written
     about = _begin(study, command)
-    _restore(study)
+    for key, record in restored:
+        if not has_record(study, key):
+            write_record(study, key, record)
     if not _do(study, about, tuning_keys(study), engine, ends):
         return False
     about["chosen"] = chosen = choose(study)
@@ -259,25 +267,26 @@ def _check_pairing(records: Iterable[dict[str, Any]]) -> None:
                 )
 
 
-def _restore(study: Study) -> None:
-    """Give runs that are known from the gathered records alone, as after a clone, a folder with their record.
+def _gathered(study: Study) -> list[tuple[RunKey, dict[str, Any]]]:
+    """Runs that are known from the gathered records alone, as after a clone.
 
     A record names its run, and the run its folder: names that are none of the design's are not turned into paths.
-    Raises EchoDataError for such a record.
+    Raises EchoDataError for such a record, and for one that is not a run's.
     """
     path = Path(study.output) / RUNS_FILE
     rates = [dict(zip(study.arms, chosen, strict=True)) for chosen in zip(*map(study.rates, study.arms), strict=True)]
     keys = [*tuning_keys(study), *(key for chosen in rates for key in confirmation_keys(study, chosen))]
+    found = []
     for number, record in read_runs(path):
-        named = {name: record.get(name) for name in RUN_NAME} if isinstance(record, dict) else {}
-        key = next((key for key in keys if asdict(key) == named), None)
+        problem = problem_of_run(record)
+        key = None if problem else next((key for key in keys if asdict(key).items() <= record.items()), None)
         if key is None:
             raise EchoDataError(
-                f"{path}:{number}: the record of {', '.join(f'{k} {v!r}'[:60] for k, v in named.items()) or 'nothing'} "
-                "is none of this study's runs. Remove it, or choose another output."
+                f"{path}:{number}: {problem or 'it is the record of none of the runs of this study'}. Remove the line, "
+                "or choose another output."
             )
-        if not has_record(study, key):
-            write_record(study, key, record)
+        found.append((key, record))
+    return found
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ class Arm(Section):
     label: Name | None = Field(None, description="name in reports; default: the arm's key")
     role: Literal["method", "control"] = Field("method", description="controls stand apart in the report")
     set: dict[Name, Any] = Field({}, description="keys of the recipe and their values, as in {echo: false}")
-    learning_rates: list[Rate] | None = Field(
+    learning_rates: Annotated[list[Rate], Field(min_length=1)] | None = Field(
         None, description="the arm's own learning rates, as many as every other arm tries"
     )
     keep_echo_on: bool = Field(

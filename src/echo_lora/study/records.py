@@ -45,6 +45,12 @@ class _ArmFile(_Read):
     overrides: dict[str, Any] = {}
 
 
+class _Power(_Read):
+    power: float = 0.0
+    effect: float = 0.0
+    smallest_detectable: float | None = None
+
+
 class _StudyFile(_Read):
     """study.json. Raises ValidationError."""
 
@@ -59,10 +65,13 @@ class _StudyFile(_Read):
     smallest_effect: float = Field(gt=0, lt=1)
     chosen: dict[str, float] | None = None
     score_on: str = "test"
+    command: str | None = None
+    started: str | None = None
+    processor: str | None = None
     design: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
     versions: dict[str, str] = {}
-    power: dict[str, Any] | None = None
+    power: _Power | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> _StudyFile:
@@ -102,11 +111,11 @@ class _Run(_Read):
     seed: NonNegativeInt
     scores: list[_Score]
     history: list[dict[str, Annotated[float, Field(allow_inf_nan=True)]]]
-    seconds: NonNegativeFloat | None = None
-    peak_memory: NonNegativeFloat | None = None
-    steps: NonNegativeInt | None = None
-    deployed_parameters: NonNegativeInt | None = None
-    echo_parameters: NonNegativeInt | None = None
+    seconds: NonNegativeFloat = 0
+    peak_memory: NonNegativeFloat = 0
+    steps: NonNegativeInt = 0
+    deployed_parameters: NonNegativeInt = 0
+    echo_parameters: NonNegativeInt = 0
     general: _General | None = None
     versions: dict[str, str] = {}
     recipe: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from echo_lora.errors import EchoCheckpointError
 from echo_lora.files import write_file
 from echo_lora.study import outcome, training
 from echo_lora.study.layout import Section, Table, count_of, listed
@@ -70,6 +71,9 @@ def _studies_in(folder: str | Path) -> list[Path]:
 def _write(report: Report, folder: Path) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    for name in (MARKDOWN_FILE, HTML_FILE):
+        if os.path.isdir(folder / name):
+            raise EchoCheckpointError(f"{folder / name} is a folder, in the place of the report. Move it away.")
     for name, is_html in ((MARKDOWN_FILE, False), (HTML_FILE, True)):
         environment = Environment(
             loader=PackageLoader("echo_lora"),
