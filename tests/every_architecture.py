@@ -217,6 +217,18 @@ WHOLE: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
         "local_attn_chunk_length": 8,
     },
+    "prophetnet": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "decoder_ffn_dim": 48,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 4,
+        "num_decoder_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "dropout": 0.0,
+    },
     "xlnet": {"vocab_size": VOCAB, "d_model": 32, "n_layer": 4, "n_head": 4, "d_inner": 48},
     "qwen4_exp_text": _TEXT
     | _DELTA
@@ -376,6 +388,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 UNTRIED = {
     **dict.fromkeys(("dots3_note", "qwen4_exp"), "its text model is tried on its own"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "drafts for another model"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "makes sound"),
     **dict.fromkeys(("qwen3_5_moe", "gemma3n"), "its text model is tried on its own"),
 }
 NAMES = sorted([name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in UNTRIED] + list(VARIANTS))
