@@ -53,7 +53,7 @@ def refuse_base(base_model: PreTrainedModel) -> None:
             f"{name} trains on rows of a multiple of {config.local_attn_chunk_length} tokens only "
             f"(local_attn_chunk_length), which the echo's step does not keep. {WORKING}"
         )
-    if getattr(config, "prompt_length", None):
+    if getattr(config, "prompt_length", None) and getattr(config, "use_prompt", True):
         raise EchoModelError(
             f"{name} puts {config.prompt_length} tokens of its own before each row (prompt_length), so that the "
             f"boundary is not where the labels say. {WORKING}"
