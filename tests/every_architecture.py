@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -168,9 +169,10 @@ WHOLE: dict[str, dict[str, Any]] = {
     },
     "xlstm": {
         "vocab_size": VOCAB,
-        "hidden_size": 32,
+        "hidden_size": 64,  # widths of queries are rounded up to 64
         "num_hidden_layers": 4,
         "num_heads": 2,
+        "qk_dim_factor": 1.0,
         "chunk_size": 16,
         "ffn_round_up_to_multiple_of": 8,
         "pad_token_id": 0,
@@ -214,6 +216,18 @@ WHOLE: dict[str, dict[str, Any]] = {
         "attn_layers": ["local"] * 4,
         "max_position_embeddings": 128,
         "local_attn_chunk_length": 8,
+    },
+    "prophetnet": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "decoder_ffn_dim": 48,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 4,
+        "num_decoder_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "dropout": 0.0,
     },
     "xlnet": {"vocab_size": VOCAB, "d_model": 32, "n_layer": 4, "n_head": 4, "d_inner": 48},
     "qwen4_exp_text": _TEXT
@@ -279,7 +293,7 @@ WHOLE: dict[str, dict[str, Any]] = {
         "image_token_id": 63,
     },
     "mllama": {
-        "text_config": _LLAMA | {"cross_attention_layers": [3]},
+        "text_config": _LLAMA | {"num_hidden_layers": 5, "cross_attention_layers": [4]},
         "vision_config": {
             "hidden_size": 16,
             "intermediate_size": 16,
@@ -374,7 +388,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 UNTRIED = {
     **dict.fromkeys(("dots3_note", "qwen4_exp"), "its text model is tried on its own"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "drafts for another model"),
-    "qwen3_5_moe": "its text model is tried on its own",
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "makes sound"),
+    **dict.fromkeys(("qwen3_5_moe", "gemma3n"), "its text model is tried on its own"),
 }
 NAMES = sorted([name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in UNTRIED] + list(VARIANTS))
 
@@ -382,6 +397,7 @@ REFUSED_UNSEEN = ("blt",)  # too large, but refused before its weights are looke
 
 # Where the linear layers are not found by running them: each of these names stands for one kind of module only.
 TARGETS = {
+    "hunyuan_v1_moe": ["q_proj", "k_proj", "v_proj", "o_proj"],  # PEFT takes down_proj for that of the experts, too
     "reformer": ["query_key", "value", "query", "key"],
     "ctrl": ["Wq", "Wk", "Wv"],
     "cpmant": ["project_q", "project_v", "w_out"],
@@ -412,20 +428,22 @@ def tiny_model(name: str) -> PreTrainedModel:
     return model
 
 
-def linear_modules(model: PreTrainedModel) -> list[str]:
+def linear_modules(model: PreTrainedModel) -> list[str] | str:
     """Names of linear modules that see (rows, tokens, width) in each layer; experts and routers regroup tokens."""
     if model.config.model_type in TARGETS:
         return TARGETS[model.config.model_type]
     try:
         _, layers = decoder_layers(model)
     except (ValueError, AttributeError):
-        return ["q_proj"]  # it will be refused
+        return "all-linear"  # it will be refused
     B, T = 2, 7
     seen: dict[str, list[bool]] = {}
     handles = []
     for path, module in layers.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and "expert" not in path:
+        if isinstance(module, nn.Linear | Conv1D):
             calls = seen.setdefault(path.rsplit(".", 1)[-1], [])
+            if re.search(r"experts\.\d", path):
+                calls.append(False)  # PEFT matches them by the same name
             handles.append(
                 module.register_forward_pre_hook(
                     lambda _m, args, calls=calls: calls.append(tuple(args[0].shape[:-1]) in ((B, T), (B * T,)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, RobertaConfig, XLNetConfig
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, RobertaConfig, XLMConfig, XLNetConfig
 
 from architectures import collate, lora_config, tiny_base, tiny_echo_model
 from echo_lora import EchoConfig, get_echo_model
@@ -91,6 +91,13 @@ def test_a_model_that_fails_on_tokens_alone_is_named():
 )
 def test_a_model_that_says_that_it_is_not_causal_is_refused_when_it_is_wrapped(config, flag):
     with pytest.raises(EchoModelError, match=flag):
+        get_echo_model(AutoModelForCausalLM.from_config(config), lora_config(target_modules="all-linear"), CONFIG)
+
+
+def test_layers_in_several_lists_are_refused():
+    """XLM's list of attentions had been taken for its layers."""
+    config = XLMConfig(vocab_size=61, emb_dim=32, n_layers=4, n_heads=4, causal=True)
+    with pytest.raises(EchoModelError, match=r"several lists \(transformer\.attentions, transformer\.layer_norm1"):
         get_echo_model(AutoModelForCausalLM.from_config(config), lora_config(target_modules="all-linear"), CONFIG)
 
 

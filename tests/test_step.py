@@ -490,3 +490,11 @@ def test_a_target_that_gives_no_tensor_is_named():
         pytest.raises(EchoModelError, match="gives a tuple"),
     ):
         hook(layer, (), (torch.ones(1, 2, 3), torch.ones(1, 2)))
+
+
+def test_a_source_layer_that_is_skipped_is_refused():
+    """Mllama skips the layers that attend to images where there are none."""
+    model = tiny_echo_model(echo_step="full")
+    model._source_layers = [*model._source_layers, torch.nn.Identity()]
+    with pytest.raises(EchoModelError, match="3 source layers gave 2 states"):
+        model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True)

@@ -485,6 +485,10 @@ class EchoModel(PeftModelForCausalLM):
         taken = inspect.signature(base.forward).parameters
         if "input_ids" in taken:  # else a wrapper, which passes on what it is given
             refused = kwargs.keys() - taken.keys()
+            mask = kwargs.get("attention_mask")
+            if "attention_mask" in refused and mask is not None and bool(mask[:, 0].all()):
+                del kwargs["attention_mask"]  # on the right of a row padding changes nothing
+                refused -= {"attention_mask"}
             if refused - DISPENSABLE:
                 raise EchoModelError(
                     f"{type(base).__name__}.forward takes no {', '.join(sorted(refused - DISPENSABLE))}, which the "

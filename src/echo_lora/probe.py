@@ -36,12 +36,24 @@ def refuse_base(base_model: PreTrainedModel) -> None:
         raise EchoModelError(
             f"the configuration of {name} has no num_hidden_layers, by which decoder layers are found. {WORKING}"
         )
+    lists = [
+        path
+        for path, module in base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    depth = min((path.count(".") for path in lists), default=0)
+    outermost = [path for path in lists if path.count(".") == depth]
+    if len(outermost) > 1:
+        raise EchoModelError(
+            f"{name} keeps the parts of its layers in several lists ({', '.join(outermost)}), so that no module gives "
+            f"the state of a layer. {WORKING}"
+        )
     if getattr(config, "local_attn_chunk_length", None) is not None:
         raise EchoModelError(
             f"{name} trains on rows of a multiple of {config.local_attn_chunk_length} tokens only "
             f"(local_attn_chunk_length), which the echo's step does not keep. {WORKING}"
         )
-    if getattr(config, "prompt_length", None):
+    if getattr(config, "prompt_length", None) and getattr(config, "use_prompt", True):
         raise EchoModelError(
             f"{name} puts {config.prompt_length} tokens of its own before each row (prompt_length), so that the "
             f"boundary is not where the labels say. {WORKING}"

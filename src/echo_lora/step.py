@@ -327,3 +327,8 @@ def reading(layers: list[nn.Module], column_B: Tensor, columns: int) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+    if len(states) != len(layers):
+        raise EchoModelError(
+            f"{len(layers)} source layers gave {len(states)} states: the model skips some of them (as those that "
+            "attend to images, in a text), or runs some more than once. Choose other source_layers."
+        )
