@@ -74,6 +74,7 @@ def three_pass(
             on = model(**inputs).logits
     finally:
         model.echo_enabled = True
+    model.is_stepping = True  # as its own forward says to EchoCallback
     log_off, log_on = (F.log_softmax(logits[supervised].float(), dim=-1) for logits in (off, on))  # (N, V)
     tau, student, teacher = config.distillation_temperature, log_off, log_on.detach()
     if config.distillation_direction == "off_to_on":
