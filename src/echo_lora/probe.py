@@ -73,7 +73,7 @@ def refuse_base(base_model: PreTrainedModel) -> None:
         )
     if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
         raise EchoModelError(
-            f"{name} runs layers {config.n_recurrent_loops} times in one pass (n_recurrent_loops), where the echo reads "
+            f"{name} runs layers {config.n_recurrent_loops} times in a pass (n_recurrent_loops), where the echo reads "
             f"one state of each. {WORKING}"
         )
     for streams in ("altup_num_inputs", "hc_mult", "hc_count"):
