@@ -80,7 +80,7 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _LATENT),
-    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "youtu"), _LATENT),
+    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "youtu", "sarvam_mla"), _LATENT),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _DELTA),
     "minimax": {"layer_types": _HALF},
     "olmo_hybrid": {"layer_types": _HALF},
@@ -123,6 +123,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "rope_parameters": {SLIDING: _MROPE, FULL: _MROPE},
     },
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": 2},
     "hrm_text": {"H_cycles": 1, "L_cycles": 1},
 }
 

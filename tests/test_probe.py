@@ -119,3 +119,22 @@ def test_rounding_is_no_reason(name, dtype):
     model = tiny_echo_model(name).to(dtype)
     model._tried.clear()
     assert model._why_full(model.get_base_model(), torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("hc_mult", 4),
+        ("altup_num_inputs", 4),
+        ("n_recurrent_loops", 2),
+        ("prompt_length", 32),
+        ("local_attn_chunk_length", 8),
+        ("causal", False),
+        ("use_bidirectional_attention", True),
+    ],
+)
+def test_a_configuration_that_says_what_can_not_work_is_refused(flag, value):
+    base = tiny_base("llama")
+    setattr(base.config, flag, value)
+    with pytest.raises(EchoModelError, match=flag):
+        get_echo_model(base, lora_config(), CONFIG)

@@ -71,6 +71,11 @@ def refuse_base(base_model: PreTrainedModel) -> None:
             f"the tokens of {name} see later ones (its configuration has {flag}={getattr(config, flag)!r}), so that "
             f"the state at the boundary would know the answer. The echo needs a causal language model. {WORKING}"
         )
+    if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
+        raise EchoModelError(
+            f"{name} runs layers {config.n_recurrent_loops} times in a pass (n_recurrent_loops), where the echo reads "
+            f"one state of each. {WORKING}"
+        )
     for streams in ("altup_num_inputs", "hc_mult", "hc_count"):
         if (getattr(config, streams, None) or 1) > 1:
             raise EchoModelError(
