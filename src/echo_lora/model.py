@@ -416,13 +416,17 @@ class EchoModel(PeftModelForCausalLM):
         """As PEFT's. Inside `keeping_echo` every answer is generated with the echo of its prompt.
 
         Then input_ids and attention_mask, padded on the left, are given by name, and the search is greedy or sampled.
-        Raises EchoModelError otherwise.
+        Raises EchoModelError otherwise, and for a model that can't share a prefix.
         """
         if not self._keeps_echo:
             return super().generate(*args, **kwargs)
         if args or "input_ids" not in kwargs or kwargs.get("num_beams") not in (None, 1):
             raise EchoModelError("with the echo kept on, generate takes input_ids= by name and no beams.")
         input_ids = kwargs["input_ids"]  # (B, P)
+        if (reason := self._why_full(self.get_base_model(), input_ids.device)) is not None:
+            raise EchoModelError(
+                f"with the echo kept on, generate runs the boundary a second time on its prefix, but {reason}."
+            )
         attention_mask = kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         boundary_B = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
         base = self.get_base_model()
