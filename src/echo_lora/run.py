@@ -289,9 +289,11 @@ def _reading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
     """
     try:
         if checkpoint is not None:
-            step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-            if step != int(checkpoint.name.rpartition("-")[2]):
-                raise ValueError(f"trainer_state.json is that of step {step!r}")
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            if state["global_step"] != int(checkpoint.name.rpartition("-")[2]):
+                raise ValueError(f"trainer_state.json is that of step {state['global_step']!r}")
+            if not all(isinstance(entry, dict) for entry in state["log_history"]):
+                raise ValueError("trainer_state.json has entries in its log that are no mappings")
         yield
     except Exception as error:
         if checkpoint is None or progress.has_begun or isinstance(error, EchoError):

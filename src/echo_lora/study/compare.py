@@ -82,6 +82,11 @@ def compare(study: Study, engine: Engine, *, minutes: float | None = None, comma
         raise EchoConfigError(
             "--slurm needs a machine that submits jobs, but there is no srun. Leave --slurm out here."
         )
+    own = os.environ.get("OMP_NUM_THREADS") or "1"
+    if not re.fullmatch("[1-9][0-9]{0,3}", own):
+        raise EchoConfigError(
+            f"OMP_NUM_THREADS = {own} must be a number of threads. Correct the variable, or unset it."
+        )
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     restored = _gathered(study)  # read before anything is written
     about = _begin(study, command)
