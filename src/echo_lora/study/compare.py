@@ -323,10 +323,6 @@ def _on_this_machine(
 ) -> Iterator[tuple[RunKey, str | None]]:
     """Runs in worker processes; each run that ended, and its error. A run that another process holds comes last."""
     own = os.environ.get("OMP_NUM_THREADS") or None
-    if own is not None and not re.fullmatch("[1-9][0-9]{0,3}", own):
-        raise EchoConfigError(
-            f"OMP_NUM_THREADS = {own} must be a number of threads. Correct the variable, or unset it."
-        )
     threads = int(own or max(1, (os.cpu_count() or 1) // engine.workers))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     pool = ProcessPoolExecutor(
