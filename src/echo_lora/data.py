@@ -225,7 +225,7 @@ def _apply_template(
             return_dict=tokenize,
             **options | row.get("chat_template_kwargs", {}),
         )
-    except (TemplateError, ValueError, OverflowError) as error:  # a loop without end is an overflow to jinja
+    except (TemplateError, ValueError) as error:
         raise EchoDataError(
             f"{where} can't go through the chat template of {tokenizer.name_or_path}: {error}\n"
             "Correct the roles of its messages, or set another chat template."
