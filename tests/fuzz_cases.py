@@ -1178,7 +1178,7 @@ def environment() -> list[Case]:
                 Case(
                     f"{name} is {kind}",
                     packaged,
-                    False,
+                    False if name == "ECHO_LORA_CACHE" or path.startswith("/") else None,  # relative: is ignored
                     RECIPE,
                     arrange,
                     env={"ECHO_LORA_CACHE": None, name: path},

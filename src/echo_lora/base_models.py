@@ -243,7 +243,8 @@ def _cache_dir() -> Path:
         except RuntimeError as error:
             raise EchoModelError(f"ECHO_LORA_CACHE = {own}: there is no such home folder. Correct it.") from error
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "echo-lora"
+    # a relative path there is to be ignored: https://specifications.freedesktop.org/basedir-spec/latest/
+    return (Path(shared) if shared and os.path.isabs(shared) else Path.home() / ".cache") / "echo-lora"
 
 
 def _find_gguf() -> Path:

@@ -222,7 +222,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     model = add_adapter(recipe, base)
     try:
         arguments = training_arguments(recipe, checkpoints)
-    except ValueError as error:  # bf16 on hardware without it, for example
+    except (ValueError, ImportError) as error:  # bf16 on hardware without it, for example
         raise EchoConfigError(f"transformers refuses the recipe's training: {error} Correct the key.") from error
     progress = _Progress()
     try:
@@ -234,7 +234,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
             processing_class=tokenizer,
             callbacks=[progress],
         )
-    except ValueError as error:  # of accelerate, which reads its settings from the environment
+    except (ValueError, ImportError) as error:  # of accelerate, which reads its settings from the environment
         if isinstance(error, EchoError):
             raise
         raise EchoConfigError(
