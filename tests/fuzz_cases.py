@@ -1565,7 +1565,7 @@ def bases() -> list[Case]:
             "quantization_config",
         }
         for number, value in enumerate(values):
-            is_sound: bool | None = None if key in unsure or value is True else False
+            is_sound: bool | None = None if key in unsure or value in (True, 4) else False
             add(
                 f"{key} = {value!r}",
                 setting("base/config.json", key, value),
