@@ -1178,7 +1178,7 @@ def environment() -> list[Case]:
                 Case(
                     f"{name} is {kind}",
                     packaged,
-                    False,
+                    False if name == "ECHO_LORA_CACHE" or path.startswith("/") else None,  # relative: is ignored
                     RECIPE,
                     arrange,
                     env={"ECHO_LORA_CACHE": None, name: path},
@@ -1565,7 +1565,7 @@ def bases() -> list[Case]:
             "quantization_config",
         }
         for number, value in enumerate(values):
-            is_sound: bool | None = None if key in unsure or value is True else False
+            is_sound: bool | None = None if key in unsure or value in (True, 4) else False
             add(
                 f"{key} = {value!r}",
                 setting("base/config.json", key, value),

@@ -29,13 +29,13 @@ def harness(folder: Path, *options: str, seconds: float) -> dict:
 
 
 def test_a_sample_of_bad_input_ends_in_clear_errors(tmp_path):
-    found = harness(tmp_path, "--cases", "120", "--without", SLOW_FAMILIES, seconds=300)
+    found = harness(tmp_path, "--cases", "100", "--without", SLOW_FAMILIES, seconds=300)
     assert found["bad"] == []
     assert found["touched"] == []
     # not vacuous: most cases are unsound, some are sound
-    assert found["counts"]["clear error"] >= 70
-    assert found["counts"]["accepted"] >= 15
-    assert sum(found["counts"].values()) >= 110
+    assert found["counts"]["clear error"] >= 60
+    assert found["counts"]["accepted"] >= 6
+    assert sum(found["counts"].values()) >= 90
 
 
 def test_the_harness_does_see_what_is_bad():

@@ -284,9 +284,13 @@ def _quantization_config(bits: Literal["4bit", "8bit"], dtype: str) -> Any:
 
 def _cache_dir() -> Path:
     if own := os.environ.get("ECHO_LORA_CACHE"):
-        return Path(own).expanduser()
+        try:
+            return Path(own).expanduser()
+        except RuntimeError as error:
+            raise EchoModelError(f"ECHO_LORA_CACHE = {own}: there is no such home folder. Correct it.") from error
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "echo-lora"
+    # a relative path there is to be ignored: https://specifications.freedesktop.org/basedir-spec/latest/
+    return (Path(shared) if shared and os.path.isabs(shared) else Path.home() / ".cache") / "echo-lora"
 
 
 def _find_gguf() -> Path:

@@ -118,6 +118,8 @@ def _why_without_echo(layer: nn.Module, path: str, module: LoraLayer, adapter: s
     for end in range(1, len(parts)):
         if "expert" in parts[end - 1] and isinstance(layer.get_submodule(".".join(parts[:end])), nn.ModuleList):
             return "belongs to one of several experts, which sees some tokens only"
+    if any(part in ("encoder_attn", "crossattention") for part in parts):
+        return "attends to an encoder, of which there is none"
     if parts[-1] == "kv_b_proj":  # multi-head latent attention
         return "expands cached states of all tokens, the prefix's too"
     return None

@@ -272,7 +272,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     model = add_adapter(recipe, base)
     try:
         arguments = training_arguments(recipe, checkpoints)
-    except ValueError as error:  # bf16 on hardware without it, for example
+    except (ValueError, ImportError) as error:  # bf16 on hardware without it, for example
         raise EchoConfigError(f"transformers refuses the recipe's training: {error} Correct the key.") from error
     progress = _Progress()
     try:
@@ -284,7 +284,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
             processing_class=tokenizer,
             callbacks=[progress],
         )
-    except ValueError as error:  # of accelerate, which reads its settings from the environment
+    except (ValueError, ImportError) as error:  # of accelerate, which reads its settings from the environment
         if isinstance(error, EchoError):
             raise
         raise EchoConfigError(
@@ -342,9 +342,11 @@ def _reading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
     """
     try:
         if checkpoint is not None:
-            step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-            if step != int(checkpoint.name.rpartition("-")[2]):
-                raise ValueError(f"trainer_state.json is that of step {step!r}")
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            if state["global_step"] != int(checkpoint.name.rpartition("-")[2]):
+                raise ValueError(f"trainer_state.json is that of step {state['global_step']!r}")
+            if not all(isinstance(entry, dict) for entry in state["log_history"]):
+                raise ValueError("trainer_state.json has entries in its log that are no mappings")
         yield
     except Exception as error:
         if checkpoint is None or progress.has_begun or isinstance(error, EchoError):

@@ -83,6 +83,11 @@ def compare(study: Study, engine: Engine, *, minutes: float | None = None, comma
         raise EchoConfigError(
             "--slurm needs a machine that submits jobs, but there is no srun. Leave --slurm out here."
         )
+    own = os.environ.get("OMP_NUM_THREADS") or "1"
+    if not re.fullmatch("[1-9][0-9]{0,3}", own):
+        raise EchoConfigError(
+            f"OMP_NUM_THREADS = {own} must be a number of threads. Correct the variable, or unset it."
+        )
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     try:
         return _compare(study, engine, ends, command)
@@ -330,10 +335,6 @@ def _on_this_machine(
 ) -> Iterator[tuple[RunKey, str | None]]:
     """Runs in worker processes; each run that ended, and its error. A run that another process holds comes last."""
     own = os.environ.get("OMP_NUM_THREADS") or None
-    if own is not None and not re.fullmatch("[1-9][0-9]{0,3}", own):
-        raise EchoConfigError(
-            f"OMP_NUM_THREADS = {own} must be a number of threads. Correct the variable, or unset it."
-        )
     threads = int(own or max(1, (os.cpu_count() or 1) // engine.workers))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     pool = ProcessPoolExecutor(
