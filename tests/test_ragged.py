@@ -182,6 +182,7 @@ def spread_of_batches(trainer_class, data, tmp_path, strategy, config_class, **k
         use_cpu=True,
         bf16=False,
         disable_tqdm=True,
+        activation_checkpointing=False,
     )
     trainer = trainer_class(args=args, train_dataset=data, **kwargs)
     batches, lengths = [], []
