@@ -168,7 +168,7 @@ def keys_of_recipe(template: Path) -> dict[str, Key]:
         ),
         "dtype": choice("float32", "bfloat16", "float16"),
         "attn_implementation": choice("sdpa", "eager", is_null=True, late=["flash_attention_2"]),
-        "quantization": choice(is_null=True, late=["4bit"]),
+        "quantization": choice(is_null=True, taste=["4bit"]),
         "trust_remote_code": boolean(),
         "method": choice("lora", "dora", "rslora"),
         "echo": boolean(),
@@ -176,9 +176,9 @@ def keys_of_recipe(template: Path) -> dict[str, Key]:
         "lora.alpha": whole("1", "64", absurd=("0",)),
         "lora.dropout": number("0", "0.5", unsound=("-1", "1", "1.5", "~")),
         "lora.target_modules": Key(
-            ["q_proj", "[q_proj, up_proj]", "all-linear"],
+            ["[q_proj]", "[q_proj, up_proj]", "all-linear"],
             ["3", "true", "[3]", "[~]", "{}", "''", "[]", "['']", "[q_proj, q_proj, '']", "~"],
-            late=["nonsense", "[nonsense]", "'('", "[norm]", "lm_head"],
+            late=["q_proj", "nonsense", "[nonsense]", "'('", "[norm]", "lm_head"],
             taste=["[q_proj, q_proj]", "'.*q_proj'"],
         ),
         **{
@@ -242,7 +242,7 @@ def keys_of_recipe(template: Path) -> dict[str, Key]:
         "training.max_grad_norm": number("0", "0.5", unsound=("-1",)),
         "training.optimizer": choice("adamw_torch", "adafactor", "sgd", late=["adamw_bnb_8bit", "paged_adamw_8bit"]),
         "training.gradient_checkpointing": boolean(),
-        "training.bf16": boolean(),
+        "training.bf16": boolean(sound=("false",), taste=("true",)),  # for hardware that has it
         "training.save_every": whole("1", "100", absurd=("0",)),
         "training.keep_checkpoints": whole("1", "2", absurd=("0",)),
         "training.log_every": whole("1", "10", absurd=("0",)),
@@ -354,7 +354,9 @@ def recipe_keys(template: Path) -> list[Case]:
 
 def _apart(case: Case) -> Case:
     """Training goes to a folder of its own, so that the finished run is no obstacle."""
-    if case.args[0] == "train" and not any("output" in arg for arg in case.args):
+    if case.args[0] == "train" and "output" in case.name:
+        return replace(case, args=["plan", *case.args[1:]])
+    if case.args[0] == "train":
         return replace(case, args=[*case.args, "--set", "output=new"])
     return case
 
@@ -532,7 +534,6 @@ def overrides() -> list[Case]:
         " lora.r =4",
         "lora.r= 4",
         "lora={r: 2}",
-        "lora=",
         "echo_config.bottleneck=4",
         "lora.r=4 # four",
     ]

@@ -192,6 +192,9 @@ def full_folder(folder: Path) -> None:
         (None, "data.train=none.jsonl", "none.jsonl: there is no such file"),
         (None, "echo_config.target_layers=[7]", "target_layers names layer 7, but the model has 4"),
         (None, "lora.target_modules=[embed]", "lora.target_modules = ['embed'] does not fit"),
+        (None, "lora.target_modules='('", "lora.target_modules = ( does not fit"),
+        (None, "lora.r=33", "lora.r = 33 is above the width of"),
+        (None, "training.steps=1:30", "training.steps = '1:30' must be a valid integer"),
     ],
 )
 def test_bad_input_exits_with_1_one_message_and_nothing_half_written(tmp_path, damage, override, expected):
@@ -343,3 +346,17 @@ def test_every_example_of_the_help_works_as_it_stands(tmp_path):
         )
         assert done.returncode == 0, f"{example}\n{done.stderr}"
         assert "Warning" not in done.stderr or example.startswith("echo-lora data"), example  # a count is not right
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "loop", "dangling", "x" * 300, "~nobody-of-this-name/x"])
+def test_a_place_that_can_not_be_written_is_refused_before_any_work(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    for command in (["merge", "no-adapter", place], ["bench", "--output", place], ["demo", "--output", place]):
+        said = invoke(*command, code=1).stderr
+        assert said.startswith(f"Error: {place}")
+        assert "can't be the folder to write" in said or "there is no such home folder" in said
+    assert sorted(tmp_path.rglob("*")) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,44 @@ def test_foreign_keys_are_a_problem(adapter):
     tensors = load_file(adapter / ADAPTER_FILE) | {"echo.branches.W1.weight": torch.zeros(2)}
     save_file(tensors, adapter / ADAPTER_FILE)
     assert "echo.branches.W1.weight is not a key of PEFT (1 such keys)" in inspect_adapter(adapter).problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"r": -1}, "r = -1 must be greater than or equal to 1"),
+        ({"r": "4"}, "r = '4' must be a valid integer"),
+        ({"r": 10**9}, "r = 1000000000 must be less than or equal to 65536"),
+        ({"lora_alpha": None}, "lora_alpha = None must be a valid number"),
+        ({"lora_dropout": 7}, "lora_dropout = 7 must be less than 1"),
+        ({"peft_type": "NONSENSE"}, "peft_type = 'NONSENSE' is unknown to the installed PEFT"),
+        ({"task_type": "NONSENSE"}, "task_type = 'NONSENSE' must be"),
+        ({"rank_pattern": {"q_proj": -1}}, "rank_pattern.q_proj = -1 must be"),
+    ],
+)
+def test_a_configuration_that_no_adapter_has_is_refused_by_all_who_read_it(adapter, changes, expected, tmp_path):
+    path = adapter / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(EchoCheckpointError, match=rf"adapter_config\.json: {re.escape(expected)}"):
+        inspect_adapter(adapter)
+    with pytest.raises(EchoCheckpointError, match=re.escape(expected)):
+        merge(adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"r": 8}, "of the shapes (4, 32) and (32, 4), which are not those of rank 8"),
+        ({"lora_alpha": 0}, "lora_alpha = 0: the adapter changes nothing"),
+        ({"use_dora": True}, "has no magnitude of DoRA, but use_dora = True"),
+        ({"peft_type": "IA3"}, "the weights are those of LoRA, but peft_type = IA3"),
+        ({"target_modules": ["q_proj"]}, "has weights, but target_modules = ['q_proj'] does not name it"),
+        ({"target_modules": "("}, "is no regular expression"),
+    ],
+)
+def test_weights_that_are_not_those_of_their_configuration_are_a_problem(adapter, changes, expected):
+    path = adapter / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    report = inspect_adapter(adapter)
+    assert expected in " ".join(report.problems)
+    assert report.readers == []

@@ -136,7 +136,7 @@ def _seal(folder: Path) -> dict[str, Any]:
         seal = json.loads(path.read_text(encoding="utf-8"))
         is_one = isinstance(seal["configuration"], dict) and all(map(_is_inside, seal["files"].keys()))
         seal["initial_adapter_sha256"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EchoCheckpointError(f"{path} is damaged: {error!r}.") from error
     if not is_one:
         raise EchoCheckpointError(f"{path} is damaged: it does not list files of its folder.")

@@ -182,11 +182,17 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
     Raises EchoModelError if the base can't carry it.
     """
     set_seed(recipe.seeds.initialisation)
+    width = getattr(base.config.get_text_config(), "hidden_size", None)
+    if width is not None and recipe.lora.r > width:
+        raise EchoModelError(
+            f"lora.r = {recipe.lora.r} is above the width of {recipe.model}, {width}, and no update has a higher rank. "
+            "Lower it."
+        )
     try:
         if recipe.echo:
             return get_echo_model(base, lora_config(recipe), recipe.build_echo_config())
         return get_peft_model(base, lora_config(recipe))
-    except ValueError as error:  # PEFT's, for modules that are not there or can't carry an adapter
+    except (ValueError, re.error) as error:  # PEFT's, for modules that are not there or can't carry an adapter
         if isinstance(error, EchoError):
             raise
         raise EchoModelError(

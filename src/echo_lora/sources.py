@@ -18,6 +18,7 @@ from echo_lora.errors import EchoConfigError, EchoDataError
 
 ROW = "_echo_row"  # column with the number of a row in its file; a user's own columns may have any other name
 _CHUNK = 1 << 20  # bytes read at a time
+_LONGEST_LINE = 100_000_000  # bytes
 _VARIABLE = re.compile(r"\$\w|\$\{|%\w+%")
 
 
@@ -106,7 +107,10 @@ def _read(path: Path) -> Iterator[Any]:
 def _read_json_lines(path: Path) -> Iterator[Any]:
     offset, blank = 0, None
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):  # ends at \n alone: U+2028 may stand inside a string
+        # a line ends at \n alone: U+2028 may stand inside a string
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
+            if len(line) == _LONGEST_LINE:
+                raise EchoDataError(f"{path}:{number}: the line is longer than {_LONGEST_LINE:,} bytes. Split its row.")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -222,10 +226,15 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise EchoDataError(f"{path} has the column {twice[0]!r} twice. Write it again with each column once.")
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     yield {name: without_nulls(value) for name, value in row.items()}
-    except (OSError, ValueError) as error:
+    except EchoDataError:
+        raise
+    except (OSError, ValueError, OverflowError) as error:
         raise EchoDataError(f"{path} can't be read as Parquet: {error}. Write or fetch it again.") from error
 
 
