@@ -659,15 +659,16 @@ def test_the_best_checkpoint_restores_adapter_and_echo(tmp_path, adapter_name):
         callbacks=[Note()],
         compute_metrics=lambda prediction: {"score": float(trainer.state.global_step == 2)},
     )
-    trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    adapter = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
-    for now, then, last in (
-        (adapter, at_step[2][0], at_step[4][0]),
-        (model.echo.tensors(), at_step[2][1], at_step[4][1]),
-    ):
-        assert all(torch.equal(value, then[name]) for name, value in now.items())
-        assert any(not torch.equal(value, last[name]) for name, value in now.items())
+    for resume in (None, True):  # and again, where the last step has been taken already
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+        adapter = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
+        for now, then, last in (
+            (adapter, at_step[2][0], at_step[4][0]),
+            (model.echo.tensors(), at_step[2][1], at_step[4][1]),
+        ):
+            assert all(torch.equal(value, then[name]) for name, value in now.items())
+            assert any(not torch.equal(value, last[name]) for name, value in now.items())
 
 
 def test_a_checkpoint_at_a_signal_is_complete(tmp_path):

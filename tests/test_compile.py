@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from architectures import collate, random_row, tiny_echo_model
 from echo_lora import EchoConfig, EchoTrainer
 from echo_lora.errors import EchoModelError
+from echo_lora.export import save_verified
 from test_oracle import gradients, mixed_rows
 
 ROUTING = [False, True, False, True]  # a graph of the first, plain step must not serve the second
@@ -105,3 +106,16 @@ def test_torch_compile_of_the_training_arguments(tmp_path):
         trainer.save_model(str(tmp_path / "adapter"))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_with_compiled_layers_is_saved(tmp_path):
+    """Its copy is not compiled, and a compiler rounds in another way: the proof runs both as they are written."""
+
+    def rounding(graph, inputs):
+        return lambda *args: tuple(out * 1.00001 if torch.is_tensor(out) else out for out in graph(*args))
+
+    model = compiled_layers(tiny_echo_model(), rounding)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, tiny_echo_model()(ids).logits)
+    assert save_verified(model, tmp_path / "adapter").is_dir()

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from echo_lora.errors import EchoCheckpointError
-from echo_lora.files import locked, new_folder, refuse_existing, refuse_locked, write_file
+from echo_lora.files import locked, new_folder, refuse_existing, refuse_locked, use_umask, write_file
 
 HOLD = """
 import sys
@@ -128,6 +128,14 @@ def test_files_have_the_permissions_of_the_umask(tmp_path):
         write_file(tmp_path / "file.json", lambda path: path.write_text("{}"))
     assert mode(tmp_path / "out") == mode(tmp_path / "out" / "inner") == 0o750
     assert mode(tmp_path / "out" / "inner" / "x.safetensors") == mode(tmp_path / "file.json") == 0o640
+
+
+def test_only_files_that_are_named_get_these_permissions(tmp_path):
+    for name in ("ours", "theirs"):
+        (tmp_path / name).touch(mode=0o600)
+    with umask(0o027):
+        use_umask(tmp_path, [tmp_path / "ours"])
+    assert (mode(tmp_path / "ours"), mode(tmp_path / "theirs")) == (mode(tmp_path) & 0o666, 0o600)
 
 
 @pytest.mark.parametrize("is_link", [False, True])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from architectures import collate, one_row, random_row, tiny_echo_model
 from echo_lora import step
@@ -186,11 +187,10 @@ def test_a_forward_that_lacks_what_the_step_needs_is_named(monkeypatch):
     base = model.get_base_model()
     forward = base.forward
     monkeypatch.setattr(base, "forward", lambda input_ids, attention_mask=None, **_: forward(input_ids=input_ids))
-    with (
-        model.keeping_echo(),
-        pytest.raises(EchoModelError, match=r"LlamaForCausalLM\.forward takes no past_key_values"),
-    ):
-        model.generate(input_ids=torch.tensor([[3, 4]]))
+    ids = torch.tensor([[3, 4]])
+    model._plain_forward(input_ids=ids, use_cache=False, logits_to_keep=1)  # these it can do without
+    with pytest.raises(EchoModelError, match=r"LlamaForCausalLM\.forward takes no past_key_values, which"):
+        model._plain_forward(input_ids=ids, cache=DynamicCache(config=base.config))
 
 
 def test_the_on_pass_runs_the_answer_columns_only():

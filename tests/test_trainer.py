@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from architectures import VOCAB, collate, lora_config, random_row, tiny_base
 from echo_lora import EchoCallback, EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
+from echo_lora.export import adapter_hash
 from echo_lora.routing import is_routed
 from tiny import tiny_tokenizer
 
@@ -622,8 +623,10 @@ def test_a_named_adapter_is_trained_saved_and_resumed(tmp_path, cls):
 )
 def test_an_adapter_with_other_hyperparameters_is_not_continued(tmp_path, config, words):
     model = echo_model()
+    before = adapter_hash(model)
     with pytest.raises(EchoModelError, match=words):
         model.load_adapter(str(saved_adapter(tmp_path, **config)), "default", is_trainable=True)
+    assert adapter_hash(model) == before
 
 
 def test_a_frozen_adapter_is_refused(tmp_path):

@@ -35,7 +35,7 @@ LOADED = (".safetensors", ".bin", ".pt", ".pth")  # files that a trainer reads b
 # What a trainer writes into a checkpoint; an interruption leaves temporary names of safetensors and of ours.
 WRITTEN = (
     *(f"*{suffix}" for suffix in LOADED),
-    *("trainer_state.json", CONFIG_FILE, "README.md", *TOKENIZER_FILES, ".tmp*", f".{SEAL}.*"),
+    *("trainer_state.json", CONFIG_FILE, "README.md", *TOKENIZER_FILES, IN_PROGRESS, ".tmp*", f".{SEAL}.*"),
 )
 
 
@@ -119,9 +119,10 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def clear_checkpoints(output_dir: Path) -> None:
-    """Remove all checkpoints in a folder, sealed or not, and the folder if nothing else is in it."""
+    """Remove all checkpoints of a study's run, sealed or not, TRL's card, and the folder if nothing else is in it."""
     for folder in checkpoints_in(output_dir):
         remove_checkpoint(folder)
+    remove_files(output_dir, ["README.md"])
     remove_empty(output_dir)
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -305,7 +305,7 @@ def verify_adapter(
     """
     folder = Path(folder)
     compare_adapter(folder, adapter_tensors(model, adapter_name), trained=trained)
-    with torch.random.fork_rng(), _only(model, adapter_name), torch.no_grad():
+    with torch.random.fork_rng(), _only(model, adapter_name), torch.no_grad(), _as_written():
         probe = probe_ids(model)  # (1, 16)
         before = model(input_ids=probe).logits
         after = _loaded_beside(model, folder, adapter_name)(input_ids=probe).logits
@@ -403,6 +403,11 @@ def probe_ids(model: PeftModel) -> Tensor:
     """(1, 16) ids from the middle of the vocabulary: ordinary tokens in every tokenizer."""
     vocabulary = model.config.get_text_config().vocab_size
     return (torch.arange(PROBE_TOKENS, device=model.device) * 7 + vocabulary // 3)[None] % vocabulary
+
+
+def _as_written() -> AbstractContextManager[None]:
+    """Compiled layers run as they are written: a copy is not compiled, and the compiler rounds in another way."""
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
@@ -551,7 +556,7 @@ def _prove_on(base: PreTrainedModel, model: PeftModel, folder: Path, adapter_nam
     advice = "Don't use this folder. Check that base is the model's own"
     if changes_base(model.peft_config[adapter_name]) and changes_base(read_adapter_config(folder)):
         advice += "; or, where PEFT does not make the same change of its weights again, save with as_lora=True"
-    with torch.random.fork_rng(), _only(model, adapter_name), torch.no_grad():
+    with torch.random.fork_rng(), _only(model, adapter_name), torch.no_grad(), _as_written():
         probe = probe_ids(model)  # (1, 16)
         before = model(input_ids=probe).logits.float().cpu()
         torch.manual_seed(2605)  # whoever loads it draws other numbers than training did

@@ -112,10 +112,13 @@ def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
         )
 
 
-def use_umask(folder: Path, pattern: str = "*") -> None:
-    """Give a folder's files the permissions that the umask gave the folder: safetensors makes its own 0600."""
+def use_umask(folder: Path, files: Iterable[Path] | None = None) -> None:
+    """Give files the permissions that the umask gave their folder: safetensors makes its own 0600.
+
+    files: by default all of a folder of our own making.
+    """
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
-    for path in folder.rglob(pattern):
+    for path in folder.rglob("*") if files is None else files:
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
 
@@ -173,7 +176,9 @@ def locked(output: str | Path) -> Iterator[None]:
     except OSError as error:
         raise EchoCheckpointError(f"{output} can't be locked: {error}. Choose another output.") from error
     try:
-        path.write_text(f"process {os.getpid()} on {platform.node()}, since {datetime.now():%Y-%m-%d %H:%M}\n")
+        holder = f"process {os.getpid()} on {platform.node()}, since {datetime.now():%Y-%m-%d %H:%M}\n"
+        with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file; then the holder has no name
+            path.write_text(holder, encoding="utf-8")
         yield
     finally:
         _release(lock, path)

@@ -15,7 +15,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM, TaskType, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModelForCausalLM,
+    TaskType,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -340,9 +346,11 @@ class EchoModel(PeftModelForCausalLM):
                 f"{model_id} does not fit the adapter {adapter_name!r}: {'; '.join(differences)}. Give get_echo_model "
                 "the LoraConfig that the saved adapter was made with."
             )
+        before = {name: t.clone() for name, t in get_peft_model_state_dict(self, adapter_name=adapter_name).items()}
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         for what, keys in (("lacks", result.missing_keys), ("holds also", result.unexpected_keys)):
             if keys:
+                set_peft_model_state_dict(self, before, adapter_name=adapter_name)
                 raise EchoModelError(
                     f"{model_id} does not fit the adapter {adapter_name!r}: it {what} {keys[0]} ({len(keys)} such "
                     "tensors). Give get_echo_model the LoraConfig that the saved adapter was made with."

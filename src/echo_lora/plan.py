@@ -153,7 +153,7 @@ def _on_meta(recipe: Recipe) -> tuple[PreTrainedModel, PeftModel]:
         model = add_adapter(recipe, base)
     model.train()
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         model.enable_input_require_grads()
     return base, model
 

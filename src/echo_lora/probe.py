@@ -109,7 +109,8 @@ def why_full_by_trial(
 
     devices = [device] if device.type != "cpu" else []
     # compiled layers run as they are: the shapes of a trial are worth no graph
-    with _evaluating(base_model), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+    apart = torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
+    with _evaluating(base_model), apart, torch.compiler.set_stance("force_eager"):
         try:
             stock = logits(slice(4))
         except Exception as error:

@@ -54,6 +54,7 @@ from echo_lora.checkpoint import (
     checkpoints_in,
     has_complete_checkpoint,
     last_complete_checkpoint,
+    read_seal,
     remove_checkpoint,
 )
 from echo_lora.data import PreparedData, refuse_unfit_tokens
@@ -348,6 +349,7 @@ def _reading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
     """
     try:
         if checkpoint is not None:
+            read_seal(checkpoint)  # whose error names the checkpoint to go on from
             state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             if state["global_step"] != int(checkpoint.name.rpartition("-")[2]):
                 raise ValueError(f"trainer_state.json is that of step {state['global_step']!r}")

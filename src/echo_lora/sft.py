@@ -156,7 +156,10 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self._has_echo and self.model.training:  # the one metric of TRL's loss that the step does not return
+        echo = self._echo_model
+        if echo is not None and echo.applies(
+            inputs.get("labels")
+        ):  # the one metric of TRL's loss that the step does not return
             tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
             self._total_train_tokens += tokens // self._tp_size
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]

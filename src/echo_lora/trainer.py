@@ -490,11 +490,12 @@ class EchoTrainerMixin(Trainer):
         tensors = adapter_tensors(model, name) if self._is_sharded else None
         if not self.args.should_save:
             return
-        use_umask(_adapter_folder(folder, model), ADAPTER_FILE)
+        adapter = _adapter_folder(folder, model)
+        use_umask(adapter, [adapter / ADAPTER_FILE])
         if tensors is None:
-            verify_adapter(model, _adapter_folder(folder, model), name, trained=trained)
+            verify_adapter(model, adapter, name, trained=trained)
         else:  # one process can't run a forward
-            compare_adapter(_adapter_folder(folder, model), tensors, trained=trained)
+            compare_adapter(adapter, tensors, trained=trained)
 
     def configuration(self) -> dict[str, Any]:
         """What decides the result of this run; a resume must agree on all of it."""
@@ -576,6 +577,8 @@ class EchoTrainerMixin(Trainer):
             return None
         self._load_from_checkpoint(str(folder))
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
