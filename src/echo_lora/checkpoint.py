@@ -39,11 +39,17 @@ WRITTEN = (
 )
 
 
-def seal_checkpoint(folder: Path, *, configuration: dict[str, Any], initial_adapter_sha256: str | None) -> None:
-    """Declare the checkpoint complete: every file in it with its SHA-256, and what decides the run's result."""
+def seal_checkpoint(
+    folder: Path, *, configuration: dict[str, Any], initial_adapter_sha256: str | None, num_tokens: int = 0
+) -> None:
+    """Declare the checkpoint complete: every file in it with its SHA-256, and what decides the run's result.
+
+    num_tokens: those trained on so far, as TRL counts them for its log; a resume goes on counting from there.
+    """
     use_umask(folder)
     seal = {
         "initial_adapter_sha256": initial_adapter_sha256,
+        "num_tokens": num_tokens,
         "configuration": _plain(configuration),
         "files": {
             path.relative_to(folder).as_posix(): _sha256(path)
@@ -136,11 +142,12 @@ def _seal(folder: Path) -> dict[str, Any]:
     try:
         seal = json.loads(path.read_text(encoding="utf-8"))
         is_one = isinstance(seal["configuration"], dict) and all(map(_is_inside, seal["files"].keys()))
+        is_one = is_one and isinstance(seal["num_tokens"], int)
         seal["initial_adapter_sha256"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EchoCheckpointError(f"{path} is damaged: {error!r}.") from error
     if not is_one:
-        raise EchoCheckpointError(f"{path} is damaged: it does not list files of its folder.")
+        raise EchoCheckpointError(f"{path} is damaged: it does not list files of its folder, or no number of tokens.")
     return seal
 
 

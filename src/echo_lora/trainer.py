@@ -245,6 +245,7 @@ class EchoTrainerMixin(Trainer):
 
     data_collator: Any
     train_dataset: Any
+    _total_train_tokens = 0  # SFTTrainer's, which it counts from 0 after a resume too
     _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -441,7 +442,12 @@ class EchoTrainerMixin(Trainer):
         self._prove(folder)
         if not self.args.should_save:
             return
-        seal_checkpoint(folder, configuration=self.configuration(), initial_adapter_sha256=self.initial_adapter_hash)
+        seal_checkpoint(
+            folder,
+            configuration=self.configuration(),
+            initial_adapter_sha256=self.initial_adapter_hash,
+            num_tokens=self._total_train_tokens,
+        )
         if pushes:
             self._push_from_checkpoint(str(folder))
         rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
@@ -547,6 +553,7 @@ class EchoTrainerMixin(Trainer):
             seal = read_seal(Path(resume_from_checkpoint))
             compare_configuration(Path(resume_from_checkpoint), seal["configuration"], self.configuration())
             self.initial_adapter_hash = seal["initial_adapter_sha256"]
+            self._total_train_tokens = seal["num_tokens"]
             ended = self._already_ended(Path(resume_from_checkpoint))
             if ended is not None:
                 return ended
