@@ -13,6 +13,8 @@ export OMP_WAIT_POLICY ?= passive
 TORCH ?= torch==2.13.0
 TESTS ?= tests
 QUICK := -n 2 -m "not slow"
+# one thread for each of the two workers
+test test-slow test-newest test-oldest: export OMP_NUM_THREADS := 1
 
 .PHONY: demo study-quick test test-slow test-newest test-oldest check format clean
 
