@@ -13,7 +13,7 @@ A message says what is wrong, where (file and line, row, layer name, field), and
 carries the values. Wrong use of the command line is reported by typer with exit status 2.
 """
 
-LONGEST_LINE, MOST_LINES = 1200, 12  # of a message
+LONGEST_LINE, MOST_LINES = 1000, 12  # of a message
 
 
 def shortened(text: str) -> str:
