@@ -36,6 +36,7 @@ from echo_lora.config import EchoConfig, first_problem
 from echo_lora.errors import EchoCheckpointError, EchoModelError
 from echo_lora.files import new_folder
 from echo_lora.inject import decoder_layers
+from echo_lora.probe import evaluating
 from echo_lora.schema import LARGEST_RANK
 from echo_lora.variants import SUBTRACTED, changes_base
 
@@ -413,21 +414,18 @@ def _as_written() -> AbstractContextManager[None]:
 @contextmanager
 def _only(model: PeftModel, adapter_name: str) -> Iterator[None]:
     """The model in eval mode, with this adapter active; afterwards each module and parameter is as it was."""
-    was_training = [(module, module.training) for module in model.modules()]
     was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = list(model.active_adapters)
     try:
-        model.eval()
         if active != [adapter_name]:
             model.base_model.set_adapter(adapter_name)
-        yield
+        with evaluating(model):
+            yield
     finally:
         if active != [adapter_name]:
             model.base_model.set_adapter(active)
         for parameter, requires_grad in was_trainable:
             parameter.requires_grad_(requires_grad)
-        for module, training in was_training:
-            module.training = training
 
 
 def _loaded_beside(model: PeftModel, folder: Path, adapter_name: str) -> PeftModel:

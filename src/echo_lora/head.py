@@ -10,7 +10,7 @@ the model's own logits, not taken on trust: a model that does something else kee
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,12 @@ from transformers import PreTrainedModel
 
 PROBED_LOGITS = (1.0, 100.0)
 FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # what configurations call a factor of logits
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Leave the random numbers of the CPU and of this device as they were."""
+    devices = [device] if device.type != "cpu" else []
+    return torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
 
 
 class Head:
@@ -72,8 +78,7 @@ class Head:
         What the tokens are does not matter then, and logits that happen to be zero hide no factor.
         input_ids, position_ids: (1, T), run without gradient; the random number generators are left as they were.
         """
-        devices = [input_ids.device] if input_ids.device.type != "cpu" else []
-        with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+        with forked_rng(input_ids.device):
             with self.intercepting() as states:
                 forward(input_ids=input_ids, position_ids=position_ids, use_cache=False)
             if len(states) != 1 or states[0].dim() != 3:

@@ -44,18 +44,26 @@ def decoder_layers(base_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
     Raises EchoModelError if the model has none.
     """
-    depth = base_model.config.get_text_config().num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
+    found = outermost_lists(base_model)
     if not found:
+        depth = base_model.config.get_text_config().num_hidden_layers
         raise EchoModelError(
             f"{type(base_model).__name__} holds no list of {depth} decoder layers, so source and target layers "
             "can't be found. The echo needs a decoder-only language model of transformers."
         )
-    return min(found, key=lambda item: item[0].count("."))
+    return found[0]
+
+
+def outermost_lists(base_model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """Names and lists of length `num_hidden_layers` that lie least deep; one, if its items are the decoder layers."""
+    length = base_model.config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == length
+    ]
+    depth = min((name.count(".") for name, _ in found), default=0)
+    return [(name, module) for name, module in found if name.count(".") == depth]
 
 
 def target_modules(

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from echo_lora.errors import EchoModelError
+from echo_lora.head import forked_rng
+from echo_lora.inject import outermost_lists
 from echo_lora.prefix import PrefixRecorder, PrefixSharing
 
 WORKING = "docs/architectures.md lists the models that work."
@@ -36,16 +38,10 @@ def refuse_base(base_model: PreTrainedModel) -> None:
         raise EchoModelError(
             f"the configuration of {name} has no num_hidden_layers, by which decoder layers are found. {WORKING}"
         )
-    lists = [
-        path
-        for path, module in base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
-    ]
-    depth = min((path.count(".") for path in lists), default=0)
-    outermost = [path for path in lists if path.count(".") == depth]
-    if len(outermost) > 1:
+    lists = [name for name, _ in outermost_lists(base_model)]
+    if len(lists) > 1:
         raise EchoModelError(
-            f"{name} keeps the parts of its layers in several lists ({', '.join(outermost)}), so that no module gives "
+            f"{name} keeps the parts of its layers in several lists ({', '.join(lists)}), so that no module gives "
             f"the state of a layer. {WORKING}"
         )
     if getattr(config, "local_attn_chunk_length", None) is not None:
@@ -107,10 +103,8 @@ def why_full_by_trial(
         given = {"input_ids": input_ids[rows, start:], "attention_mask": attention_mask[rows]}
         return forward(**given, use_cache=False, output_router_logits=False, **kwargs).logits.float()  # (rows, T, V)
 
-    devices = [device] if device.type != "cpu" else []
     # compiled layers run as they are: the shapes of a trial are worth no graph
-    apart = torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
-    with _evaluating(base_model), apart, torch.compiler.set_stance("force_eager"):
+    with evaluating(base_model), forked_rng(device), torch.compiler.set_stance("force_eager"):
         try:
             stock = logits(slice(4))
         except Exception as error:
@@ -180,7 +174,7 @@ def _named_tokens(config: dict[str, Any]) -> set[int]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode, without dropout; each module has its own mode back afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
