@@ -54,7 +54,6 @@ from echo_lora.checkpoint import (
     checkpoints_in,
     has_complete_checkpoint,
     last_complete_checkpoint,
-    read_seal,
     remove_checkpoint,
 )
 from echo_lora.data import PreparedData, refuse_unfit_tokens
@@ -348,13 +347,6 @@ def _reading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
     Raises EchoCheckpointError for a checkpoint that is whole and can't be gone on from.
     """
     try:
-        if checkpoint is not None:
-            read_seal(checkpoint)  # whose error names the checkpoint to go on from
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            if state["global_step"] != int(checkpoint.name.rpartition("-")[2]):
-                raise ValueError(f"trainer_state.json is that of step {state['global_step']!r}")
-            if not all(isinstance(entry, dict) for entry in state["log_history"]):
-                raise ValueError("trainer_state.json has entries in its log that are no mappings")
         yield
     except Exception as error:
         if checkpoint is None or progress.has_begun or isinstance(error, EchoError):

@@ -579,7 +579,7 @@ class EchoTrainerMixin(Trainer):
 
     def _already_ended(self, folder: Path) -> TrainOutput | None:
         """The result of a run whose last step this checkpoint holds: Trainer would train on to the end of its epoch."""
-        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        state = self._saved_state(folder)
         if state.global_step < state.max_steps or self.is_deepspeed_enabled or self._is_sharded:
             return None
         self._load_from_checkpoint(str(folder))
@@ -587,6 +587,21 @@ class EchoTrainerMixin(Trainer):
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {})
+
+    def _saved_state(self, folder: Path) -> TrainerState:
+        path = folder / TRAINER_STATE_NAME
+        try:
+            state = TrainerState.load_from_json(str(path))
+            step = folder.name.removeprefix("checkpoint-")
+            if step.isdecimal() and state.global_step != int(step):
+                raise ValueError(f"it is that of step {state.global_step!r}")
+            if not all(isinstance(entry, dict) for entry in state.log_history):
+                raise ValueError("it has entries in its log that are no mappings")
+            return state
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise EchoCheckpointError(
+                f"{path} can't be gone on from: {error}. Resume from another checkpoint."
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
