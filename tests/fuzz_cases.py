@@ -20,9 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import typer
 import yaml
 from safetensors.torch import load_file, save_file
 
+from echo_lora.cli import app
 from tiny_recipe import ROWS
 
 Arrange = Callable[[Path], Any]
@@ -2516,19 +2518,7 @@ def options() -> list[Case]:
     ) -> None:
         cases.append(Case(" ".join(shown(arg) for arg in args), args, is_sound, needs, makes=makes, says=says))
 
-    for command in (
-        "train",
-        "preview",
-        "plan",
-        "eval",
-        "merge",
-        "doctor",
-        "demo",
-        "bench",
-        "compare",
-        "report",
-        "data",
-    ):
+    for command in typer.main.get_command(app).commands:
         add([command, "--help"], True)
         add([command, "--nothing"])
         add([command, "--set"])

@@ -153,14 +153,28 @@ def has_position_table(model: PreTrainedModel, positions: int) -> bool:
     )
 
 
-def empty_model(reference: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of `reference` on torch's meta device: shapes and names without weights."""
+def empty_model(
+    reference: str | Path,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of `reference` on torch's meta device: shapes and names without weights. Raises EchoModelError."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = load_config(reference, trust_remote_code)
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    kind = config.dtype if dtype == "auto" else getattr(torch, dtype)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        try:
+            return AutoModelForCausalLM.from_config(
+                config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code, **options
+            )
+        except Exception as error:  # a damaged or hand-made config.json can make transformers raise anything
+            raise EchoModelError(
+                f"{reference} can't be built: {type(error).__name__}: {error}. Choose another model or option."
+            ) from error
 
 
 def packaged_model(cache_dir: str | Path | None = None) -> Path:

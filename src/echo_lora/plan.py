@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from echo_lora.base_models import load_config
+from echo_lora.base_models import empty_model
 from echo_lora.config import EchoConfig
 from echo_lora.data import PreparedData, Segment, preview_segments
 from echo_lora.environment import peak_memory
@@ -136,20 +135,8 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _on_meta(recipe: Recipe) -> tuple[PreTrainedModel, PeftModel]:
-    config = load_config(recipe.model, recipe.trust_remote_code)
-    options: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
-    if recipe.attn_implementation is not None:
-        options["attn_implementation"] = recipe.attn_implementation
-    dtype = config.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    base = empty_model(recipe.model, recipe.dtype, recipe.attn_implementation, recipe.trust_remote_code)
     with torch.device("meta"):
-        try:
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32, **options)
-        except (
-            Exception
-        ) as error:  # a config.json that was damaged or made by hand can make transformers raise anything
-            raise EchoModelError(
-                f"{recipe.model} can't be built: {type(error).__name__}: {error}. Choose another model or option."
-            ) from error
         model = add_adapter(recipe, base)
     model.train()
     if recipe.training.gradient_checkpointing:

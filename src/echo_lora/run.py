@@ -259,7 +259,9 @@ def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, dict[str, list[Pre
             data.source,
             vocabulary=config.vocab_size,
             positions=positions,
-            has_table=lambda: has_position_table(empty_model(recipe.model, recipe.trust_remote_code), positions or 0),
+            has_table=lambda: has_position_table(
+                empty_model(recipe.model, trust_remote_code=recipe.trust_remote_code), positions or 0
+            ),
         )
     return tokenizer, prepared
 
