@@ -26,7 +26,7 @@ def prepared(args: Any) -> Any:
 
 
 def make_trainer(
-    folder: Path, kind: str, base: str, method: str, dtype: str, normalization: str, data: list[int], **kwargs: Any
+    folder: Path, kind: str, base: str, method: str, dtype: str, echo: str, data: list[int], **kwargs: Any
 ) -> EchoTrainer:
     kwargs |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     if kind == "EchoSFTTrainer":
@@ -42,7 +42,7 @@ def make_trainer(
             peft_config=lora_config(method=method),
             echo_config=ROUTED,
         )
-    model = tiny_echo_model(base, method=method, normalization=normalization, routing_schedule="linear")
+    model = tiny_echo_model(base, method=method, routing_schedule="linear", **json.loads(echo))
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, dtype))

@@ -35,6 +35,8 @@ def oracle_step(
     is_routed: bool = True,
     num_items: int | None = None,
     train_on_prompt: bool = False,
+    answer_weight: float = 1.0,
+    distillation_weight: float | None = None,
     together: bool = False,
 ) -> OracleLosses:
     """One step for rows of (token ids, labels), without padding; model is an EchoModel, used as a PEFT model.
@@ -47,8 +49,23 @@ def oracle_step(
     terms = [_sums(model, group, source_layers, config, train_on_prompt) for group in groups]
     n = sum(count for *_, count in terms) if num_items is None else num_items
     ce_off, ce_on, kl, ce_prompt = (sum(values) / n for values in list(zip(*terms, strict=True))[:4])
-    loss = ce_prompt + ce_off + (ce_on + config.distillation_weight * kl if is_routed else 0)
+    weight = config.distillation_weight if distillation_weight is None else distillation_weight
+    loss = ce_prompt + answer_weight * ce_off
+    if is_routed:
+        of_off, of_on = ce_off + weight * kl, ce_on  # what trains the student, and what the teacher
+        if config.distillation_direction == "off_to_on":
+            of_off, of_on = ce_off, ce_on + weight * kl
+        if config.echo_on_updates == "echo_only":
+            of_on = _trains_only(of_on, list(model.echo.parameters()))
+        loss = ce_prompt + answer_weight * config.routed_loss_scale * (of_off + of_on)
     return OracleLosses(loss, ce_off, ce_on, kl, torch.cat([z for *_, z, _ in terms]), ce_prompt)
+
+
+def _trains_only(value: Tensor, parameters: list[Tensor]) -> Tensor:
+    """The value, with its own gradient for these parameters, and none for any other."""
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    linear = sum((g * p).sum() for g, p in zip(gradients, parameters, strict=True) if g is not None)
+    return linear + (value - linear).detach()
 
 
 def _sums(
@@ -66,9 +83,9 @@ def _sums(
         labels[b, : len(ids)] = torch.tensor(row_labels)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
 
-    # pass 1, without gradient: z at the boundary
+    # pass 1, without gradient unless the echo is to carry it: z at the boundary
     boundary = [next(t for t, label in enumerate(row_labels) if label != -100) - 1 for _, row_labels in rows]
-    with torch.no_grad():
+    with torch.set_grad_enabled(config.source_gradient):
         states = base(**inputs, output_hidden_states=True).hidden_states  # [s + 1]: output of layer s
     if base.config.model_type in WITHOUT_EMBEDDING:
         states = (None, *states)
@@ -134,6 +151,9 @@ def _sums(
             ce_off = ce_off - F.log_softmax(q_off, -1)[labels[b, t]]
             ce_on = ce_on - F.log_softmax(q_on, -1)[labels[b, t]]
             teacher, student = (q_on, q_off) if config.distillation_direction == "on_to_off" else (q_off, q_on)
+            is_better = F.softmax(teacher, -1)[labels[b, t]] > F.softmax(student, -1)[labels[b, t]]
+            if config.distillation_tokens == "teacher_better" and not is_better:
+                continue
             p_teacher = F.softmax(teacher.detach() / tau, -1)
             kl = kl + tau**2 * (p_teacher * (p_teacher.log() - F.log_softmax(student / tau, -1))).sum()
     return ce_off, ce_on, kl, ce_prompt, z, count

@@ -53,7 +53,7 @@ def launch(folder: Path, plan: str, **settings: Any) -> subprocess.CompletedProc
         "base": "llama",
         "method": "lora",
         "dtype": "float32",
-        "normalization": "layer",
+        "echo": "{}",  # of the EchoConfig, as JSON
         "data": [24, 0],
         "stop": None,
     }
@@ -150,10 +150,37 @@ def test_fsdp2_gives_what_one_process_does(tmp_path, reference, settings):
     assert_same(reference(**of_one), train(tmp_path, "fsdp2", **settings))
 
 
+OPTIONS = {
+    "source_gradient": {"source_gradient": True, "gradient_clipping": "apart"},
+    "echo_only": {"echo_on_updates": "echo_only", "distillation_tokens": "teacher_better", "routed_loss_scale": 0.5},
+    "warm-ups": {"distillation_warmup": 0.6, "echo_lr_warmup": 0.6, "echo_lr_multiplier": 3.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [(plan, name) for plan in ("ddp", "fsdp2") for name in OPTIONS if (plan, name) != ("fsdp2", "echo_only")],
+)
+def test_options_on_two_processes_also_after_a_resume(tmp_path, reference, plan, options, checkpointing):
+    settings = {"echo": json.dumps(OPTIONS[options])}
+    train(tmp_path, plan, stop=3, activation_checkpointing=checkpointing, **settings)
+    resumed = train(tmp_path, plan, resume=True, activation_checkpointing=checkpointing, **settings)
+    assert_same(reference(**settings), resumed)
+
+
+@pytest.mark.slow
+def test_an_echo_on_pass_that_trains_the_echo_only_is_refused_with_fsdp2(tmp_path):
+    done = launch(tmp_path, "fsdp2", echo=json.dumps(OPTIONS["echo_only"]))
+    assert done.returncode != 0
+    assert "echo_on_updates='echo_only' can't be combined with parameters that are shared out" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["ddp", "fsdp2"])
 def test_statistics_of_states_are_those_of_all_processes_also_after_a_resume(tmp_path, reference, plan):
-    settings = {"normalization": "standardize"}
+    settings = {"echo": '{"normalization": "standardize"}'}
     one = reference(**settings)
     assert one.echo["standardize.steps"] > 0
     train(tmp_path, plan, stop=3, **settings)

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file
+from torch import nn
 
 from architectures import ARCHITECTURES, VOCAB, collate, lora_config, random_row, tiny_base, tiny_echo_model
 from echo_lora import EchoConfig, EchoModel, EchoOutput, get_echo_model
 from echo_lora.echo import EchoNetworks, Standardize, apply_control, echo_representation
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoModelError
+from echo_lora.step import reading
 
 
 def batch_of(*shapes, seed=0, side="right"):
@@ -250,12 +252,19 @@ def test_the_echo_alone_lowers_ce_on_below_ce_off():
     assert model.echo_losses(**batch, is_routed=True).ce_on > 10 * after.ce_on
 
 
-def test_representation_is_the_normalised_mean_without_gradient():
-    hidden = [torch.randn(3, 16, requires_grad=True) * 5 + 2 for _ in range(2)]
-    z = echo_representation(hidden)
+@pytest.mark.parametrize("keeps_graph", [False, True])
+def test_states_are_read_without_gradient_unless_it_is_wanted(keeps_graph):
+    layer = nn.Linear(4, 4)
+    with reading([layer], torch.tensor([2, 0]), 3, keeps_graph=keeps_graph) as hidden:
+        output = layer(torch.randn(2, 3, 4))
+    assert hidden[0].requires_grad == keeps_graph
+    torch.testing.assert_close(hidden[0], output[[0, 1], [2, 0]])
+
+
+def test_representation_is_the_normalised_mean():
+    z = echo_representation([torch.randn(3, 16) * 5 + 2 for _ in range(2)])
     assert z.shape == (3, 16)
     assert z.dtype == torch.float32
-    assert not z.requires_grad
     torch.testing.assert_close(z.mean(-1), torch.zeros(3), atol=1e-6, rtol=0)
     torch.testing.assert_close(z.var(-1, unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
 

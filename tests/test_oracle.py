@@ -53,7 +53,8 @@ def assert_equals_oracle(
     is_routed, num_items = step.get("is_routed", True), step.get("num_items")
     trains_prompt = step.get("train_on_prompt", False)
     batch = collate(rows, side, train_on_prompt=trains_prompt)
-    actual = model.echo_losses(**batch, is_routed=is_routed, num_items_in_batch=num_items)
+    weights = {name: step[name] for name in ("answer_weight", "distillation_weight") if name in step}
+    actual = model.echo_losses(**batch, is_routed=is_routed, num_items_in_batch=num_items, **weights)
     actual.loss.backward()
     actual_gradients = gradients(model)
 
@@ -124,6 +125,75 @@ def test_standardised_states(name, echo_step):
         model.train().echo_losses(**collate(mixed_rows(2), "right"), is_routed=True)
     model.set_routing_clock(1, 2)
     assert_equals_oracle(model.eval(), mixed_rows())
+
+
+CHECKPOINTED = pytest.mark.parametrize("is_checkpointed", [False, True])
+
+
+def checkpointed(model) -> None:
+    """As test_gradient_checkpointing: the oracle runs before."""
+    model.gradient_checkpointing_enable()
+    model.train()
+
+
+@CHECKPOINTED
+@pytest.mark.parametrize("echo_step", ["shared_prefix", "full"])
+@pytest.mark.parametrize("normalization", ["layer", "standardize"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_a_gradient_through_the_echo(name, normalization, echo_step, is_checkpointed):
+    model = tiny_echo_model(name, source_gradient=True, normalization=normalization, echo_step=echo_step)
+    if normalization == "standardize":
+        model.train().echo_losses(**collate(mixed_rows(2), "right"), is_routed=True)
+        model.set_routing_clock(1, 2)
+        model.eval()
+    assert_equals_oracle(model, mixed_rows(), prepare=checkpointed if is_checkpointed else None)
+
+
+@CHECKPOINTED
+@pytest.mark.parametrize("direction", ["on_to_off", "off_to_on"])
+@pytest.mark.parametrize("echo_step", ["shared_prefix", "full"])
+@pytest.mark.parametrize(
+    ("name", "method"), [("llama", "lora"), ("llama", "dora"), ("gpt2", "lora"), ("gemma3", "lora")]
+)
+@pytest.mark.parametrize("site", ["lora_input", "output"])
+def test_an_echo_on_pass_that_trains_the_echo_only(site, name, method, echo_step, direction, is_checkpointed):
+    model = tiny_echo_model(
+        name,
+        method=method,
+        injection_site=site,
+        echo_on_updates="echo_only",
+        echo_step=echo_step,
+        distillation_direction=direction,
+    )
+    assert_equals_oracle(model, mixed_rows(), prepare=checkpointed if is_checkpointed else None)
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("direction", ["on_to_off", "off_to_on"])
+@pytest.mark.parametrize("chunk", [1, 7, 256])
+def test_distillation_where_the_teacher_is_better(chunk, direction, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * VOCAB)
+    model = tiny_echo_model(distillation_tokens="teacher_better", distillation_direction=direction)
+    everywhere = tiny_echo_model(distillation_direction=direction)
+    batch = collate(mixed_rows(), "right")
+    some, every = (m.echo_losses(**batch, is_routed=True).distillation.item() for m in (model, everywhere))
+    assert 0 < some < every  # of some positions, not of none or all
+    assert_equals_oracle(model, mixed_rows())
+
+
+@CHECKPOINTED
+@pytest.mark.parametrize("is_routed", [False, True])
+@pytest.mark.parametrize("trains_prompt", [False, True])
+def test_every_weight_of_the_loss(trains_prompt, is_routed, is_checkpointed):
+    assert_equals_oracle(
+        tiny_echo_model(routed_loss_scale=0.5),
+        mixed_rows(),
+        prepare=checkpointed if is_checkpointed else None,
+        is_routed=is_routed,
+        train_on_prompt=trains_prompt,
+        answer_weight=1.6,
+        distillation_weight=0.3,
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import binomtest
 
 from echo_lora.config import EchoConfig
-from echo_lora.routing import is_routed, routing_probability
+from echo_lora.routing import distillation_weight, echo_lr_factor, is_routed, routing_probability
 
 
 def test_linear_schedule_starts_and_ends_where_told():
@@ -53,3 +53,15 @@ def test_frequencies_follow_the_schedule():
 def test_certainty(p, expected):
     config = EchoConfig(routing_schedule="constant", routing_start=p)
     assert all(is_routed(config, step, 500) is expected for step in range(500))
+
+
+def test_warm_ups_rise_in_a_share_of_the_training():
+    config = EchoConfig(distillation_weight=2.0, distillation_warmup=0.4, echo_lr_warmup=0.2)
+    assert [distillation_weight(config, step, 10) for step in (0, 1, 2, 4, 9)] == pytest.approx([0, 0.5, 1, 2, 2])
+    assert [echo_lr_factor(config, step, 10) for step in (0, 1, 2, 9)] == pytest.approx([0.5, 1, 1, 1])
+
+
+def test_without_a_warm_up_the_first_step_is_like_any_other():
+    config = EchoConfig(distillation_weight=0.5)
+    assert distillation_weight(config, 0, 10) == 0.5
+    assert echo_lr_factor(config, 0, 10) == 1.0

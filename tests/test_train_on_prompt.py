@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import peft
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from architectures import Row, collate, lora_config, random_row, tiny_base
-from echo_lora import EchoCallback, EchoConfig, EchoTrainer, get_echo_model
+from echo_lora import EchoCallback, EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
 from echo_lora.data import check_tokenized_dataset, prepare_rows
-from echo_lora.errors import EchoCheckpointError, EchoDataError
+from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
 from echo_lora.plan import plan, preview
 from echo_lora.recipe import load_recipe
 from echo_lora.run import run
 from echo_lora.trainer import _RowCollator
-from test_trainer import DATASETS, ROUTED, adapter_of, arguments, collator, sft_trainer
+from test_trainer import DATASETS, ROUTED, adapter_of, arguments, collator, sft_arguments, sft_trainer
 from tiny import tiny_tokenizer
 from tiny_recipe import ROWS, tiny_recipe
 
@@ -255,3 +256,109 @@ def test_sft_without_the_argument_trains_on_answers_only(tmp_path):
     trainer = sft_trainer(tmp_path, DATASETS["prompt-completion"])
     trainer.train()
     assert "ce_prompt" not in trainer.state.log_history[0]
+
+
+# ------------------------------------------------------------ weight of answers
+
+
+def weighted_loss(model, rows: list[Row], weight: float) -> torch.Tensor:
+    """(CE of prompt tokens + weight · CE of answer tokens) / number of tokens, row by row."""
+    total, count = torch.zeros(()), 0
+    for ids, labels in rows:
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        for t in range(1, len(ids)):
+            total = total - (1 if labels[t] == -100 else weight) * log_probs[t - 1, ids[t]]
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("echo", [False, True])
+def test_the_weight_of_answers_is_one_thing_with_and_without_the_echo(tmp_path, echo, accumulation):
+    rows = some_rows(8)
+    torch.manual_seed(5)
+    base = tiny_base()
+    if echo:  # never routed: what is left is LoRA
+        config = dataclasses.replace(ROUTED, routing_start=0.0, routing_end=0.0)
+        model = get_echo_model(base, lora_config(init_lora_weights=False), config)
+    else:
+        model = peft.get_peft_model(base, lora_config(init_lora_weights=False))
+    expected = weighted_loss(model, rows, 1.6)
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    args = sft_arguments(
+        tmp_path,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0.0,
+        completion_only_loss=False,
+    )
+    seen: dict[str, torch.Tensor] = {}
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer = EchoSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=whole_text(rows),
+        processing_class=tiny_tokenizer(),
+        callbacks=[Gradients()],
+        answer_weight=1.6,
+    )
+    trainer.train()
+    logged = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
+    assert logged == pytest.approx(expected.item(), abs=1e-4)  # rounded by the log
+    assert {n for n in gradients if "lora_" in n} <= seen.keys()
+    for name, gradient in gradients.items():
+        error = (seen[name] - gradient).norm() / gradient.norm()
+        assert error <= 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "words"),
+    [
+        (0.0, {}, "answer_weight = 0.0 must be a number above 0"),
+        (2.0, {"completion_only_loss": True}, "only answers are trained on"),
+        (2.0, {"loss_type": "dft"}, "loss_type='dft' can't be combined with answer_weight=2"),
+        (2.0, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 can't be combined with answer_weight=2"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")  # TRL's own, and refused
+def test_a_weight_of_answers_that_can_t_be_meant_is_refused(tmp_path, weight, options, words):
+    rows = whole_text(some_rows(4))
+    if options.get("completion_only_loss"):
+        rows = rows.remove_columns("completion_mask")
+    args = sft_arguments(tmp_path, **{"completion_only_loss": False} | options)
+    model = peft.get_peft_model(tiny_base(), lora_config())
+    with pytest.raises(EchoConfigError, match=words):
+        EchoSFTTrainer(
+            model=model, args=args, train_dataset=rows, processing_class=tiny_tokenizer(), answer_weight=weight
+        )
+
+
+def test_a_plain_trainer_can_t_weigh_answers_without_the_echo(tmp_path):
+    model = peft.get_peft_model(tiny_base(), lora_config())
+    with pytest.raises(EchoConfigError, match="needs EchoSFTTrainer"):
+        EchoTrainer(
+            model=model,
+            args=arguments(tmp_path),
+            train_dataset=whole_text(some_rows(4)),
+            data_collator=collator,
+            answer_weight=2.0,
+        )
+
+
+def test_answers_of_a_recipe_are_weighed(tmp_path):
+    path = tiny_recipe(tmp_path)
+    with pytest.raises(EchoConfigError, match=r"answer_weight = 2 weighs answers .* set data\.train_on_prompt"):
+        load_recipe(path, ["training.answer_weight=2"])
+    losses = []
+    for place, weight in enumerate((1, 3)):
+        options = ["data.train_on_prompt=true", f"training.answer_weight={weight}", "echo=false"]
+        result = run(load_recipe(path, [*options, f"output={tmp_path / str(place)}"]))
+        losses.append(result.history[0]["loss"])
+    assert losses[1] > 1.3 * losses[0]

@@ -18,7 +18,9 @@ from architectures import VOCAB, collate, lora_config, random_row, tiny_base
 from echo_lora import EchoCallback, EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
 from echo_lora.export import adapter_hash
+from echo_lora.optimizer import separate_echo
 from echo_lora.routing import is_routed
+from echo_lora.trainer import refuse_deepspeed
 from tiny import tiny_tokenizer
 
 ROUTED = EchoConfig(source_layers=[2], target_layers=[0, 1], bottleneck=8, echo_lr_multiplier=1.0)
@@ -137,6 +139,105 @@ def test_echo_has_a_learning_rate_of_its_own(tmp_path):
             assert (id(parameter) in of_echo) == bool(group.get("echo"))
             found += 1
     assert found == sum(p.requires_grad for p in model.parameters())
+
+
+class Rates(TrainerCallback):
+    """The learning rates with which each optimizer step is made: of the adapter, of the echo."""
+
+    def __init__(self, trainer):
+        self.seen = []
+        step = trainer.optimizer.step
+
+        def watched(*args, **kwargs):
+            of_echo = [bool(group.get("echo")) for group in trainer.optimizer.param_groups]
+            rates = [group["lr"] for group in trainer.optimizer.param_groups]
+            self.seen.append((rates[of_echo.index(False)], rates[of_echo.index(True)]))
+            return step(*args, **kwargs)
+
+        trainer.optimizer.step = watched
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_the_echo_warms_up_by_itself(tmp_path, stock):
+    model = echo_model(echo_lr_multiplier=2.0, echo_lr_warmup=0.5)
+    trainer = trainer_of(tmp_path, model, lr_scheduler_type="linear", max_grad_norm=0)
+    if stock:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        separate_echo(optimizer, model)
+        trainer = Trainer(
+            model=model,
+            args=trainer.args,
+            train_dataset=rows(),
+            data_collator=collator,
+            callbacks=[EchoCallback()],
+            optimizers=(optimizer, None),
+        )
+    trainer.create_optimizer()
+    rates = Rates(trainer)
+    trainer.train()
+    falling = [1e-2 * (1 - step / 6) for step in range(6)]
+    assert [of_adapter for of_adapter, _ in rates.seen] == pytest.approx(falling)
+    factors = [1 / 3, 2 / 3, 1, 1, 1, 1]
+    assert [of_echo for _, of_echo in rates.seen] == pytest.approx(
+        [2 * rate * factor for rate, factor in zip(falling, factors, strict=True)]
+    )
+    assert trainer.state.log_history[0]["learning_rate"] == pytest.approx(falling[0])
+
+
+def test_a_warm_up_of_the_echo_needs_groups_of_its_own(tmp_path):
+    model = echo_model(echo_lr_warmup=0.5)
+    args = arguments(tmp_path)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(), data_collator=collator, callbacks=[EchoCallback()])
+    with pytest.raises(EchoConfigError, match=r"echo_lr_warmup=0\.5 needs .* groups of their own.*separate_echo"):
+        trainer.train()
+
+
+def test_the_weight_of_the_distillation_rises(tmp_path):
+    model = echo_model(distillation_warmup=1.0, distillation_weight=3.0, routing_end=1.0)
+    trainer = trainer_of(tmp_path, model)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "ce_on" in log]
+    for step, log in enumerate(logs):
+        rest = log["loss"] - log["ce_off"] - log["ce_on"]
+        assert rest == pytest.approx(3 * step / 6 * log["distillation"], abs=2e-4)
+    assert logs[-1]["distillation"] > 1e-3  # there is something to weigh
+
+
+def test_adapter_and_echo_are_clipped_apart(tmp_path, monkeypatch):
+    model = echo_model(gradient_clipping="apart")
+    trainer = trainer_of(tmp_path, model, max_grad_norm=0.5)
+    given = torch.Generator().manual_seed(0)
+    of_echo = {id(p) for p in model.echo.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.randn(parameter.shape, generator=given) * (100 if id(parameter) in of_echo else 1)
+    before = [parameter.grad.clone() for parameter in trained]
+    parts = [
+        [g for g, p in zip(before, trained, strict=True) if (id(p) in of_echo) == which] for which in (False, True)
+    ]
+    norms = [torch.cat([g.flatten() for g in part]).norm() for part in parts]
+    assert trainer._clip_grad_norm(model).item() == pytest.approx(norms[0].item(), rel=1e-5)  # the adapter's
+    for parameter, gradient in zip(trained, before, strict=True):
+        expected = gradient * 0.5 / norms[id(parameter) in of_echo]
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_clipping_apart_is_refused_where_it_can_t_be_done(tmp_path):
+    model = echo_model(gradient_clipping="apart")
+    args = arguments(tmp_path)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(), data_collator=collator, callbacks=[EchoCallback()])
+    with pytest.raises(EchoConfigError, match="gradient_clipping='apart' can't be done by the stock Trainer"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "config", [{"echo_lr_warmup": 0.5}, {"gradient_clipping": "apart"}], ids=lambda config: next(iter(config))
+)
+def test_what_deepspeed_does_by_itself_is_refused(config):
+    with pytest.raises(EchoConfigError, match=rf"{next(iter(config))}=.* can't be combined with DeepSpeed"):
+        refuse_deepspeed(True, echo_model(**config))
+    refuse_deepspeed(True, echo_model())
+    refuse_deepspeed(False, echo_model(**config))
 
 
 @pytest.mark.parametrize("rows_count", [16, 14])  # 14 leaves a last window of 6 rows

@@ -69,7 +69,28 @@ class EchoConfig:
     distillation_direction: Literal["on_to_off", "off_to_on"] = _option(
         "on_to_off", "which pass teaches: on_to_off teaches the deployed, echo-off pass"
     )
+    distillation_tokens: Literal["all", "teacher_better"] = _option(
+        "all", "where the teacher is followed: at all answer tokens, or where it gives the token a higher probability"
+    )
+    distillation_warmup: float = _option(
+        0.0, "share of the training in which the weight of the distillation rises from 0"
+    )
+    source_gradient: bool = _option(
+        False, "let the gradient of the echo-on pass flow through the echo into the source layers"
+    )
+    echo_on_updates: Literal["all", "echo_only"] = _option(
+        "all", "what the echo-on pass trains: adapter and echo networks, or the echo networks only"
+    )
+    routed_loss_scale: float = _option(
+        1.0, "factor of the answer's losses in a routed step; 0.5 keeps them as large as in an unrouted one"
+    )
     echo_lr_multiplier: float = _option(10.0, "learning rate of the echo networks relative to the adapter's")
+    echo_lr_warmup: float = _option(
+        0.0, "share of the training in which the echo networks' learning rate rises from 0, beside the schedule"
+    )
+    gradient_clipping: Literal["together", "apart"] = _option(
+        "together", "clip the gradients of adapter and echo networks by one norm, or each by its own"
+    )
     echo_kind: Literal["real", "zero", "noise", "shuffled", "shallow"] = _option(
         "real", "the echo itself, or a control: no echo, random, another row's, the target layers' own"
     )
@@ -98,6 +119,14 @@ class EchoConfig:
             )
         for name in ("routing_start", "routing_end"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "is a probability and must lie in [0, 1]")
+        for name in ("distillation_warmup", "echo_lr_warmup"):
+            self._require(name, 0.0 <= getattr(self, name) <= 1.0, "is a share of the training and must lie in [0, 1]")
+        self._require("routed_loss_scale", 0 < self.routed_loss_scale <= LARGEST_FACTOR, "must lie in (0, 1e+06]")
+        if self.source_gradient and self.echo_on_updates == "echo_only":
+            raise EchoConfigError(
+                "source_gradient = True contradicts echo_on_updates = 'echo_only': the first trains the adapter "
+                "through the echo, the second keeps the echo-on pass from training it. Leave one of them out."
+            )
         self._require("distillation_weight", self.distillation_weight >= 0, "must not be negative")
         self._require("distillation_temperature", self.distillation_temperature > 0, "must be positive")
         low, high = TEMPERATURES
@@ -199,6 +228,9 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not abs(value) < 1e300:  # whole numbers may be too long for a float
             raise EchoConfigError(f"{name} = {value!r} must be a finite number.")
+    elif hint is bool:
+        if not isinstance(value, bool):
+            raise EchoConfigError(f"{name} = {value!r} must be true or false.")
     elif hint is int:
         if not isinstance(value, int) or isinstance(value, bool):
             raise EchoConfigError(f"{name} = {value!r} must be a whole number.")

@@ -1,6 +1,6 @@
 """The echo itself: from deep hidden states to one signal per target module.      (equations 2 and 3)
 
-    z   = norm( mean over source layers of stopgrad(h at the boundary) )               one per row
+    z   = norm( mean over source layers of h at the boundary )                         one per row
     e   = W2 tanh(W1 z)                                                                projection
     g   = sigmoid(U2 tanh(U1 z) + c)                                                   gate
     δ_m = λ_m · (g ⊙ e)                                                                one per target module m
@@ -27,11 +27,10 @@ from echo_lora.errors import EchoDataError
 def echo_representation(hidden: list[Tensor], standardize: Standardize | None = None) -> Tensor:
     """z: the mean of the boundary states of the source layers, normalised without affine parameters.
 
-    hidden: one (B, d) tensor per source layer, any float dtype. Returns (B, d) float32, without gradient.
-    The stop-gradient keeps the echo a signal about the prompt, not a second path to train it. [P, R]
-    standardize: None normalises each row over its coordinates, LayerNorm [R].
+    hidden: one (B, d) tensor per source layer, any float dtype; whether they carry gradient is decided where they are
+    read. Returns (B, d) float32. standardize: None normalises each row over its coordinates, LayerNorm [R].
     """
-    mean = torch.stack([h.detach().to(hidden[0].device, torch.float32) for h in hidden]).mean(0)  # (B, d)
+    mean = torch.stack([h.to(hidden[0].device, torch.float32) for h in hidden]).mean(0)  # (B, d)
     return F.layer_norm(mean, mean.shape[-1:]) if standardize is None else standardize(mean)  # (B, d)
 
 
@@ -128,7 +127,7 @@ def apply_control(z: Tensor, kind: str) -> Tensor:
         return torch.zeros_like(z)
     if kind == "noise":
         noise = F.layer_norm(torch.randn_like(z), z.shape[-1:])
-        return noise * z.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+        return noise * z.detach().norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
     if kind == "shuffled":
         if len(z) < 2:
             raise EchoDataError(

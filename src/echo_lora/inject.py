@@ -158,6 +158,40 @@ class Setting(AbstractContextManager[None]):
         self.owner.current = self.before.pop()
 
 
+class Freezing:
+    """Keeps the echo-on pass from training the adapter, where `echo_on_updates` is `echo_only`.                [O]"""
+
+    def __init__(self) -> None:
+        self.current: list[nn.Parameter] = []
+
+    @contextmanager
+    def frozen(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """What runs inside gives these no gradient, nor does its recomputation."""
+        with Setting(self, parameters), _Frozen(parameters):
+            yield
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """`context_fn` of torch's checkpoint: a recomputation saves what the forward saved."""
+        return _Frozen(self.current), _Frozen(self.current)
+
+
+class _Frozen(AbstractContextManager[None]):
+    """Parameters that require no gradient inside; entered again by every backward that recomputes a layer."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.frozen: list[list[nn.Parameter]] = []
+
+    def __enter__(self) -> None:
+        self.frozen.append([parameter for parameter in self.parameters if parameter.requires_grad])
+        for parameter in self.frozen[-1]:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *exception: object) -> None:
+        for parameter in self.frozen.pop():
+            parameter.requires_grad_(True)
+
+
 class Injector:
     """Owns the hooks on the target modules and the injection under way, if any."""
 

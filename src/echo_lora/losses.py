@@ -2,7 +2,8 @@
 
     CE(off)        cross-entropy of the echo-off pass: the model that is deployed
     CE(on)         cross-entropy of the echo-on pass
-    distillation   τ² · KL(teacher ‖ student), the teacher without gradient
+    distillation   τ² · KL(teacher ‖ student), the teacher without gradient; at all positions, or at those where the
+                   teacher gives the target a higher probability (`distillation_tokens`)                    [O]
     CE(prompt)     where prompts are trained on: that of the echo-off pass at all other tokens              [O]
 
 Every term is a sum over tokens; the step divides it by the number of supervised tokens of the whole optimizer step,
@@ -33,7 +34,7 @@ CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; about ten of them exist at one t
 class Terms(NamedTuple):
     """Sums over the supervised positions; float32 scalars. Only `loss` carries gradient."""
 
-    loss: Tensor  # CE(off) + CE(on) + μ · distillation + CE(prompt)
+    loss: Tensor  # w · (CE(off) + CE(on) + μ · distillation) + CE(prompt)
     ce_off: Tensor
     ce_on: Tensor
     distillation: Tensor
@@ -49,6 +50,9 @@ def loss_terms(
     config: EchoConfig,
     head: Head | None = None,
     prompt: tuple[Tensor, Tensor] | None = None,
+    *,
+    distillation_weight: float | None = None,
+    answer_weight: float = 1.0,
 ) -> Terms:
     """Sums of all terms.
 
@@ -57,11 +61,15 @@ def loss_terms(
     parameters that need no gradient; None where the states are logits already, (N, V). With N = 0 every term is zero,
     and the loss is still connected to the states, so that no rank waits for a gradient. prompt: echo-off states (M, d)
     and targets (M,) of prompt tokens that are trained on too; they count in the loss, the entropy and `correct`.
+    distillation_weight: μ of this step, by default the configuration's. answer_weight: w, in the loss alone.
     """
-    terms = Terms(*_ChunkedTerms.apply(off_Nd, on_Nd, targets_N, config, head))
+    weight = config.distillation_weight if distillation_weight is None else distillation_weight
+    terms = Terms(*_ChunkedTerms.apply(off_Nd, on_Nd, targets_N, config, head, weight))
+    if answer_weight != 1:
+        terms = terms._replace(loss=answer_weight * terms.loss)
     if prompt is None:
         return terms
-    of_prompt = Terms(*_ChunkedTerms.apply(prompt[0], None, prompt[1], config, head))
+    of_prompt = Terms(*_ChunkedTerms.apply(prompt[0], None, prompt[1], config, head, weight))
     return terms._replace(
         loss=terms.loss + of_prompt.loss,
         entropy=terms.entropy + of_prompt.entropy,
@@ -81,6 +89,7 @@ class _ChunkedTerms(torch.autograd.Function):
         targets_N: Tensor,
         config: EchoConfig,
         head: Head | None,
+        distillation_weight: float,
     ) -> tuple[Tensor, ...]:
         states = [off_Nd] if on_Nd is None else [off_Nd, on_Nd]
         gradients = [torch.empty_like(x) for x in states] if any(ctx.needs_input_grad) else []
@@ -90,7 +99,8 @@ class _ChunkedTerms(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(bool(gradients)):
                 leaves = [x[part].detach().requires_grad_(bool(gradients)) for x in states]
-                terms = chunk_terms([leaf if head is None else head(leaf) for leaf in leaves], targets_N[part], config)
+                logits = [leaf if head is None else head(leaf) for leaf in leaves]  # (n, V) each
+                terms = chunk_terms(logits, targets_N[part], config, distillation_weight)
             if gradients:
                 for gradient, found in zip(gradients, torch.autograd.grad(terms.loss, leaves), strict=True):
                     gradient[part] = found
@@ -105,10 +115,10 @@ class _ChunkedTerms(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # a loss scaled for float16 is beyond its range, and 1/N has no 8 bits
         of_off, *of_on = ((gradient.float() * grad_loss).to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return of_off, of_on[0] if of_on else None, None, None, None
+        return of_off, of_on[0] if of_on else None, None, None, None, None
 
 
-def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) -> Terms:
+def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig, distillation_weight: float) -> Terms:
     """Terms of some positions. logits_nV: [off] or [off, on], each (n, V)."""
     off = logits_nV[0].float()
     log_off = F.log_softmax(off, dim=-1)  # (n, V)
@@ -122,8 +132,23 @@ def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) 
     on = logits_nV[1].float()
     ce_on = F.cross_entropy(on, targets_n, reduction="sum")
     teacher, student = (on, off) if config.distillation_direction == "on_to_off" else (off, on)
+    if config.distillation_tokens == "teacher_better":
+        is_followed = is_better(teacher, student, targets_n)  # (n,)
+        teacher, student = teacher[is_followed], student[is_followed]
     kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)
-    return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, entropy, correct, zero)
+    return Terms(ce_off + ce_on + distillation_weight * kl, ce_off, ce_on, kl, entropy, correct, zero)
+
+
+@torch.no_grad()
+def is_better(teacher_NV: Tensor, student_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Where the teacher gives the target a higher probability than the student does; (N,) bool, without gradient.
+
+    Followed there only, a teacher that is worse than its student on average can't pull it away from the answer. [O]
+    """
+    of_teacher, of_student = (
+        F.log_softmax(logits.float(), dim=-1).gather(1, targets_N[:, None]) for logits in (teacher_NV, student_NV)
+    )
+    return (of_teacher > of_student)[:, 0]
 
 
 def distillation(*, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:

@@ -23,17 +23,18 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from echo_lora.config import EchoConfig
 from echo_lora.echo import EchoNetworks, apply_control, echo_representation
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.head import Head
-from echo_lora.inject import Injection, Injector, decoder_layers, listed, target_modules
+from echo_lora.inject import Freezing, Injection, Injector, decoder_layers, listed, target_modules
 from echo_lora.neftune import with_one_noise
 from echo_lora.prefix import PrefixSharing, cache_argument
 from echo_lora.probe import refuse_base, why_full_by_trial
-from echo_lora.routing import is_routed
+from echo_lora.routing import distillation_weight, is_routed
 from echo_lora.step import (
     AlignedRows,
     EchoOutput,
@@ -148,6 +149,7 @@ class EchoModel(PeftModelForCausalLM):
         self._source_layers = [layers[index] for index in source]  # a list, so that they are not registered twice
         self._injector = Injector(modules, adapter_name, echo_config.injection_site)
         self._sharing = PrefixSharing(list(layers))
+        self._freezing = Freezing()
         self._head: Head | None = None
         self._head_is_known = False
         self._tried: dict[bool, str | None] = {}  # by whether a prefix was tried: what stands against sharing it
@@ -192,8 +194,8 @@ class EchoModel(PeftModelForCausalLM):
 
         input_ids, attention_mask, labels: (B, T) int64, rows padded on either side, labels -100 outside the
         answer. Where labels cover prompt tokens too, completion_mask (B, T) is 1 at answer tokens; prompt tokens are
-        trained in the echo-off pass only. num_items_in_batch: supervised tokens of the whole optimizer step; Trainer
-        passes it.
+        trained in the echo-off pass only, and answer_weight is the weight of the answer's losses beside theirs.
+        num_items_in_batch: supervised tokens of the whole optimizer step; Trainer passes it.
         Raises EchoDataError for rows without prompt or answer and for packed rows, EchoModelError if the
         routing clock is not set or a forced `echo_step` is impossible.
         """
@@ -208,10 +210,15 @@ class EchoModel(PeftModelForCausalLM):
             "task_ids": task_ids,
         }
         if not self.applies(labels):
-            kwargs.pop("completion_mask", None)
+            for name in ("completion_mask", "answer_weight"):
+                kwargs.pop(name, None)
             return super().forward(**kwargs)
         step, total = self._clock()
-        return self.echo_losses(is_routed=is_routed(self.echo_config, step, total), **kwargs)
+        return self.echo_losses(
+            is_routed=is_routed(self.echo_config, step, total),
+            distillation_weight=distillation_weight(self.echo_config, step, total),
+            **kwargs,
+        )
 
     def echo_losses(
         self,
@@ -222,9 +229,14 @@ class EchoModel(PeftModelForCausalLM):
         completion_mask: Tensor | None = None,
         is_routed: bool,
         num_items_in_batch: Tensor | int | None = None,
+        distillation_weight: float | None = None,
+        answer_weight: float = 1.0,
         **kwargs: Any,
     ) -> EchoOutput:
-        """The step with the echo-on pass run or not as asked, in any mode: for validation and measurement."""
+        """The step with the echo-on pass run or not as asked, in any mode: for validation and measurement.
+
+        distillation_weight: in place of the configuration's. Everything else is as in `forward`.
+        """
         if input_ids is None or labels is None:
             raise EchoDataError("the echo needs input_ids and labels; inputs_embeds can't be aligned at the boundary.")
         _refuse_packed(attention_mask, kwargs)
@@ -265,6 +277,9 @@ class EchoModel(PeftModelForCausalLM):
             head=self._usable_head(base, rows),
             is_checkpointed=is_checkpointed,
             num_items=num_items_in_batch,
+            distillation_weight=distillation_weight,
+            answer_weight=answer_weight,
+            echo_only=self._echo_only(is_checkpointed) if is_routed else None,
             router_aux_loss_coef=_router_aux_loss_coef(base.config),
         )
         if is_routed and not self._reaches_all:
@@ -273,6 +288,23 @@ class EchoModel(PeftModelForCausalLM):
             if not (_is_compiled(base) or drops_layers):
                 self._injector.require_reached()
         return output
+
+    def _echo_only(self, is_checkpointed: bool) -> AbstractContextManager[None] | None:
+        """What freezes all but the echo in the echo-on pass, where that is to train the echo networks alone."""
+        if self.echo_config.echo_on_updates == "all" or not torch.is_grad_enabled():
+            return None
+        trained = [parameter for parameter in self.base_model.parameters() if parameter.requires_grad]
+        reason = None
+        if any(isinstance(parameter, DTensor) for parameter in trained):
+            reason = "with parameters that are shared out among processes, as FSDP2 does"
+        elif is_checkpointed and len({parameter.device for parameter in trained}) > 1:
+            reason = "with gradient checkpointing in a model that lies on several devices"
+        if reason is not None:
+            raise EchoModelError(
+                f"echo_on_updates='echo_only' can't be combined {reason}: the adapter would not be frozen reliably in "
+                "the echo-on pass. Use echo_on_updates='all'."
+            )
+        return self._freezing.frozen(trained)
 
     def set_routing_clock(self, step: int, total_steps: int) -> None:
         """Tell which optimizer step (from 0) of how many comes next; routing is a function of it.
@@ -562,7 +594,10 @@ class EchoModel(PeftModelForCausalLM):
                 "Set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         checkpointing["context_fn"] = _ContextFn(
-            checkpointing.get("context_fn"), self._injector.checkpoint_contexts, self._sharing.checkpoint_contexts
+            checkpointing.get("context_fn"),
+            self._injector.checkpoint_contexts,
+            self._sharing.checkpoint_contexts,
+            self._freezing.checkpoint_contexts,
         )
         self.get_base_model().activation_checkpointing_enable(checkpointing, **kwargs)
 

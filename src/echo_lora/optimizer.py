@@ -1,4 +1,5 @@
-"""The learning rate of the echo networks: `echo_lr_multiplier` times that of the LoRA module that each one feeds.
+"""The learning rate of the echo networks: `echo_lr_multiplier` times that of the LoRA module that each one feeds, and
+a warm-up of its own.
 
 Optimizers that treat parameters by name or shape (LoRA+, LoRA-FA) put the echo's among the adapter's; here they get
 groups of their own. Like biases elsewhere, the echo's biases and scales are not decayed.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import compress
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 
 from echo_lora.errors import EchoConfigError
 from echo_lora.model import EchoModel
+from echo_lora.routing import echo_lr_factor
 
 
 def separate_echo(optimizer: Any, model: EchoModel) -> None:
@@ -41,6 +44,11 @@ def refuse_shared_rate(optimizer: Any, model: EchoModel, remedy: str) -> None:
     """Raises EchoConfigError if the optimizer does not train the echo at its own rate."""
     if _is_separate(optimizer, model):
         return
+    if model.echo_config.echo_lr_warmup:
+        raise EchoConfigError(
+            f"echo_lr_warmup={model.echo_config.echo_lr_warmup:g} needs the echo networks in groups of their own, but "
+            f"the optimizer holds them together with the adapter. {remedy}"
+        )
     for _, group, rate in _wanted(optimizer, model, "initial_lr" if _has_scheduler(optimizer) else "lr"):
         now = float(group["initial_lr"] if _has_scheduler(optimizer) else group["lr"])
         if not math.isclose(now, rate, rel_tol=1e-6):
@@ -48,6 +56,28 @@ def refuse_shared_rate(optimizer: Any, model: EchoModel, remedy: str) -> None:
                 f"the optimizer trains the echo networks at a learning rate of {now:g}, but echo_lr_multiplier="
                 f"{model.echo_config.echo_lr_multiplier:g} asks for {rate:g}. {remedy}"
             )
+
+
+@contextmanager
+def warming_up(optimizer: Any, model: EchoModel, step: int, total_steps: int) -> Iterator[None]:
+    """Inside, the echo's groups have the learning rate of optimizer step `step` (from 0) in their warm-up.
+
+    For the call of `optimizer.step()`; schedulers see the rates as they were. EchoTrainer and EchoCallback do this.
+    """
+    factor = echo_lr_factor(model.echo_config, step, total_steps)
+    of_echo = {id(p) for p in model.echo.parameters()}
+    rates = [
+        (group, group["lr"])
+        for group in optimizer.param_groups
+        if factor < 1 and group["params"] and {id(p) for p in group["params"]} <= of_echo
+    ]
+    for group, rate in rates:
+        group["lr"] = rate * factor
+    try:
+        yield
+    finally:
+        for group, rate in rates:
+            group["lr"] = rate
 
 
 def _has_scheduler(optimizer: Any) -> bool:

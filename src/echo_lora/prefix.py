@@ -41,9 +41,10 @@ class PrefixRecorder(Cache):
     def __init__(self, columns: int, depth: int, *, is_checkpointed: bool) -> None:
         super().__init__(layers=[_RecordingLayer(columns, is_checkpointed) for _ in range(depth)])
 
-    def prefix(self) -> Cache:
+    def prefix(self, *, is_detached: bool = False) -> Cache:
         """The recorded prefix, for the echo-on pass; the recorder lets go of it and records no more.
 
+        is_detached: no gradient flows back into the echo-off pass.
         Raises EchoModelError if a layer recorded nothing: it keeps its states elsewhere.
         """
         missing = [index for index, layer in enumerate(self.layers) if layer.recorded is None]
@@ -52,7 +53,7 @@ class PrefixRecorder(Cache):
                 f"{len(missing)} of {len(self.layers)} layers, the first of them layer {missing[0]}, gave their keys "
                 "and values to no cache, so the prefix can't be shared. Set echo_step='full'."
             )
-        return Cache(layers=[layer.handed_over() for layer in self.layers])
+        return Cache(layers=[layer.handed_over(is_detached) for layer in self.layers])
 
 
 class _RecordingLayer(DynamicLayer):
@@ -71,9 +72,9 @@ class _RecordingLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0
 
-    def handed_over(self) -> _PrefixLayer:
+    def handed_over(self, is_detached: bool) -> _PrefixLayer:
         assert self.recorded is not None
-        layer = _PrefixLayer(*self.recorded)
+        layer = _PrefixLayer(*(states.detach() if is_detached else states for states in self.recorded))
         self.recorded, self.is_over = None, True
         return layer
 

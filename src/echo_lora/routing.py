@@ -1,7 +1,12 @@
-"""Stochastic routing: r_k ~ Bernoulli(p_k), as a pure function of (seed, optimizer step).   (equation 5)
+"""What depends on the optimizer step k, as pure functions of it: routing r_k, and the two warm-ups.
 
-No generator is advanced, so the draw is the same on every rank, in every micro-batch of a step and after
-every resume. [O] The schedule is linear from 1.0 to 0.2 over training. [R]
+    r_k ~ Bernoulli(p_k)                          whether there is an echo-on pass             (equation 5)
+    μ_k = μ · min(1, k / (w_μ · K))               weight of the distillation                   [O]
+    η_k = η · min(1, (k + 1) / (w_η · K))         learning rate of the echo networks           [O]
+
+K steps in all; w_μ is `distillation_warmup`, w_η `echo_lr_warmup`, and 0 means no warm-up. No generator is advanced,
+so the draw is the same on every rank, in every micro-batch of a step and after every resume. [O] The schedule is
+linear from 1.0 to 0.2 over training. [R]
 """
 
 from __future__ import annotations
@@ -22,6 +27,18 @@ def routing_probability(config: EchoConfig, step: int, total_steps: int) -> floa
 def is_routed(config: EchoConfig, step: int, total_steps: int) -> bool:
     """Whether step `step` runs the echo-on pass."""
     return _uniform(config.routing_seed, step) < routing_probability(config, step, total_steps)
+
+
+def distillation_weight(config: EchoConfig, step: int, total_steps: int) -> float:
+    """μ_k of optimizer step `step` (from 0): 0 at the first step of a warm-up, `distillation_weight` after it."""
+    warmup = config.distillation_warmup * total_steps
+    return config.distillation_weight * (min(step / warmup, 1.0) if warmup else 1.0)
+
+
+def echo_lr_factor(config: EchoConfig, step: int, total_steps: int) -> float:
+    """What the learning rate of the echo networks is multiplied with at step `step` (from 0); in (0, 1]."""
+    warmup = config.echo_lr_warmup * total_steps
+    return min((step + 1) / warmup, 1.0) if warmup else 1.0
 
 
 def _uniform(seed: int, step: int) -> float:

@@ -291,6 +291,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
             eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
             processing_class=tokenizer,
             callbacks=[progress],
+            answer_weight=recipe.training.answer_weight,
         )
     except (ValueError, ImportError) as error:  # of accelerate, which reads its settings from the environment
         if isinstance(error, EchoError):

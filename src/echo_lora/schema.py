@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from echo_lora.config import EchoConfig
+from echo_lora.config import LARGEST_FACTOR, EchoConfig
 from echo_lora.evaluate.tasks import EvalTask
 from echo_lora.sources import expanded
 
@@ -192,6 +192,12 @@ class TrainingSection(Section):
     schedule: Literal["linear", "cosine", "constant"] = _option("linear", "how the learning rate falls after warm-up")
     warmup_steps: int = _option(0, "steps in which the learning rate rises from 0", ge=0, le=MOST)
     weight_decay: float = _option(0.0, "decay of the weights per step, relative to the learning rate", ge=0, le=1000)
+    answer_weight: float = _option(
+        1.0,
+        "weight of answer tokens in the loss where data.train_on_prompt is set, with and without the echo",
+        gt=0,
+        le=LARGEST_FACTOR,
+    )
     max_grad_norm: float = _option(1.0, "longest gradient; longer ones are scaled down; 0: never", ge=0)
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
         _option("adamw_torch", "optimizer, by its name in transformers; the 8-bit ones need bitsandbytes")
@@ -289,6 +295,11 @@ class Recipe(Section):
         training = self.training
         if training.evaluate_every is not None and self.data.validation is None:
             raise ValueError("training.evaluate_every needs rows to evaluate: give data.validation")
+        if training.answer_weight != 1 and not self.data.train_on_prompt:
+            raise ValueError(
+                f"training.answer_weight = {training.answer_weight:g} weighs answers against prompts, but only answers "
+                "are trained on: set data.train_on_prompt, or leave it out"
+            )
         if training.bf16 and self.dtype == "float16":
             raise ValueError("training.bf16 = true contradicts dtype = float16; choose one")
         return self

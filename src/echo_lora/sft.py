@@ -34,11 +34,14 @@ _UNTRAINED = "_echo_untrained"  # column with what a row holds and is not traine
 class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer with the echo: the same datasets, arguments and callbacks, and `echo_config=`.
 
-    Further arguments of ours: on_overlength, what to do with rows longer than `max_length` (an answer is never
-    cut). Without `echo_config` it trains as SFTTrainer does. completion_only_loss=False trains on prompts too, in the
-    echo-off pass, as `data.train_on_prompt` of a recipe does. Refused are packing and padding_free (a row needs a
-    boundary of its own), text-only rows (no boundary), and losses other than `nll`.
+    Further arguments of ours: on_overlength, what to do with rows longer than `max_length` (an answer is never cut),
+    and answer_weight, the weight of answer tokens in a loss on whole rows, with and without the echo. Without
+    `echo_config` it trains as SFTTrainer does. completion_only_loss=False trains on prompts too, in the echo-off pass,
+    as `data.train_on_prompt` of a recipe does. Refused are packing and padding_free (a row needs a boundary of its
+    own), text-only rows (no boundary), and losses other than `nll`.
     """
+
+    _is_sft = True
 
     def __init__(
         self,

@@ -3,8 +3,9 @@
     rows     prompts left-padded, answers right-padded: all boundaries fall in column P-1 (mostly: see below)
     off      the ordinary pass; source layers are read at the boundary                    (equation 1)
     z, δ     echo representation, projection and gate                                     (equations 2, 3)
+             z carries no gradient to the source layers, unless `source_gradient` lets it
     on       the pass again with δ injected                                               (equations 4, 6)
-    loss     CE(off) + CE(on) + μ · distillation [+ CE(off) at prompt tokens]             (equation 7)
+    loss     w · (CE(off) + CE(on) + μ · distillation) [+ CE(off) at prompt tokens]       (equation 7)
 
 Before the boundary the two passes are identical, for nothing is injected there and a causal model's states can't
 depend on later tokens. The echo-on pass therefore runs on the last A columns only and attends to the keys and
@@ -26,7 +27,7 @@ Legend: `B` rows, `T` tokens in a row, `P` prompt, `A` answer, `d` hidden width,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,14 +219,19 @@ def training_step(
     head: Head | None,
     is_checkpointed: bool = False,
     num_items: Tensor | int | None = None,
+    distillation_weight: float | None = None,
+    answer_weight: float = 1.0,
+    echo_only: AbstractContextManager | None = None,
     router_aux_loss_coef: float = 0.0,
 ) -> EchoOutput:
     """Both passes and all losses of one (micro-)batch.
 
     forward: the plain PEFT model. sharing: None runs the echo-on pass in full. head: None leaves the logits to the
     model, for all answer columns at once (all columns, where prompts are trained on). num_items: supervised tokens of
-    the whole optimizer step, of prompts too where they are trained on; by default those of this batch. With `is_routed`
-    false this is a plain LoRA step, with logits at predicting positions only.
+    the whole optimizer step, of prompts too where they are trained on; by default those of this batch.
+    distillation_weight: μ of this step. answer_weight: weight of the answer's losses beside CE(prompt). echo_only:
+    freezes the adapter inside, for an echo-on pass that trains the echo networks alone. With `is_routed` false this is
+    a plain LoRA step, with logits at predicting positions only.
     """
     supervised = rows.targets != -100  # (B, A)
     targets_N = rows.targets[supervised]  # (N,)
@@ -236,7 +242,7 @@ def training_step(
     if is_routed and sharing is not None:
         recorder = PrefixRecorder(rows.prefix_length, sharing.depth, is_checkpointed=is_checkpointed)
     with (
-        reading(source_layers if is_routed else [], rows.boundary, T) as hidden,
+        reading(source_layers if is_routed else [], rows.boundary, T, keeps_graph=config.source_gradient) as hidden,
         sharing.using(recorder) if sharing is not None else nullcontext(),
     ):
         off, off_BKd = _run(forward, head, rows, 0, None, keep=A if rows.prompt_targets is None else T)
@@ -251,12 +257,13 @@ def training_step(
 
         # echo-on pass
         if sharing is not None and recorder is not None:
-            prefix = recorder.prefix()
-            with injector.injecting(Injection(deltas, mask_BA)), sharing.using(prefix):
+            prefix = recorder.prefix(is_detached=echo_only is not None)
+            with echo_only or nullcontext(), injector.injecting(Injection(deltas, mask_BA)), sharing.using(prefix):
                 _, on_BAd = _run(forward, head, rows, rows.prefix_length, prefix, keep=A)
         else:
             before = mask_BA.new_zeros(len(mask_BA), rows.prefix_length)
-            with injector.injecting(Injection(deltas, torch.cat([before, mask_BA], dim=1))):
+            injection = Injection(deltas, torch.cat([before, mask_BA], dim=1))
+            with echo_only or nullcontext(), injector.injecting(injection):
                 _, on_BAd = _run(forward, head, rows, 0, None, keep=A)
         on_Nd = on_BAd[supervised]  # (N, d)
 
@@ -266,7 +273,16 @@ def training_step(
         is_target = rows.prompt_targets != -100  # (B, T)
         prompt = off_BKd[is_target], rows.prompt_targets[is_target]  # (M, d), (M,)
         tokens += len(prompt[1])
-    terms = loss_terms(off_Nd, on_Nd, targets_N, config, head, prompt)
+    terms = loss_terms(
+        off_Nd,
+        on_Nd,
+        targets_N,
+        config,
+        head,
+        prompt,
+        distillation_weight=distillation_weight,
+        answer_weight=answer_weight * (config.routed_loss_scale if is_routed else 1.0),
+    )
     count = max(tokens, 1) if num_items is None else torch.as_tensor(num_items, device=off_Nd.device)
     loss, ce_off, ce_on, distillation, entropy, correct, ce_prompt = (term / count for term in terms)
     if router_aux_loss_coef:
@@ -306,8 +322,14 @@ def _run(
 
 
 @contextmanager
-def reading(layers: list[nn.Module], column_B: Tensor, columns: int) -> Iterator[list[Tensor]]:
-    """Collect each layer's output at each row's column, (B, d), during the pass inside."""
+def reading(
+    layers: list[nn.Module], column_B: Tensor, columns: int, *, keeps_graph: bool = False
+) -> Iterator[list[Tensor]]:
+    """Collect each layer's output at each row's column, (B, d), during the pass inside.
+
+    keeps_graph: False stops the gradient here, so that the echo is a signal about the prompt, not a second path to
+    train it. [P, R]
+    """
     states: list[Tensor] = []
 
     def read(module: nn.Module, args: Any, output: Any) -> None:
@@ -317,9 +339,13 @@ def reading(layers: list[nn.Module], column_B: Tensor, columns: int) -> Iterator
                 f"{type(module).__name__} gives hidden states of shape {tuple(hidden.shape)} where the echo reads "
                 f"those of {columns} tokens in each row. Choose source_layers whose output holds every token."
             )
-        rows_B = torch.arange(len(hidden), device=hidden.device)
-        # stop-gradient: see echo_representation
-        states.append(hidden[rows_B, column_B.to(hidden.device)].detach())  # (B, d)
+        at = torch.arange(len(hidden), device=hidden.device), column_B.to(hidden.device)
+        if not keeps_graph:
+            states.append(hidden.detach()[at])  # (B, d), stop-gradient
+            return
+        # a checkpointed layer counts the tensors it saves, and runs again without this hook
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            states.append(hidden[at])  # (B, d)
 
     handles = [layer.register_forward_hook(read) for layer in layers]
     try:

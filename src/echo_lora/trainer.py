@@ -13,7 +13,7 @@ import hashlib
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from echo_lora.checkpoint import (
     seal_checkpoint,
     whole_optimizer_state,
 )
+from echo_lora.config import LARGEST_FACTOR
 from echo_lora.data import ANSWER, refuse_unfit_tokens
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
 from echo_lora.export import (
@@ -64,7 +65,7 @@ from echo_lora.export import (
 )
 from echo_lora.files import use_umask
 from echo_lora.model import EchoModel
-from echo_lora.optimizer import refuse_shared_rate, separate_echo
+from echo_lora.optimizer import refuse_shared_rate, separate_echo, warming_up
 from echo_lora.routing import routing_probability
 from echo_lora.sources import ROW
 from echo_lora.step import EchoOutput
@@ -93,6 +94,9 @@ class EchoCallback(TrainerCallback):
     EchoModelError after a step that was trained without it.
     """
 
+    def __init__(self) -> None:
+        self._optimizer_step = ExitStack()
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -103,6 +107,12 @@ class EchoCallback(TrainerCallback):
         if not model.echo_enabled:
             return
         refuse_arguments(args)
+        refuse_deepspeed(args.deepspeed, model)
+        if args.max_grad_norm and model.echo_config.gradient_clipping == "apart":
+            raise EchoConfigError(
+                "gradient_clipping='apart' can't be done by the stock Trainer, which clips all gradients by one norm. "
+                "Use EchoTrainer or EchoSFTTrainer, set max_grad_norm=0, or gradient_clipping='together'."
+            )
         if not (args.deepspeed and model.echo_config.echo_lr_multiplier == 1):  # whose optimizer hides parameters
             refuse_shared_rate(
                 kwargs["optimizer"],
@@ -128,12 +138,21 @@ class EchoCallback(TrainerCallback):
                 "Trainer with compute_loss_func), or the adapter that carries it was not the active one. Leave the "
                 "loss to the model, or set model.echo_enabled = False."
             )
+        if isinstance(model, EchoModel) and model.echo_enabled and hasattr(kwargs["optimizer"], "param_groups"):
+            clock = state.global_step, state.max_steps
+            self._optimizer_step.enter_context(warming_up(kwargs["optimizer"], model, *clock))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._optimizer_step.close()
 
 
 class _Watch(EchoCallback):
     """Forwards the trainer's events that have no overridable method."""
 
     def __init__(self, trainer: EchoTrainerMixin) -> None:
+        super().__init__()
         self.trainer = trainer
 
     def on_train_begin(
@@ -154,19 +173,20 @@ class _Watch(EchoCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = self.trainer.accelerator.unwrap_model(kwargs["model"])
-        super().on_pre_optimizer_step(args, state, control, model=model)
+        super().on_pre_optimizer_step(args, state, control, **kwargs | {"model": model})
         if not args.max_grad_norm:  # else they were looked at before they were clipped
             self.trainer._check_gradients()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().on_optimizer_step(*args, **kwargs)
         self.trainer._meter.end_step()
 
 
 class _RowCollator:
-    """The user's collator, with the rows' numbers carried past it, and for the echo what is answer in their labels."""
+    """The user's collator, with the rows' numbers carried past it, and where wanted what is answer in their labels."""
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], has_echo: bool = True) -> None:
-        self.collate, self.has_echo = collate, has_echo
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], wants_answers: bool = True) -> None:
+        self.collate, self.wants_answers = collate, wants_answers
 
     @property
     def tokenizer(self) -> Any:
@@ -174,7 +194,7 @@ class _RowCollator:
         return getattr(self.collate, "tokenizer", None)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        has_answers = self.has_echo and all(ANSWER in feature and "labels" in feature for feature in features)
+        has_answers = self.wants_answers and all(ANSWER in feature and "labels" in feature for feature in features)
         carried = {ROW, ANSWER} if has_answers else {ROW}
         rows = [feature[ROW] for feature in features if ROW in feature]
         batch = self.collate([{k: v for k, v in feature.items() if k not in carried} for feature in features])
@@ -197,6 +217,19 @@ def _at_tokens(masks: list[list[int]], batch: dict[str, Any]) -> Tensor:
     at_tokens = torch.zeros_like(batch["input_ids"])
     at_tokens[is_token] = torch.tensor([value for mask in masks for value in mask], dtype=at_tokens.dtype)
     return at_tokens
+
+
+class _Weighted:
+    """A model without echo, whose log-probabilities of answer tokens count `weight` times in TRL's loss."""
+
+    def __init__(self, model: Any, is_answer: Tensor, weight: float) -> None:
+        self.model, self.is_answer, self.weight = model, is_answer, weight  # is_answer: (B, T)
+
+    def __call__(self, **inputs: Any) -> Any:
+        outputs = self.model(**inputs)
+        is_answer = self.is_answer[:, 1:].to(outputs.log_probs.device).bool()  # (B, T-1): of the token predicted
+        outputs.log_probs = outputs.log_probs * torch.where(is_answer, self.weight, 1.0)
+        return outputs
 
 
 class _Meter:
@@ -243,22 +276,25 @@ class _Meter:
 class EchoTrainerMixin(Trainer):
     """See the module. Precedes a Trainer class in the bases of another one."""
 
+    _is_sft = False  # whether the loss without the echo is TRL's
     data_collator: Any
     train_dataset: Any
     _total_train_tokens = 0  # SFTTrainer's, which it counts from 0 after a resume too
     _signature_columns: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, answer_weight: float = 1.0, **kwargs: Any) -> None:
+        self.answer_weight = answer_weight
         super().__init__(*args, **kwargs)
         self._base_accepts_loss_kwargs = self.model_accepts_loss_kwargs
         self._given_optimizer = None if self.optimizer is None else f"{type(self.optimizer).__name__}"
         if self.optimizer_cls_and_kwargs is not None:
             self._given_optimizer = f"{self.optimizer_cls_and_kwargs[0].__name__} {self.optimizer_cls_and_kwargs[1]}"
-        self.data_collator = _RowCollator(self.data_collator, has_echo=self._echo_model is not None)
+        self.data_collator = _RowCollator(self.data_collator, self._wants_answers)
         self.train_dataset = numbered(self.train_dataset)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
             _refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
+        _refuse_answer_weight(self)
         self._meter = _Meter()
         self._rows_of_step: list[int] = []
         self.initial_adapter_hash: str | None = None
@@ -270,6 +306,7 @@ class EchoTrainerMixin(Trainer):
             # the step reduces by num_items_in_batch whatever the base does
             self.model_accepts_loss_kwargs |= self._echo_model.echo_enabled
             refuse_arguments(self.args)
+            refuse_deepspeed(self.is_deepspeed_enabled, self._echo_model)
             _refuse_packed_data(self.train_dataset, self.data_collator.collate)
             _refuse_lonely_rows(self)
             _keep_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
@@ -288,6 +325,11 @@ class EchoTrainerMixin(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model if isinstance(model, EchoModel) else None
 
+    @property
+    def _wants_answers(self) -> bool:
+        """Whether the loss tells answers from prompts."""
+        return self._echo_model is not None or self.answer_weight != 1
+
     # ---------------------------------------------------------------- the step
 
     def compute_loss(
@@ -295,8 +337,15 @@ class EchoTrainerMixin(Trainer):
     ) -> Any:
         rows = inputs.pop(ROW, None)
         echo = self._echo_model
+        if self.answer_weight != 1 and self.model.training and ANSWER not in inputs:
+            raise EchoDataError(
+                f"answer_weight={self.answer_weight:g} needs to know which tokens are answers, but the batch has no "
+                f"{ANSWER}. Give rows with prompt and completion, and completion_only_loss=False."
+            )
         if echo is None or not echo.applies(inputs.get("labels")):
-            inputs.pop(ANSWER, None)
+            is_answer = inputs.pop(ANSWER, None)
+            if self.answer_weight != 1 and self.model.training:
+                model = _Weighted(model, is_answer, self.answer_weight)
         if not self.model.training:
             items = num_items_in_batch if self._base_accepts_loss_kwargs else None
             return super().compute_loss(model, inputs, return_outputs, items)
@@ -305,7 +354,8 @@ class EchoTrainerMixin(Trainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_loss({"loss": result[0] if return_outputs else result})
             return result
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        weight = {} if self.answer_weight == 1 else {"answer_weight": self.answer_weight}
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **weight)
         terms = ("ce_off", "ce_prompt", "ce_on", "distillation", "loss")
         self._check_loss({name: outputs[name] for name in terms if name in outputs})
         loss = outputs.loss
@@ -322,7 +372,14 @@ class EchoTrainerMixin(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self._check_gradients()  # before clipping, which spreads one bad gradient to all
-        return super()._clip_grad_norm(model)
+        echo = self._echo_model
+        if echo is None or echo.echo_config.gradient_clipping == "together":
+            return super()._clip_grad_norm(model)
+        of_echo = {id(parameter) for parameter in echo.echo.parameters()}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in of_echo]
+        norm = self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)  # takes fp16's scale off all of them
+        torch.nn.utils.clip_grad_norm_(echo.echo.parameters(), self.args.max_grad_norm)
+        return norm
 
     def _check_gradients(self) -> None:
         if self.accelerator.scaler is not None:  # fp16 scaling skips such steps itself
@@ -508,6 +565,7 @@ class EchoTrainerMixin(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         values = {f"training.{name}": getattr(self.args, name, None) for name in FINGERPRINT}
         values["training.batches"] = self._batches()
+        values["training.answer_weight"] = self.answer_weight
         values["training.given_optimizer"] = self._given_optimizer
         if isinstance(model, PeftModel):
             adapter = model.peft_config[model.active_adapters[0]].to_dict()
@@ -656,7 +714,7 @@ class EchoTrainerMixin(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if ROW not in self._signature_columns:
-            ours = [ROW] if self._echo_model is None else [ROW, ANSWER]
+            ours = [ROW, ANSWER] if self._wants_answers else [ROW]
             self._signature_columns = [*self._signature_columns, *ours]
 
 
@@ -731,6 +789,43 @@ def refuse_arguments(args: Any) -> None:
         )
     if getattr(args, "loss_type", "nll") != "nll":
         raise EchoConfigError(f"loss_type={args.loss_type!r} can't be combined with the echo. Use 'nll'.")
+
+
+def refuse_deepspeed(deepspeed: Any, model: EchoModel) -> None:
+    """What DeepSpeed does inside backward, and so without regard to the echo. Raises EchoConfigError."""
+    config = model.echo_config
+    for name, is_set in {
+        "echo_lr_warmup": config.echo_lr_warmup > 0,
+        "gradient_clipping": config.gradient_clipping == "apart",
+    }.items():
+        if deepspeed and is_set:
+            raise EchoConfigError(
+                f"{name}={getattr(config, name)!r} can't be combined with DeepSpeed, which clips gradients and updates "
+                "weights by itself. Leave it out, or use DDP or FSDP2."
+            )
+
+
+def _refuse_answer_weight(trainer: EchoTrainerMixin) -> None:
+    """What an answer_weight other than 1 can't mean. Raises EchoConfigError."""
+    weight, args, data = trainer.answer_weight, trainer.args, trainer.train_dataset
+    if not (isinstance(weight, (int, float)) and 0 < weight <= LARGEST_FACTOR):
+        raise EchoConfigError(f"answer_weight = {weight!r} must be a number above 0, at most {LARGEST_FACTOR:g}.")
+    if weight == 1:
+        return
+    if trainer._echo_model is None and not trainer._is_sft:
+        raise EchoConfigError(
+            f"answer_weight={weight:g} without the echo needs EchoSFTTrainer: here the model computes its own loss."
+        )
+    for name, plain in {"loss_type": "nll", "label_smoothing_factor": 0, "use_liger_kernel": False}.items():
+        if getattr(args, name, plain) != plain:
+            raise EchoConfigError(
+                f"{name}={getattr(args, name)!r} can't be combined with answer_weight={weight:g}. Leave one out."
+            )
+    if isinstance(data, Dataset) and ANSWER not in data.column_names:
+        raise EchoConfigError(
+            f"answer_weight={weight:g} weighs answers against prompts, but only answers are trained on. Set "
+            "completion_only_loss=False, with prompt and completion columns, or leave the weight out."
+        )
 
 
 def _refuse_packed_data(dataset: Any, collator: Any) -> None:

@@ -58,6 +58,11 @@ def three_pass(
     input_ids, attention_mask, labels: (B, T), padded on the right.
     """
     config = model.echo_config
+    if (config.source_gradient, config.echo_on_updates, config.distillation_tokens) != (False, "all", "all"):
+        raise EchoConfigError(
+            "the literal step of the benchmark knows source_gradient=False, echo_on_updates='all' and "
+            "distillation_tokens='all' only. Leave them at their defaults."
+        )
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)  # (B, T), shifted
     supervised = targets != -100
