@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
 from echo_lora.errors import EchoConfigError, EchoDataError
-from echo_lora.study import statistics
+from echo_lora.study import statistics, verdict
 from echo_lora.study.looks import boundaries, confidence_at
+from echo_lora.study.records import StudyRecords
 from echo_lora.study.statistics import (
     VERDICTS,
     compare,
@@ -648,6 +651,77 @@ def test_where_no_draw_reaches_the_interval_is_that_of_t():
         low, high = statistics._interval(moments, confidence)
         assert ((effect.low, effect.high) == (low, high)) is is_t
         assert (effect.low > 0 or effect.high < 0) == (effect.p_value < 1 - confidence)
+
+
+def until_decided(effect, trials, looks, *, margin=None, **design):
+    """Shares of the verdicts at which studies end that are looked at, and how many seeds they took on average.
+
+    What `compare --until-decided` does with the records of its runs.
+    """
+    rng = np.random.default_rng(0)
+    seeds = list(range(looks[-1]))
+    about = {
+        "arms": {"arm": {}, "baseline": {}},
+        "baseline": "baseline",
+        "seeds": seeds,
+        "looks": looks,
+        "smallest_effect": 0.01,
+        "margin": margin,
+    }
+    shares = dict.fromkeys([*VERDICTS, "seeds"], 0.0)
+    for _ in range(trials):
+        arms = zip(about["arms"], simulate(effect, seeds=len(seeds), rng=rng, **design), strict=True)
+        answered = [
+            {"stage": "confirmation", "arm": arm, "seed": seed, "scores": [{"result": result}]}
+            for arm, correct in arms
+            for task, rows in correct.items()
+            for seed in seeds
+            for result in [{"task": task, "correct_per_row": rows[seed]}]
+        ]
+        for number in looks:
+            study = StudyRecords(Path("study"), about, [run for run in answered if run["seed"] < number])
+            primary = verdict.difference_of(study, "arm", "baseline")
+            if verdict.is_decided(study, primary):
+                break
+        shares[primary.verdict] += 1 / trials
+        shares["seeds"] += number / trials
+    return shares
+
+
+PLANTED = {"questions": 4000, "accuracy": 0.6, "discordance": 0.1, "seed_sd": 0.01}
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    monkeypatch.setattr(verdict, "compare", partial(compare, draws=400))
+
+
+def test_looking_often_finds_no_effect_where_none_is(few_draws):
+    shares = until_decided(0.0, 100, [3, 5, 8, 12], questions=300, **NOISE)
+    assert shares["better"] + shares["worse"] <= 0.05 + 2 * 0.022
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{}, {"seed_sd": 0.03, "questions": 1000}], ids=["questions", "seeds"])
+def test_looking_often_finds_no_effect_where_none_is_in_1000_trials(few_draws, change):
+    shares = until_decided(0.0, 1000, [3, 5, 8, 12], **({"questions": 300} | NOISE | change))
+    assert shares["better"] <= 0.05
+    assert shares["better"] + shares["worse"] <= 0.05 + 3 * 0.0069
+
+
+def test_looking_often_finds_a_large_effect_early(few_draws):
+    shares = until_decided(0.03, 10, [5, 10, 15, 20], **PLANTED)
+    assert shares["better"] == pytest.approx(1)
+    assert shares["seeds"] < 10
+
+
+@pytest.mark.slow
+def test_looking_often_finds_an_effect_of_one_point(few_draws):
+    """docs/study.md quotes it: 87 % with 15 of 20 seeds on average, of 200 trials."""
+    shares = until_decided(0.01, 200, [5, 10, 15, 20], **PLANTED)
+    assert within(shares["better"], 0.87, 200)
+    assert shares["worse"] == 0
+    assert shares["seeds"] == pytest.approx(15.3, abs=1)
 
 
 # ------------------------------------------------------------------------ errors
