@@ -379,6 +379,38 @@ def test_another_design_in_the_same_folder_is_refused(whole):
         compare(load_study(whole / "study.yaml", ["smallest_effect=0.01"]), Engine())
 
 
+def test_a_key_that_a_study_was_begun_without_may_have_its_default(tmp_path):
+    study = loaded(tmp_path)
+    comparing._begin(study, "")
+    path = tmp_path / "study" / STUDY_FILE
+    about = json.loads(path.read_text())
+    for section, key in [
+        (about["design"], "margin"),
+        (about["design"], "looks"),
+        (about["design"]["arms"]["lora"], "keep_echo_on"),
+        (about["recipe"]["training"], "max_grad_norm"),
+        (about["recipe"]["evaluation"]["tasks"][0], "kind"),
+        (about["recipe"], "quantization"),
+        (about, "margin"),
+        (about, "looks"),
+    ]:
+        del section[key]
+    path.write_text(json.dumps(about))
+    assert comparing._begin(study, "") == about
+    for key, changed in {
+        "margin": study.model_copy(update={"margin": 0.01}),
+        "seeds": study.model_copy(update={"seeds": [1, 2, 3]}),
+        "arms": study.model_copy(update={"arms": dict(list(study.arms.items())[:2])}),
+        "recipe": study.model_copy(update={"set": {"training.max_grad_norm": 7.0}}),
+    }.items():
+        with pytest.raises(EchoConfigError, match=rf"another design; .*{key} differ"):
+            comparing._begin(changed, "")
+    del about["design"]["arms"]["lora"]["set"], about["recipe"]["lora"]["dropout"]  # neither is at its default
+    path.write_text(json.dumps(about))
+    with pytest.raises(EchoConfigError, match="another design; arms, recipe differ"):
+        comparing._begin(study, "")
+
+
 def test_a_finished_study_does_nothing_when_called_again(whole, monkeypatch):
     monkeypatch.setattr(comparing, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
     before = (whole / "study" / RUNS_FILE).read_bytes()

@@ -150,14 +150,15 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
     """The study's file: written before the first run, and the same at every later call."""
     path = Path(study.output) / STUDY_FILE
     first = RunKey("confirmation", study.baseline, study.rates(study.baseline)[0], study.seeds[0])
-    recipe = recipe_of(study, first).to_dict()
+    base = recipe_of(study, first)
+    recipe = base.to_dict()
     recipe.pop("output")  # the folder may be moved
-    design = study.design() | {"recipe": recipe}
     if path.is_file():
         about = read_about(path)
         begun = about.get("design", {}) | {"recipe": about.get("recipe")}
-        keys = [key for key in design if begun.get(key) != design[key]]
-        if keys:
+        not_default = study.model_dump(mode="json", exclude_defaults=True)
+        not_default["recipe"] = base.model_dump(mode="json", exclude_defaults=True)
+        if keys := _differing(begun, study.design() | {"recipe": recipe}, not_default):
             raise EchoConfigError(
                 f"{study.output} holds a study that was begun with another design; {', '.join(keys)} differ. "
                 "A design is not changed after its first run: choose another output."
@@ -196,6 +197,23 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
     }
     _write_json(path, about)
     return about
+
+
+def _differing(begun: dict[str, Any], now: dict[str, Any], not_default: dict[str, Any]) -> list[str]:
+    """The keys of a design that were begun with another value. A key that did not exist then was at its default."""
+    return [
+        key
+        for key, value in now.items()
+        if (not _is_same(begun[key], value, not_default.get(key)) if key in begun else key in not_default)
+    ]
+
+
+def _is_same(begun: Any, now: Any, not_default: Any) -> bool:
+    if isinstance(begun, dict) and isinstance(now, dict):
+        return begun.keys() <= now.keys() and not _differing(begun, now, not_default or {})
+    if isinstance(begun, list) and isinstance(now, list) and len(begun) == len(now):
+        return all(map(_is_same, begun, now, not_default or [None] * len(now)))
+    return begun == now
 
 
 def choose(study: Study) -> dict[str, float]:
