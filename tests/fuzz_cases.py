@@ -1950,6 +1950,8 @@ def study_keys() -> list[Case]:
         ),
         "score_on": (["test", "validation"], [*NO_CHOICE, "~"]),
         "smallest_effect": (["0.01", "0.5"], [*NO_NUMBER, "0", "1", "-0.1", "1.5", "~"]),
+        "margin": (["0.01", "0.5", "~"], [*NO_NUMBER, "0", "1", "-0.1", "1.5"]),
+        "looks": (["~"], ["3", "[]", "[2]", "[3]", "[1, 2]", "[true]", "[x]", "[1000000000000000000]", "{}"]),
         "general": (
             ["~", "{file: general.txt, tokens: 5}"],
             [
@@ -2089,6 +2091,8 @@ def study_records(template: Path, rng: random.Random) -> list[Case]:
         "tuning_seeds": [3, None, ["x"], [None], [[]], [1.5], [-1], REMOVED],
         "seeds": [3, None, ["x"], [None], [[]], [1.5], [{}], [-1], [True], REMOVED],
         "smallest_effect": ["x", None, -1, 0, 7, float("nan"), float("inf"), True, [], REMOVED],
+        "margin": ["x", -1, 0, 7, float("nan"), float("inf"), True, []],
+        "looks": [3, [], [2], [3], [3, 2], [1.5], [None], ["x"], [True], {}],
         "chosen": [3, [], {"lora": "x"}, {"lora": None}, {"nothing": 1}, "x", {"lora": float("nan")}],
         "score_on": [3, [], "x"],
         "design": [3, [], "x", {"tune_on": 3}],

@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.study.drawing import STYLES, Axis, Panel, Rows, axis, style_of
+from echo_lora.study.layout import percent_text
+from echo_lora.study.looks import confidence_at
 from echo_lora.study.records import read_study
 from echo_lora.study.report import summary_lines, write_report
-from echo_lora.study.statistics import compare
+from echo_lora.study.statistics import VERDICTS, compare
+from echo_lora.study.verdict import SIGN
 from study_records import without_history, write_runs, write_study
 
 VOID = {"meta", "link", "br", "hr", "img"}
@@ -212,6 +215,92 @@ def test_every_setting_is_there(made):
         *("version of torch", "2.9.0", "1, 2, 3, 4, 5", "1 percentage point"),
     ):
         assert expected in cells, expected
+
+
+def test_every_verdict_has_a_sign_of_its_own():
+    assert tuple(SIGN) == VERDICTS
+    assert len(set(SIGN.values())) == len(SIGN)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "text"), [(0.95, "95 %"), (0.953801, "95.4 %"), (0.99264, "99.26 %"), (1 - 1.08e-6, "99.99989 %")]
+)
+def test_a_confidence_is_never_rounded_to_certainty(confidence, text):
+    assert percent_text(confidence) == text
+
+
+@pytest.mark.parametrize(("margin", "is_shown"), [(0.05, True), (0.001, False)])
+def test_a_margin_says_of_every_comparison_whether_it_is_not_worse(tmp_path, margin, is_shown):
+    page, _, markdown = read(
+        small(tmp_path, arms=["lora", "echo-lora", "zero"], questions=400, about={"margin": margin})
+    )
+    lines = summary_lines(tmp_path)
+    for arm, label, line in zip(["echo-lora", "zero"], ["Echo-LoRA", "zero (R-Drop)"], lines, strict=True):
+        data = correct_of(tmp_path, arm), correct_of(tmp_path, "lora")
+        expected = compare(arm, "lora", *data, smallest_effect=0.01, margin=margin)
+        assert (expected.overall.low > -margin) == is_shown  # or the test shows half of what it is to show
+        assert line.startswith(f"{expected.verdict}: {label} − LoRA: ")
+        what = f"that {label} is not worse than LoRA by more than the margin of {100 * margin:g} point"
+        assert f"It is {'' if is_shown else 'not '}shown {what}" in line
+        row = next(row for row in markdown.splitlines() if row.startswith(f"| {label} − LoRA |"))
+        assert f"| {expected.verdict} | {'shown' if is_shown else 'not shown'} |" in row
+    assert any(what in text for text in page.of("p") for what in ["is not worse than LoRA by more than the margin"])
+    assert f"{100 * margin:g} percentage points" in page.of("td")
+
+
+def looked_at(folder: Path, seeds: int, **changes) -> Path:
+    """A study with looks at 3, 5 and 8 seeds, of which so many have been run."""
+    settings = {"seeds": range(1, 9), "about": {"looks": [3, 5, 8]}, "questions": 120}
+    return small(folder, keep=lambda r: r["stage"] == "tuning" or r["seed"] <= seeds, **(settings | changes))
+
+
+@pytest.mark.parametrize(("seeds", "look"), [(3, 1), (4, 1), (5, 2), (7, 2), (8, 3)])
+def test_a_report_is_that_of_the_last_look_that_is_complete(tmp_path, seeds, look):
+    page, text, markdown = read(looked_at(tmp_path, seeds))
+    counted, confidence = [3, 5, 8][look - 1], confidence_at([3, 5, 8], look)
+    data = [{task: rows[:counted] for task, rows in correct_of(tmp_path, arm).items()} for arm in ("echo-lora", "lora")]
+    expected = compare("echo-lora", "lora", *data, smallest_effect=0.01, confidence=confidence)
+    name, effect = f"{percent_text(confidence)} interval", expected.overall
+    lines = summary_lines(tmp_path)
+    assert f"({name} {signed(effect.low)} to {signed(effect.high)}), {counted} seeds × " in lines[0]
+    assert f"Look {look} of 3: {counted} of 8 seeds. Intervals have a nominal confidence of" in lines[1]
+    assert ("Runs of later seeds do not count" in lines[1]) == (look < 3)
+    assert name in page.of("th")
+    assert name in markdown
+    assert not re.search(r"\b95 % interval", text.replace("99.95 %", ""))
+    assert f"seed {counted}" in page.of("th")
+    assert f"seed {counted + 1}" not in page.of("th")
+    assert f"compared with {1 - confidence:.2g}, not with 0.05" in text
+
+
+def test_the_best_of_a_look_is_not_seen_before_all_arms_have_reached_it(tmp_path):
+    def keep(run):
+        return run["stage"] == "tuning" or run["seed"] <= 4 or (run["seed"] == 5 and run["arm"] == "lora")
+
+    study = read_study(small(tmp_path, seeds=range(1, 9), about={"looks": [3, 5, 8]}, keep=keep))
+    assert (study.look, study.counted_seeds) == (1, [1, 2, 3])
+    assert list(study.confirmation("lora")) == [1, 2, 3]
+
+
+def test_before_the_first_look_nothing_is_shown(tmp_path):
+    page, text, _ = read(looked_at(tmp_path, 2))
+    lines = summary_lines(tmp_path)
+    assert lines[0].startswith("too few data: Echo-LoRA − LoRA: no look has been reached yet")
+    assert lines[1].startswith("None of the 3 looks that the study declared has been reached.")
+    assert "not complete: 12 confirmation runs" in lines[2]
+    assert "So far: too few data" in page.of("p")
+    assert page.of("h2") == SECTIONS
+    assert "percentage points (" not in text
+
+
+def test_a_study_that_is_decided_is_complete(tmp_path):
+    page, text, _ = read(looked_at(tmp_path, 5, shift={"echo-lora": 2.0}))
+    assert "Better" in page.of("p")
+    assert "18 of 24 runs of the design are done. The study is complete." in page.of("p")
+    assert any("is decided: no more seeds are needed." in p for p in page.of("p"))
+    assert 'class="warning"' not in text
+    assert "missing" not in text
+    assert len(summary_lines(tmp_path)) == 2
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -519,6 +608,9 @@ def test_a_damaged_study_file_is_named_with_its_line(tmp_path, text, where):
         ({"comparisons": [["echo-lora"]]}, "comparisons.0 = \\['echo-lora'\\] must have at least 2 items"),
         ({"smallest_effect": "1"}, "smallest_effect = '1' must be a valid number"),
         ({"smallest_effect": 7}, "smallest_effect = 7 must be less than 1"),
+        ({"margin": 0}, "margin = 0 must be greater than 0"),
+        ({"looks": [2, 3]}, r"looks = \[2, 3\] must be increasing numbers of seeds, from 3 on"),
+        ({"looks": [3, 4]}, r"looks = \[3, 4\] must be .* that of all seeds, 3"),
         ({"chosen": {"dora": 1e-3}}, "chosen names 'dora'"),
         ({"seeds": [1, "2"]}, "seeds.1 = '2' must be a valid integer"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoTrainingError
 from echo_lora.sft import EchoSFTTrainer
 from echo_lora.study import compare as comparing
@@ -28,9 +31,10 @@ from echo_lora.study.design import (
     slurm_options,
     tuning_keys,
 )
-from echo_lora.study.execute import RECORD, execute, read_record
-from echo_lora.study.records import RUNS_FILE, STUDY_FILE, write_archive
-from echo_lora.study.report import write_report
+from echo_lora.study.execute import RECORD, execute, has_record, read_record, write_record
+from echo_lora.study.looks import confidence_at
+from echo_lora.study.records import RUNS_FILE, STUDY_FILE, read_study, write_archive
+from echo_lora.study.report import summary_lines, write_report
 from tiny_recipe import ROWS, tiny_document, tiny_folder, write_rows
 
 TESTS = Path(__file__).parent
@@ -112,6 +116,17 @@ def numbers(folder: Path) -> list[dict]:
         ({"seeds": [1, 1]}, "seeds = [1, 1] must be different"),
         ({"tuning_seeds": []}, "need tuning_seeds"),
         ({"smallest_effect": 1}, "smallest_effect"),
+        ({"margin": 0}, "margin = 0 must be greater than 0"),
+        ({"margin": 1}, "margin = 1 must be less than 1"),
+        (
+            {"looks": []},
+            "looks = [] must be increasing numbers of seeds, from 3 on, the last of them that of all seeds, 2",
+        ),
+        ({"looks": [2]}, "looks = [2] must be increasing"),
+        ({"seeds": [1, 2, 3, 4], "looks": [3]}, "looks = [3] must be"),
+        ({"seeds": [1, 2, 3, 4], "looks": [3, 3, 4]}, "looks = [3, 3, 4] must be"),
+        ({"seeds": [1, 2, 3, 4], "looks": [4, 3]}, "looks = [4, 3] must be"),
+        ({"seeds": [1, 2, 3, 4], "looks": [3, 4.0]}, "looks.1 = 4.0 must be a valid integer"),
         ({"arms": ARMS | {"zero": {"learning_rates": [1e-3]}}}, "an equal budget"),
         ({"arms": ARMS | {"zero": {"set": {"seeds.routing": 3}}}}, "sets seeds.routing, which the study gives"),
         ({"arms": ARMS | {"zero": {"set": {"echo_config.echo_kin": "zero"}}}}, "arm zero: "),
@@ -170,6 +185,15 @@ def test_shipped_studies_can_be_read():
     for name in shipped_studies():
         if name != "quick":  # whose general text is made by its program
             assert load_study(name).title
+
+
+def test_the_study_of_the_documentation_can_be_read(tmp_path):
+    page = (TESTS.parent / "docs" / "study.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    path = study_file(tmp_path).with_name("documented.yaml")
+    path.write_text(text)
+    study = load_study(path)
+    assert (study.margin, study.looks, len(study.seeds)) == (0.01, [5, 10, 15, 20], 20)
 
 
 def test_options_of_slurm_are_texts_but_for_numbers():
@@ -355,6 +379,38 @@ def test_another_design_in_the_same_folder_is_refused(whole):
         compare(load_study(whole / "study.yaml", ["smallest_effect=0.01"]), Engine())
 
 
+def test_a_key_that_a_study_was_begun_without_may_have_its_default(tmp_path):
+    study = loaded(tmp_path)
+    comparing._begin(study, "")
+    path = tmp_path / "study" / STUDY_FILE
+    about = json.loads(path.read_text())
+    for section, key in [
+        (about["design"], "margin"),
+        (about["design"], "looks"),
+        (about["design"]["arms"]["lora"], "keep_echo_on"),
+        (about["recipe"]["training"], "max_grad_norm"),
+        (about["recipe"]["evaluation"]["tasks"][0], "kind"),
+        (about["recipe"], "quantization"),
+        (about, "margin"),
+        (about, "looks"),
+    ]:
+        del section[key]
+    path.write_text(json.dumps(about))
+    assert comparing._begin(study, "") == about
+    for key, changed in {
+        "margin": study.model_copy(update={"margin": 0.01}),
+        "seeds": study.model_copy(update={"seeds": [1, 2, 3]}),
+        "arms": study.model_copy(update={"arms": dict(list(study.arms.items())[:2])}),
+        "recipe": study.model_copy(update={"set": {"training.max_grad_norm": 7.0}}),
+    }.items():
+        with pytest.raises(EchoConfigError, match=rf"another design; .*{key} differ"):
+            comparing._begin(changed, "")
+    del about["design"]["arms"]["lora"]["set"], about["recipe"]["lora"]["dropout"]  # neither is at its default
+    path.write_text(json.dumps(about))
+    with pytest.raises(EchoConfigError, match="another design; arms, recipe differ"):
+        comparing._begin(study, "")
+
+
 def test_a_finished_study_does_nothing_when_called_again(whole, monkeypatch):
     monkeypatch.setattr(comparing, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
     before = (whole / "study" / RUNS_FILE).read_bytes()
@@ -480,3 +536,127 @@ def test_options_that_submitit_does_not_know_are_named(tmp_path):
     study = loaded(tmp_path, learning_rates=[1e-2], seeds=[1])
     with pytest.raises(EchoConfigError, match="submitit refuses the options"):
         compare(study, Engine(cluster="debug", options={"minutes": 3}))
+
+
+# ------------------------------------------------------------------ until it is decided
+
+
+LOOKS = {"learning_rates": [1e-2], "seeds": list(range(1, 9)), "looks": [3, 5, 8], "general": None}
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Runs that are not done but made up: of 400 questions Echo-LoRA is right on `gain` more. The runs are listed."""
+
+    def run(study, keys, engine, ends):
+        for key in keys:
+            right = 200 + (gain if key.arm == "echo-lora" else 0)
+            result = {"task": "words", "accuracy": right / 400, "correct_per_row": [i < right for i in range(400)]}
+            record = {
+                **{name: getattr(key, name) for name in ("stage", "arm", "learning_rate", "seed")},
+                **dict.fromkeys(["initial_adapter_sha256", "data_sha256", "questions_sha256"], "0"),
+                "recipe": recipe_of(study, key).to_dict(),
+                "scores": [{"result": result}],
+                "history": [],
+                "general": None,
+            }
+            write_record(study, key, record)
+            done.append((key.seed, key.arm))
+            yield key, None
+
+    gain, done = 0, []
+
+    def plant(questions):
+        nonlocal gain
+        gain = questions
+        return done
+
+    monkeypatch.setattr(comparing, "_on_this_machine", run)
+    return plant
+
+
+def test_a_study_without_looks_has_no_moment_to_decide(tmp_path):
+    study = loaded(tmp_path)
+    with pytest.raises(EchoConfigError, match=r"declares no looks.*declare looks before the first run"):
+        compare(study, Engine(), until_decided=True)
+    assert not Path(study.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("gain", "smallest", "looks", "word"),
+    [
+        (60, 0.03, 1, "better"),
+        (10, 0.03, 2, "better"),
+        (0, 0.05, 1, "no difference shown"),
+        (3, 0.005, 3, "too few data"),
+    ],
+)
+def test_a_study_runs_until_a_look_decides_it(tmp_path, planted, capfd, gain, smallest, looks, word):
+    done = planted(gain)
+    study = loaded(tmp_path, smallest_effect=smallest, **LOOKS)
+    assert compare(study, Engine(), until_decided=True)
+    seeds = [3, 5, 8][looks - 1]
+    assert done == [(seed, arm) for seed in range(1, seeds + 1) for arm in ARMS]
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"look {looks} of 3, {seeds} seeds: {word}" in said
+    assert ("decided" in said) == (word != "too few data")
+    assert (f"look {looks - 1} of 3" in said) == (looks > 1)
+    write_report(study.output)
+    before = {path: path.read_bytes() for path in Path(study.output).rglob("*") if path.is_file()}
+    assert compare(study, Engine(), until_decided=True)
+    write_report(study.output)
+    assert len(done) == seeds * len(ARMS)
+    assert f"look {looks} of 3, {seeds} seeds: {word}" in " ".join(capfd.readouterr().err.split())
+    assert {path: path.read_bytes() for path in Path(study.output).rglob("*") if path.is_file()} == before
+
+
+def test_the_later_of_two_looks_counts(tmp_path, planted, capfd):
+    """Seeds that were run without --until-decided are not forgotten."""
+    done = planted(60)
+    study = loaded(tmp_path, **LOOKS)
+    assert compare(study, Engine())
+    assert len(done) == 8 * len(ARMS)
+    capfd.readouterr()
+    assert compare(study, Engine(), until_decided=True)
+    said = capfd.readouterr().err
+    assert "look 3 of 3, 8 seeds: better; decided" in " ".join(said.split())
+    assert "look 1" not in said
+
+
+def test_the_power_of_a_study_with_looks_is_that_of_its_last_one(tmp_path, planted):
+    planted(60)
+    study = loaded(tmp_path, margin=0.02, **LOOKS)
+    compare(study, Engine(), until_decided=True)
+    about = json.loads((Path(study.output) / STUDY_FILE).read_text())
+    assert about["power"]["confidence"] == confidence_at([3, 5, 8], 3)
+    assert (about["power"]["seeds"], about["power"]["margin"]) == (8, 0.02)
+    assert (about["looks"], about["margin"]) == ([3, 5, 8], 0.02)
+
+
+def test_time_that_is_up_before_a_look_decides_nothing(tmp_path, planted):
+    done = planted(60)
+    study = loaded(tmp_path, **LOOKS)
+    run = comparing._on_this_machine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparing, "_on_this_machine", lambda study, keys, *rest: run(study, keys[:7], *rest))
+        assert not compare(study, Engine(), until_decided=True)
+    assert len(done) == 7
+    assert read_study(study.output).look == 0
+    assert summary_lines(study.output)[0].startswith("too few data: Echo-LoRA − LoRA: no look has been reached yet")
+    assert has_record(study, RunKey("confirmation", "lora", 1e-2, 3))
+
+
+def test_the_command_tells_the_look_and_that_it_is_decided(tmp_path, planted):
+    planted(60)
+    path = study_file(tmp_path, margin=0.01, **LOOKS)
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["compare", str(path), "--until-decided"], catch_exceptions=False)
+        assert done.exit_code == 0
+        assert "better: Echo-LoRA − LoRA: +15.00 percentage points" in done.stdout
+        assert "Look 1 of 3: 3 of 8 seeds." in done.stdout
+        assert "It is shown that Echo-LoRA is not worse than LoRA by more than the margin of 1 point" in done.stdout
+        assert "not complete" not in done.stdout
+        assert "decided, nothing is left to do" in " ".join(done.stderr.split())
+    done = CliRunner().invoke(app, ["compare", str(path), "--until-decided", "--set", "looks=null"])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: --until-decided: the study of")

@@ -431,6 +431,9 @@ def compare(
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0, help="begin no run after this time; call again to go on")
     ] = None,
+    until_decided: Annotated[
+        bool, typer.Option("--until-decided", help="stop at the first of the study's looks that decides it")
+    ] = False,
     slurm: Annotated[
         list[str] | None,
         typer.Option("--slurm", metavar="KEY=VALUE", help="do the runs as Slurm job arrays; an option of submitit"),
@@ -452,7 +455,7 @@ def compare(
 
     command = shlex.join(["echo-lora", *sys.argv[1:]])
     engine = Engine(workers, None if options is None else "slurm", options)
-    is_complete = compare_arms(loaded, engine, minutes=minutes, command=command)
+    is_complete = compare_arms(loaded, engine, minutes=minutes, until_decided=until_decided, command=command)
     report = write_report(loaded.output)
     typer.echo("\n".join(summary_lines(loaded.output)))
     typer.echo(f"\nWritten to {report}")

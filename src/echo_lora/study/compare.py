@@ -38,6 +38,8 @@ from echo_lora.progress import progress_console
 from echo_lora.rows import source_rows
 from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
 from echo_lora.study.execute import COMMIT, RECORD, execute, has_record, read_record, write_record
+from echo_lora.study.layout import count_of
+from echo_lora.study.looks import confidence_at
 from echo_lora.study.records import (
     RUNS_FILE,
     STUDY_FILE,
@@ -45,10 +47,12 @@ from echo_lora.study.records import (
     problem_of_run,
     read_about,
     read_runs,
+    read_study,
     run_accuracy,
     write_archive,
 )
 from echo_lora.study.statistics import estimate_noise, power
+from echo_lora.study.verdict import difference_of, is_decided
 
 KNOWN = ("runs", RUNS_FILE)  # what a study's folder may hold before its file is written
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
@@ -69,12 +73,20 @@ class Engine:
     options: dict[str, Any] | None = None
 
 
-def compare(study: Study, engine: Engine, *, minutes: float | None = None, command: str = "") -> bool:
+def compare(
+    study: Study, engine: Engine, *, minutes: float | None = None, until_decided: bool = False, command: str = ""
+) -> bool:
     """Do what is left of a study; False if `minutes` ended before the study did.
 
-    minutes: no run is begun after that time. Raises EchoConfigError if the folder holds a study of another design,
-    EchoError if runs failed, after all others have been done.
+    minutes: no run is begun after that time. until_decided: stop at the first of the study's looks at which its primary
+    comparison is decided. Raises EchoConfigError if the folder holds a study of another design, EchoError if runs
+    failed, after all others have been done.
     """
+    if until_decided and study.looks is None:
+        raise EchoConfigError(
+            f"--until-decided: the study of {study.output} declares no looks, the numbers of seeds after which it may "
+            "stop. Leave --until-decided out, or declare looks before the first run: with 8 seeds, looks: [3, 5, 8]."
+        )
     if find_spec("statsmodels") is None:  # not after hours of training
         raise EchoError('A study needs statsmodels. Run: pip install "echo-lora[study]"')
     if minutes is not None and engine.cluster is not None:
@@ -90,7 +102,7 @@ def compare(study: Study, engine: Engine, *, minutes: float | None = None, comma
         )
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     try:
-        return _compare(study, engine, ends, command)
+        return _compare(study, engine, ends, until_decided, command)
     except KeyboardInterrupt as error:
         done = len(list((Path(study.output) / "runs").rglob(RECORD)))
         raise EchoInterrupt(
@@ -99,7 +111,7 @@ def compare(study: Study, engine: Engine, *, minutes: float | None = None, comma
         ) from error
 
 
-def _compare(study: Study, engine: Engine, ends: float | None, command: str) -> bool:
+def _compare(study: Study, engine: Engine, ends: float | None, until_decided: bool, command: str) -> bool:
     restored = _gathered(study)  # read before anything is written
     about = _begin(study, command)
     for key, record in restored:
@@ -110,7 +122,25 @@ def _compare(study: Study, engine: Engine, ends: float | None, command: str) -> 
     about["chosen"] = chosen = choose(study)
     if about.get("power") is None:
         about["power"] = estimate_power(study, chosen)
-    return _do(study, about, confirmation_keys(study, chosen), engine, ends)
+    keys = confirmation_keys(study, chosen)  # seed by seed
+    for look, seeds in enumerate((study.looks or []) if until_decided else [], start=1):
+        if not _do(study, about, keys[: seeds * len(study.arms)], engine, ends):
+            return False
+        if _ends_at(study, look):
+            return True
+    return _do(study, about, keys, engine, ends)
+
+
+def _ends_at(study: Study, look: int) -> bool:
+    """Whether the study is decided at a look, unless a later one has been reached already; says so."""
+    found = read_study(study.output)
+    if found.look > look:
+        return False
+    primary = difference_of(found, *found.pairs[0])
+    decided = is_decided(found, primary)
+    text = f"look {look} of {len(found.looks)}, {count_of(len(primary.seeds), 'seed')}: {primary.verdict}"
+    progress_console().print(text + ("; decided, nothing is left to do" if decided else ""), markup=False)
+    return decided
 
 
 # ------------------------------------------------------------------ the design
@@ -120,14 +150,15 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
     """The study's file: written before the first run, and the same at every later call."""
     path = Path(study.output) / STUDY_FILE
     first = RunKey("confirmation", study.baseline, study.rates(study.baseline)[0], study.seeds[0])
-    recipe = recipe_of(study, first).to_dict()
+    base = recipe_of(study, first)
+    recipe = base.to_dict()
     recipe.pop("output")  # the folder may be moved
-    design = study.design() | {"recipe": recipe}
     if path.is_file():
         about = read_about(path)
         begun = about.get("design", {}) | {"recipe": about.get("recipe")}
-        keys = [key for key in design if begun.get(key) != design[key]]
-        if keys:
+        not_default = study.model_dump(mode="json", exclude_defaults=True)
+        not_default["recipe"] = base.model_dump(mode="json", exclude_defaults=True)
+        if keys := _differing(begun, study.design() | {"recipe": recipe}, not_default):
             raise EchoConfigError(
                 f"{study.output} holds a study that was begun with another design; {', '.join(keys)} differ. "
                 "A design is not changed after its first run: choose another output."
@@ -153,6 +184,8 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
         "tuning_seeds": study.tuning_seeds if study.tunes else [],
         "seeds": study.seeds,
         "smallest_effect": study.smallest_effect,
+        "margin": study.margin,
+        "looks": study.looks,
         "score_on": study.score_on,
         "design": study.design(),
         "recipe": recipe,
@@ -164,6 +197,23 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
     }
     _write_json(path, about)
     return about
+
+
+def _differing(begun: dict[str, Any], now: dict[str, Any], not_default: dict[str, Any]) -> list[str]:
+    """The keys of a design that were begun with another value. A key that did not exist then was at its default."""
+    return [
+        key
+        for key, value in now.items()
+        if (not _is_same(begun[key], value, not_default.get(key)) if key in begun else key in not_default)
+    ]
+
+
+def _is_same(begun: Any, now: Any, not_default: Any) -> bool:
+    if isinstance(begun, dict) and isinstance(now, dict):
+        return begun.keys() <= now.keys() and not _differing(begun, now, not_default or {})
+    if isinstance(begun, list) and isinstance(now, list) and len(begun) == len(now):
+        return all(map(_is_same, begun, now, not_default or [None] * len(now)))
+    return begun == now
 
 
 def choose(study: Study) -> dict[str, float]:
@@ -197,6 +247,7 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
     """How likely the study is to find an effect of the smallest size of interest, before its runs have begun.
 
     The noise is that of the first comparison in the tuning runs, where there are any with answers; else it is assumed.
+    With looks the estimate is that of the last one alone; the earlier ones add a little.
     """
     recipe = recipe_of(study, RunKey("confirmation", study.baseline, chosen[study.baseline], study.seeds[0]))
     tasks = recipe.evaluation.tasks
@@ -220,6 +271,8 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
         seeds=len(study.seeds),
         questions=questions,
         smallest_effect=study.smallest_effect,
+        margin=study.margin,
+        confidence=confidence_at(study.looks, len(study.looks)) if study.looks else 0.95,
         **noise,
     )
     return found.to_dict() | {"source": source}

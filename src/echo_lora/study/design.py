@@ -84,6 +84,12 @@ class Study(Section):
     smallest_effect: float = Field(
         description="smallest difference in accuracy that matters, as a share: 0.01 is one point", gt=0, lt=1
     )
+    margin: float | None = Field(
+        None, description="by how much an arm may be worse and still be called `not worse`, as a share", gt=0, lt=1
+    )
+    looks: list[int] | None = Field(
+        None, description="numbers of seeds after which the result may be looked at, the last that of all seeds"
+    )
     general: GeneralText | None = Field(None, description="text on which forgetting is measured")
     output: Name = Field(description="folder of the study; default: runs/ and the study's name")
 
@@ -130,6 +136,11 @@ class Study(Section):
             seeds = getattr(self, key)
             if len(set(seeds)) != len(seeds) or any(not 0 <= seed <= LARGEST_SEED for seed in seeds):
                 raise ValueError(f"{key} = {seeds} must be different whole numbers from 0 to {LARGEST_SEED}")
+        if self.looks is not None:
+            from echo_lora.study.looks import problem_of_looks  # imports scipy, which takes a second
+
+            if problem := problem_of_looks(self.looks, len(self.seeds)):
+                raise ValueError(problem)
         if self.tunes and not self.tuning_seeds:
             raise ValueError("several learning rates need tuning_seeds to choose among them")
         return self

@@ -123,6 +123,12 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if math.isfinite(share) else "–"
 
 
+def percent_text(confidence: float) -> str:
+    """A confidence with two digits of what it lacks: 95 %, 99.26 %, 99.99989 %."""
+    digits = max(1 - math.floor(math.log10(100 * (1 - confidence))), 0)
+    return f"{100 * confidence:.{digits}f}".rstrip("0").rstrip(".") + " %"
+
+
 def number_text(value: float) -> str:
     return with_minus(f"{value:.4g}") if math.isfinite(value) else "–"
 

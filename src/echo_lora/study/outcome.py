@@ -30,15 +30,25 @@ from echo_lora.study.layout import (
 )
 from echo_lora.study.records import StudyRecords, mean_of, results
 from echo_lora.study.statistics import Effect
-from echo_lora.study.verdict import Difference, check_pairing, missing_lines, power_lines
+from echo_lora.study.verdict import (
+    Difference,
+    check_pairing,
+    confidence_of,
+    interval_name,
+    look_text,
+    missing_lines,
+    missing_runs,
+    power_lines,
+)
 
 
-def completeness(study: StudyRecords) -> Section:
+def completeness(study: StudyRecords, primary: Difference) -> Section:
     """How much of the design is done, and what is missing; whether the arms are paired."""
-    expected, missing = study.expected, study.missing
+    expected, missing = study.expected, missing_runs(study, primary)
     text = [
-        f"{len(expected) - len(missing)} of {len(expected)} runs of the design are done."
+        f"{len(expected) - len(study.missing)} of {len(expected)} runs of the design are done."
         + ("" if missing else " The study is complete."),
+        *filter(None, [look_text(study, primary)]),
         *check_pairing(study)[0],
         *power_lines(study),
     ]
@@ -48,6 +58,7 @@ def completeness(study: StudyRecords) -> Section:
 def comparisons(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> Section:
     """A line for every comparison, those that were not planned last."""
     rows = []
+    margin = study.about.get("margin")
     for compared in [*declared, *others]:
         effect = compared.overall
         name = f"{study.label(compared.arm)} − {study.label(compared.baseline)}"
@@ -57,17 +68,25 @@ def comparisons(study: StudyRecords, declared: list[Difference], others: list[Di
                 points_text(effect.estimate) if effect else "",
                 range_text(effect) if effect else "",
                 compared.verdict,
+                *([] if margin is None else ["shown" if compared.is_not_worse else "not shown"]),
                 p_text(effect.p_value) if effect else "",
             ]
         )
+    together = ", at all looks together" if study.looks else ""
     text = [
         "Each line is one arm minus another, over all tasks, in percentage points of correct answers. The interval "
-        "holds the true difference in 95 of 100 such studies; it counts both the luck of the seeds and that of the "
-        "questions. The first line is the primary comparison, named before the study began."
+        f"holds the true difference in 95 of 100 such studies{together}; it counts both the luck of the seeds and that "
+        "of the questions. The first line is the primary comparison, named before the study began."
     ]
+    if study.look:
+        text.append(
+            f"p is that of this look alone: it is to be compared with {1 - confidence_of(study):.2g}, not with 0.05."
+        )
     if others:
         text.append("Comparisons that were not planned are for orientation only.")
-    head = ["comparison", "difference", "95 % interval", "verdict", "p"]
+    head = ["comparison", "difference", interval_name(study), "verdict", "p"]
+    if margin is not None:
+        head.insert(-1, f"not worse by more than {count_of(100 * margin, 'point')}")
     return Section("comparisons", "All comparisons", text, tables=[Table("Differences in points", head, rows)])
 
 
@@ -76,7 +95,7 @@ def by_task(study: StudyRecords, declared: list[Difference]) -> Section:
     title = "Differences by task"
     shown = [(compared, compared.overall) for compared in declared if compared.overall]
     if not shown:
-        return Section("tasks", title, ["Nothing to show yet: no two arms have confirmation runs of the same seed."])
+        return Section("tasks", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
     smallest = 100 * study.about["smallest_effect"]
     x = points_axis(study, [effect for c, overall in shown for effect in (overall, *c.tasks.values())])
     panels, rows = [], []
@@ -85,7 +104,7 @@ def by_task(study: StudyRecords, declared: list[Difference]) -> Section:
         panel = Rows(
             f"forest-{i}",
             f"{arm} − {other}",
-            f"Difference of {arm} minus {other} in percentage points with 95 % interval, by task and overall.",
+            f"Difference of {arm} minus {other} in percentage points with {interval_name(study)}, by task and overall.",
             x,
             1 + len(compared.tasks),
             x_label=f"← {other} better",
@@ -118,7 +137,7 @@ def by_task(study: StudyRecords, declared: list[Difference]) -> Section:
         "far luck could have moved it. The grey strip holds differences too small to matter here (under "
         f"{count_of(smallest, 'point')})."
     )
-    head = ["comparison", "task", "difference", "95 % interval", "p", "p (Holm)"]
+    head = ["comparison", "task", "difference", interval_name(study), "p", "p (Holm)"]
     text = []
     if any(len(compared.tasks) > 1 for compared, _ in shown):
         text = ["p (Holm) allows for the number of tasks: with many of them, one looks good by luck alone."]
@@ -130,7 +149,7 @@ def accuracy_of_runs(study: StudyRecords) -> Section:
     title = "Accuracy of each run"
     tasks = study.tasks
     if not tasks:
-        return Section("accuracy", title, ["Nothing to show yet: there is no confirmation run."])
+        return Section("accuracy", title, ["Nothing to show yet: there is no confirmation run that counts."])
     names = [*tasks, *([OVERALL] if len(tasks) > 1 else [])]
     values = {(arm, task): accuracies(study, arm, task) for arm in study.arms for task in names}
     panels, rows = [], []
@@ -149,13 +168,13 @@ def accuracy_of_runs(study: StudyRecords) -> Section:
             mean = float(np.mean(list(found.values()))) if found else math.nan
             points = [100 * value for value in found.values()]
             panel.add(study.label(arm), percent(mean), points, arm_style(study, arm), mean=100 * mean)
-            cells = [percent(found.get(seed, math.nan)) for seed in study.seeds]
+            cells = [percent(found.get(seed, math.nan)) for seed in study.counted_seeds]
             rows.append([study.label(arm), task, percent(mean), *cells])
         panels.append(panel.svg())
     caption = (
         "Every mark is one trained adapter, every seed is one mark; the upright line is the mean of an arm's seeds."
     )
-    head = ["arm", "task", "mean", *(f"seed {seed}" for seed in study.seeds)]
+    head = ["arm", "task", "mean", *(f"seed {seed}" for seed in study.counted_seeds)]
     figure = Figure(caption, panels, Table(f"Correct answers on {study.part} questions", head, rows))
     return Section("accuracy", title, figures=[figure])
 
@@ -168,13 +187,13 @@ def controls(study: StudyRecords, declared: list[Difference], others: list[Diffe
         return Section("controls", title, ["This study has no control arms."])
     to_baseline = {c.arm: c.overall for c in [*declared, *others] if c.baseline == study.baseline and c.overall}
     if not to_baseline:
-        return Section("controls", title, ["Nothing to show yet: there is no pair of confirmation runs."])
+        return Section("controls", title, ["Nothing to show yet: there is no pair of confirmation runs that count."])
     baseline = study.label(study.baseline)
     smallest = 100 * study.about["smallest_effect"]
     panel = Rows(
         "controls",
         f"Every arm − {baseline}",
-        f"Overall difference of every arm minus {baseline} in percentage points with 95 % interval.",
+        f"Overall difference of every arm minus {baseline} in percentage points with {interval_name(study)}.",
         points_axis(study, to_baseline.values()),
         len(to_baseline),
         x_label=f"← {baseline} better",
@@ -202,7 +221,7 @@ def controls(study: StudyRecords, declared: list[Difference], others: list[Diffe
         "A control leaves out one ingredient of the method or puts something useless in its place; where a control "
         "does as well as the method, that ingredient is not what helps."
     )
-    head = ["arm", "role", "accuracy", f"difference to {baseline}", "95 % interval"]
+    head = ["arm", "role", "accuracy", f"difference to {baseline}", interval_name(study)]
     figure = Figure(caption, [panel.svg()], Table("Methods and controls side by side", head, rows))
     return Section("controls", title, figures=[figure])
 
@@ -232,7 +251,7 @@ def cost(study: StudyRecords) -> Section:
             ]
         )
     if not rows:
-        return Section("cost", title, ["Nothing to show yet: there is no confirmation run."])
+        return Section("cost", title, ["Nothing to show yet: there is no confirmation run that counts."])
     baseline = study.label(study.baseline)
     ratios = {arm: values for arm, values in ratios.items() if values}
     figures = []
@@ -325,7 +344,7 @@ def unreadable(study: StudyRecords) -> Section:
             if shares:
                 rows.append([study.label(arm), task, percent(mean_of(shares)), percent(max(shares))])
     if not rows:
-        return Section("unreadable", title, ["Nothing to show yet: there is no confirmation run."])
+        return Section("unreadable", title, ["Nothing to show yet: there is no confirmation run that counts."])
     text = [
         "Share of answers in which no answer could be found; they count as wrong. Where arms differ here, they may "
         "differ in form and not in knowledge."
@@ -340,21 +359,21 @@ def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> Section:
     rows = []
     for difference in declared:
         for name, task in difference.tasks.items():
-            cells = dict.fromkeys(study.seeds, "–")
+            cells = dict.fromkeys(study.counted_seeds, "–")
             for seed, first, second, p in zip(
                 difference.seeds, task.only_arm, task.only_baseline, task.p_mcnemar, strict=True
             ):
                 cells[seed] = f"{first} : {second}, p {p_text(p)}"
             rows.append([f"{study.label(difference.arm)} − {study.label(difference.baseline)}", name, *cells.values()])
     if not rows:
-        return Section("seeds", title, ["Nothing to show yet: no two arms have confirmation runs of the same seed."])
+        return Section("seeds", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
     text = [
         "Both adapters of a seed answered the same questions; those that only one of them had right are what tells "
         "them apart: 12 : 7 means that the first alone was right 12 times, the second alone 7 times. McNemar's exact p "
         "says how often a fair coin would divide these questions at least as unevenly. It knows nothing of the luck of "
         "seeds, so a small p in one seed proves little: look whether all seeds agree."
     ]
-    head = ["comparison", "task", *(f"seed {seed}" for seed in study.seeds)]
+    head = ["comparison", "task", *(f"seed {seed}" for seed in study.counted_seeds)]
     return Section(
         "seeds", title, text, tables=[Table("Questions that one alone had right, and McNemar's p", head, rows)]
     )

@@ -26,6 +26,7 @@ from pydantic import (
 from echo_lora.config import first_problem
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.files import write_file
+from echo_lora.study.looks import problem_of_looks
 
 STUDY_FILE, RUNS_FILE = "study.json", "runs.jsonl.gz"
 LARGEST_FILE, LARGEST_ARCHIVE = 10_000_000, 200_000_000  # bytes, of study.json and of the records, unpacked
@@ -63,6 +64,8 @@ class _StudyFile(_Read):
     tuning_seeds: list[NonNegativeInt]
     seeds: list[NonNegativeInt]
     smallest_effect: float = Field(gt=0, lt=1)
+    margin: float | None = Field(None, gt=0, lt=1)
+    looks: list[int] | None = None
     chosen: dict[str, float] | None = None
     score_on: str = "test"
     command: str | None = None
@@ -80,6 +83,8 @@ class _StudyFile(_Read):
         for key, name in named:
             if name not in self.arms:
                 raise ValueError(f"{key} names {name!r}, which is none of its arms")
+        if self.looks is not None and (problem := problem_of_looks(self.looks, len(self.seeds))):
+            raise ValueError(problem)
         return self
 
 
@@ -166,6 +171,25 @@ class StudyRecords:
         return self.about["seeds"]
 
     @property
+    def looks(self) -> list[int]:
+        """Numbers of seeds after which the result may be looked at; none where the study declares none."""
+        return self.about.get("looks") or []
+
+    @property
+    def look(self) -> int:
+        """How many looks have been reached: all arms have been run at all of their seeds."""
+        done = {(run["arm"], run["seed"]) for run in self.runs if run["stage"] == "confirmation"}
+        return sum(
+            all((arm, seed) in done for arm in self.about["arms"] for seed in self.seeds[:number])
+            for number in self.looks
+        )
+
+    @property
+    def counted_seeds(self) -> list[int]:
+        """The seeds that results rest on: those of the last look that was reached, all where there are no looks."""
+        return self.seeds[: [0, *self.looks][self.look]] if self.looks else self.seeds
+
+    @property
     def chosen(self) -> dict[str, float] | None:
         """Each arm's learning rate; None as long as tuning is not over."""
         return self.about.get("chosen")
@@ -188,9 +212,9 @@ class StudyRecords:
         return self.about["arms"][arm].get("role") == "control"
 
     def confirmation(self, arm: str) -> dict[int, Record]:
-        """The arm's runs that count, by seed, in the order of the seeds."""
+        """The arm's runs that count, by seed, in the order of the seeds. Runs after the last look don't count yet."""
         found = {run["seed"]: run for run in self.runs if run["stage"] == "confirmation" and run["arm"] == arm}
-        return {seed: found[seed] for seed in self.seeds if seed in found}
+        return {seed: found[seed] for seed in self.counted_seeds if seed in found}
 
     def tuning(self, arm: str) -> dict[float, list[Record]]:
         """The arm's runs that choose a learning rate, by learning rate."""

@@ -22,7 +22,10 @@ from echo_lora.study.verdict import (
     Difference,
     declared_differences,
     difference_of,
+    look_text,
     meaning_of,
+    missing_runs,
+    not_worse_text,
     notices,
     sentence_of,
 )
@@ -97,23 +100,29 @@ def summary_lines(folder: str | Path) -> list[str]:
     if folders := _studies_in(folder):
         return [line for one in folders for line in (read_study(one).about["title"], *summary_lines(one))]
     study = read_study(folder)
-    return [*_verdicts(study, declared_differences(study)), *notices(study)]
+    declared = declared_differences(study)
+    look = look_text(study, declared[0])
+    return [*_verdicts(study, declared), *([look] if look else []), *notices(study, declared[0])]
 
 
 def _report(study: StudyRecords, declared: list[Difference]) -> Report:
     others = [difference_of(study, *pair) for pair in study.others]
-    primary = [*declared, *others][0]
-    word = f"So far: {primary.verdict}" if study.missing else f"{primary.verdict[0].upper()}{primary.verdict[1:]}"
+    primary = declared[0]
+    word = (
+        f"So far: {primary.verdict}"
+        if missing_runs(study, primary)
+        else f"{primary.verdict[0].upper()}{primary.verdict[1:]}"
+    )
     return Report(
         title=study.about["title"],
         question=study.about.get("question", ""),
         verdict=word,
         sign=SIGN[primary.verdict],
         sentence=sentence_of(study, primary),
-        meaning=meaning_of(study, primary),
-        notices=notices(study),
+        meaning=f"{meaning_of(study, primary)} {not_worse_text(study, primary)}".rstrip(),
+        notices=notices(study, primary),
         sections=[
-            outcome.completeness(study),
+            outcome.completeness(study, primary),
             outcome.comparisons(study, declared, others),
             outcome.by_task(study, declared),
             outcome.accuracy_of_runs(study),
@@ -134,12 +143,13 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Report:
 
 def _section_of_several(study: StudyRecords, declared: list[Difference]) -> Section:
     name = study.folder.name
-    text = [study.about.get("question", ""), f"The whole report: {name}/{HTML_FILE}"]
-    return Section(name, study.about["title"], text, notices(study), items=_verdicts(study, declared))
+    look = look_text(study, declared[0])
+    text = [study.about.get("question", ""), *([look] if look else []), f"The whole report: {name}/{HTML_FILE}"]
+    return Section(name, study.about["title"], text, notices(study, declared[0]), items=_verdicts(study, declared))
 
 
 def _verdicts(study: StudyRecords, declared: list[Difference]) -> list[str]:
-    return [f"{one.verdict}: {sentence_of(study, one)}" for one in declared]
+    return [f"{one.verdict}: {sentence_of(study, one)} {not_worse_text(study, one)}".rstrip() for one in declared]
 
 
 def _report_of_several(sections: list[Section]) -> Report:
@@ -183,6 +193,8 @@ def _settings(study: StudyRecords) -> Section:
         ["tuning seeds", listed(about["tuning_seeds"]) or "none"],
         ["confirmation seeds", listed(study.seeds)],
         ["smallest effect of interest", count_of(100 * about["smallest_effect"], "percentage point")],
+        *([["margin", count_of(100 * margin, "percentage point")]] if (margin := about.get("margin")) else []),
+        *([["looks, in seeds", listed(study.looks)]] if study.looks else []),
         ["comparisons, the primary first", listed(f"{a} − {b}" for a, b in study.pairs)],
         *([f"version of {name}", str(number)] for name, number in about.get("versions", {}).items()),
     ]

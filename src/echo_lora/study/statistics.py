@@ -21,7 +21,8 @@ seeds the plain percentiles are wrong in two ways, so the draws give the shape, 
                  26:596, for readers and cases, which are crossed in the same way); never above the questions' own.
     rare ones    where hardly a question tells the arms apart, their spread can't be known. V is at least 2/Q²: two
                  imagined questions, one for each arm, which is about the rule of three (no event in Q allows 3/Q).
-                 The draws then have no shape to give, and t alone is used.
+                 The draws then have no shape to give, and t alone is used; as it is where so high a confidence is
+                 asked for that fewer than 5 draws lie beyond an end.
 
 Under the null, with 3, 5 and 10 seeds, a standard deviation of 0, 1 and 2 points between seeds and answers to a
 question that correlate between seeds by 0 to 0.8, `better` or `worse` came in 0 to 6 % of studies, `better` in up to 3;
@@ -41,8 +42,8 @@ from scipy import stats
 
 from echo_lora.errors import EchoConfigError, EchoDataError
 
-Verdict = Literal["better", "worse", "no difference shown", "too few data"]
-VERDICTS: tuple[Verdict, ...] = ("better", "worse", "no difference shown", "too few data")
+Verdict = Literal["better", "worse", "no difference shown", "not worse", "too few data"]
+VERDICTS: tuple[Verdict, ...] = ("better", "worse", "no difference shown", "not worse", "too few data")
 
 # Two tell next to nothing about how much seeds differ: with 500 questions their intervals reach 3 to 21 points to each
 # side in null studies, those of three 3 to 6. [O]
@@ -50,6 +51,8 @@ LEAST_SEEDS = 3
 POWER_WANTED = 0.8
 # Correlation between seeds of D at one question that a power estimate assumes where no pilot tells. [O]
 QUESTION_CORRELATION = 0.2
+# Draws beyond an end of the interval, on average; fewer can't place it. With 10,000 draws: confidence 0.999. [O]
+LEAST_BEYOND = 5
 # Uniform numbers that are held at a time.
 CHUNK = 4_000_000
 
@@ -88,6 +91,8 @@ class Comparison:
     """One arm against another. Made by `compare`.
 
     overall: unweighted mean over tasks; the verdict rests on it alone. The accuracies are means over tasks, per seed.
+    is_not_worse: whether the arm is shown to be not worse by more than the margin, whatever the verdict; None without a
+    margin.
     """
 
     arm: str
@@ -97,6 +102,8 @@ class Comparison:
     tasks: dict[str, TaskEffect]
     seeds: int
     smallest_effect: float
+    margin: float | None
+    is_not_worse: bool | None
     confidence: float
     arm_accuracies: tuple[float, ...]
     baseline_accuracies: tuple[float, ...]
@@ -125,6 +132,7 @@ class Power:
     seed_sd: float
     question_correlation: float
     smallest_effect: float
+    margin: float | None
     confidence: float
     trials: int
 
@@ -143,6 +151,7 @@ def compare(
     correct_baseline: Correct,
     *,
     smallest_effect: float,
+    margin: float | None = None,
     seed: int = 0,
     draws: int = 10_000,
     confidence: float = 0.95,
@@ -155,13 +164,16 @@ def compare(
 
         better, worse         the interval of the overall effect lies above, below 0
         no difference shown   it holds 0, and lies inside ±smallest_effect
+        not worse             it holds 0, and lies above -margin; only where there is a margin
         too few data          anything else; always with fewer than 3 seeds
 
-    An effect that is `better` may still be smaller than the smallest one of interest. The same arguments give the same
-    numbers; no p is below 2/(draws + 1). With one seed every interval is [-1, 1]. Raises EchoDataError if the arrays
-    don't pair, EchoConfigError for a smallest_effect, confidence or number of draws that means nothing.
+    An effect that is `better` may still be smaller than the smallest one of interest. `not worse` is a test of
+    non-inferiority at (1 - confidence)/2, one-sided (CONSORT: Piaggio et al. 2012, JAMA 308:2594). The same arguments
+    give the same numbers; no p of the bootstrap is below 2/(draws + 1). With one seed every interval is [-1, 1]. Raises
+    EchoDataError if the arrays don't pair, EchoConfigError for a smallest_effect, margin, confidence or number of draws
+    that means nothing.
     """
-    _check_numbers(smallest_effect, confidence)
+    _check_numbers(smallest_effect, margin, confidence)
     if draws < 100:
         raise EchoConfigError(f"draws = {draws} are too few for percentiles. Use at least 100; 10000 is the default.")
     first, second = _paired(arm, baseline, correct_arm, correct_baseline)
@@ -182,11 +194,13 @@ def compare(
     return Comparison(
         arm=arm,
         baseline=baseline,
-        verdict=_verdict(overall.low, overall.high, smallest_effect, seeds),
+        verdict=_verdict(overall.low, overall.high, smallest_effect, margin, seeds),
         overall=overall,
         tasks=tasks,
         seeds=seeds,
         smallest_effect=smallest_effect,
+        margin=margin,
+        is_not_worse=None if margin is None else seeds >= LEAST_SEEDS and overall.low > -margin,
         confidence=confidence,
         arm_accuracies=_mean_accuracies(first),
         baseline_accuracies=_mean_accuracies(second),
@@ -199,14 +213,16 @@ def mcnemar_exact(only_arm: int, only_baseline: int) -> float:
     return float(stats.binomtest(only_arm, total, 0.5).pvalue) if total else 1.0
 
 
-def _verdict(low: float, high: float, smallest_effect: float, seeds: int) -> Verdict:
+def _verdict(low: float, high: float, smallest_effect: float, margin: float | None, seeds: int) -> Verdict:
     if seeds < LEAST_SEEDS:
         return "too few data"
     if low > 0:
         return "better"
     if high < 0:
         return "worse"
-    return "no difference shown" if -smallest_effect < low and high < smallest_effect else "too few data"
+    if -smallest_effect < low and high < smallest_effect:
+        return "no difference shown"
+    return "not worse" if margin is not None and low > -margin else "too few data"
 
 
 def _holm(p_values: Sequence[float]) -> np.ndarray:
@@ -321,7 +337,7 @@ def _effect(differences: Sequence[np.ndarray], deviations: np.ndarray, confidenc
     moments = _moments(differences)
     estimate, se, df = float(moments.estimate), float(np.sqrt(moments.variance)), float(moments.df)
     spread = float(deviations.std())
-    if not moments.has_shape or spread == 0:
+    if not moments.has_shape or spread == 0 or len(deviations) * (0.5 - confidence / 2) < LEAST_BEYOND:
         low, high = _interval(moments, confidence)
         return Effect(estimate, float(low), float(high), float(2 * stats.t.sf(abs(estimate) / se, df)))
     tails = np.sqrt(df / np.random.default_rng([seed, 1]).chisquare(df, len(deviations)))
@@ -344,6 +360,7 @@ def power(
     discordance: float,
     seed_sd: float,
     smallest_effect: float,
+    margin: float | None = None,
     question_correlation: float = QUESTION_CORRELATION,
     confidence: float = 0.95,
     trials: int = 1000,
@@ -355,13 +372,13 @@ def power(
     bootstrap of `compare` only reshapes: a study takes microseconds. Raises EchoConfigError for a number that means
     nothing.
     """
-    _check_numbers(smallest_effect, confidence)
+    _check_numbers(smallest_effect, margin, confidence)
     noise = _Noise(seeds, _sizes(questions), accuracy, discordance, seed_sd, question_correlation)
     if trials < 1:
         raise EchoConfigError(f"trials = {trials} must be at least 1; 1000 is the default.")
     moments = _simulated(effect, noise, trials, seed)
     ends = zip(*_interval(moments, confidence), strict=True) if seeds > 1 else [(-1.0, 1.0)] * trials
-    verdicts = [_verdict(low, high, smallest_effect, seeds) for low, high in ends]
+    verdicts = [_verdict(low, high, smallest_effect, margin, seeds) for low, high in ends]
     shares: dict[str, float] = {verdict: verdicts.count(verdict) / trials for verdict in VERDICTS}
     return Power(
         effect=effect,
@@ -375,6 +392,7 @@ def power(
         seed_sd=seed_sd,
         question_correlation=question_correlation,
         smallest_effect=smallest_effect,
+        margin=margin,
         confidence=confidence,
         trials=trials,
     )
@@ -549,9 +567,10 @@ def _smallest_detectable(noise: _Noise, confidence: float, trials: int, seed: in
 # ------------------------------------------------------------------------ checks
 
 
-def _check_numbers(smallest_effect: float, confidence: float) -> None:
-    if not 0 < smallest_effect < 1:
-        raise EchoConfigError(f"smallest_effect = {smallest_effect} must be a share above 0; 0.01 is one point.")
+def _check_numbers(smallest_effect: float, margin: float | None, confidence: float) -> None:
+    for name, value in (("smallest_effect", smallest_effect), ("margin", margin)):
+        if value is not None and not 0 < value < 1:
+            raise EchoConfigError(f"{name} = {value} must be a share above 0; 0.01 is one point.")
     if not 0.5 <= confidence < 1:
         raise EchoConfigError(f"confidence = {confidence} must be from 0.5 to below 1; 0.95 is the default.")
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_lora.errors import EchoDataError
-from echo_lora.study.layout import count_of, is_known, listed, points_text, range_text
+from echo_lora.study.layout import count_of, is_known, listed, percent_text, points_text, range_text
+from echo_lora.study.looks import confidence_at
 from echo_lora.study.records import Record, RunName, StudyRecords, correct_by_task, results
 from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare
 
 DULL = 0.98  # share of a run's answers
-SIGN = {"better": "▲", "worse": "▼", "no difference shown": "◇", "too few data": "?"}
+SIGN = {"better": "▲", "worse": "▼", "no difference shown": "◇", "not worse": "△", "too few data": "?"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Difference:
     @property
     def verdict(self) -> Verdict:
         return self.comparison.verdict if self.comparison else "too few data"
+
+    @property
+    def is_not_worse(self) -> bool:
+        """Whether it is shown that the arm is not worse by more than the study's margin."""
+        return bool(self.comparison and self.comparison.is_not_worse)
 
     @property
     def overall(self) -> Effect | None:
@@ -51,8 +57,30 @@ def difference_of(study: StudyRecords, arm: str, baseline: str) -> Difference:
     found = None
     if seeds:
         correct = [_correct(study, [of_arm[seed] for seed in seeds]) for of_arm in runs]
-        found = compare(arm, baseline, *correct, smallest_effect=study.about["smallest_effect"])
+        found = compare(
+            arm,
+            baseline,
+            *correct,
+            smallest_effect=study.about["smallest_effect"],
+            margin=study.about.get("margin"),
+            confidence=confidence_of(study),
+        )
     return Difference(arm, baseline, seeds, found)
+
+
+def confidence_of(study: StudyRecords) -> float:
+    """Of all intervals: that which belongs to the last look that was reached."""
+    return confidence_at(study.looks, study.look) if study.look else 0.95
+
+
+def is_decided(study: StudyRecords, primary: Difference) -> bool:
+    """Whether a study that declares looks may end at this one: its primary comparison says something."""
+    return study.look > 0 and primary.verdict != "too few data"
+
+
+def missing_runs(study: StudyRecords, primary: Difference) -> list[RunName]:
+    """The runs of the design that are still to be done: a study that is decided needs no more seeds."""
+    return [run for run in study.missing if run.stage == "tuning" or not is_decided(study, primary)]
 
 
 def _correct(study: StudyRecords, runs: list[Record]) -> dict[str, np.ndarray]:
@@ -74,14 +102,51 @@ def sentence_of(study: StudyRecords, difference: Difference) -> str:
     smallest = f"smallest effect of interest {count_of(100 * study.about['smallest_effect'], 'point')}"
     effect = difference.overall
     if effect is None:
-        return f"{names}: no seed has a confirmation run of both yet; {smallest}."
-    interval = f"95 % interval {range_text(effect)}" if is_known(effect) else "one seed gives no interval"
+        what = "no look has been reached" if study.looks else "no seed has a confirmation run of both"
+        return f"{names}: {what} yet; {smallest}."
+    interval = f"{interval_name(study)} {range_text(effect)}" if is_known(effect) else "one seed gives no interval"
     questions = sum(task.questions for task in difference.tasks.values())
     tasks = f" in {len(difference.tasks)} tasks" if len(difference.tasks) > 1 else ""
     return (
         f"{names}: {points_text(effect.estimate)} percentage points ({interval}), "
         f"{count_of(len(difference.seeds), 'seed')} × {count_of(questions, 'question')}{tasks}; {smallest}."
     )
+
+
+def interval_name(study: StudyRecords) -> str:
+    return f"{percent_text(confidence_of(study))} interval"
+
+
+def not_worse_text(study: StudyRecords, difference: Difference) -> str:
+    """Whether the arm is shown to be not worse by more than the margin; nothing where there is no margin."""
+    margin = study.about.get("margin")
+    if margin is None:
+        return ""
+    arm, other = study.label(difference.arm), study.label(difference.baseline)
+    what = f"that {arm} is not worse than {other} by more than the margin of {count_of(100 * margin, 'point')}"
+    if len(difference.seeds) < LEAST_SEEDS:
+        return f"It is not shown {what}: there are too few seeds."
+    if difference.is_not_worse:
+        return f"It is shown {what}: the interval lies above {points_text(-margin)}."
+    return f"It is not shown {what}: the interval does not lie above {points_text(-margin)}."
+
+
+def look_text(study: StudyRecords, primary: Difference) -> str:
+    """Which look this is, and why one may look; nothing where the study declares no looks."""
+    looks, look = study.looks, study.look
+    if not looks:
+        return ""
+    rest = "" if look == len(looks) else f"Runs of later seeds do not count before all arms have {looks[look]} seeds."
+    if not look:
+        return f"None of the {count_of(len(looks), 'look')} that the study declared has been reached. {rest}"
+    text = (
+        f"Look {look} of {len(looks)}: {looks[look - 1]} of {looks[-1]} seeds. Intervals have a nominal confidence of "
+        f"{percent_text(confidence_of(study))}. The result may be looked at now: the looks were fixed before the first "
+        "run, and share out an error of 5 % among them (alpha spending of O'Brien-Fleming type)."
+    )
+    if is_decided(study, primary):
+        return f"{text} The primary comparison is decided" + (": no more seeds are needed." if rest else ".")
+    return f"{text} The primary comparison is not decided." + f" {rest}".rstrip()
 
 
 def meaning_of(study: StudyRecords, difference: Difference) -> str:
@@ -111,6 +176,12 @@ def meaning_of(study: StudyRecords, difference: Difference) -> str:
             f"“No difference shown” means that the interval holds 0 and lies within ±{size}: if there is a difference, "
             "it is too small to matter here."
         )
+    if difference.verdict == "not worse":
+        margin = count_of(100 * study.about["margin"], "point")
+        return (
+            f"“Not worse” means that the interval holds 0 and lies above −{margin}, the margin that was declared "
+            "before the study began; it does not say whether there is a difference."
+        )
     return (
         f"“Too few data” means that the interval holds 0 and reaches beyond ±{size}: the study can show neither a "
         "difference that matters nor that there is none."
@@ -137,8 +208,8 @@ def power_lines(study: StudyRecords) -> list[str]:
     return [f"{text}. What was taken for the noise: {found.get('source', 'unknown')}."]
 
 
-def state_text(study: StudyRecords) -> str:
-    missing = study.missing
+def state_text(study: StudyRecords, primary: Difference) -> str:
+    missing = missing_runs(study, primary)
     if not missing:
         return ""
     tuning = sum(key.stage == "tuning" for key in missing)
@@ -154,9 +225,9 @@ def state_text(study: StudyRecords) -> str:
     )
 
 
-def notices(study: StudyRecords) -> list[str]:
+def notices(study: StudyRecords, primary: Difference) -> list[str]:
     """What must not be missed: runs that are missing, arms that are not paired, rows that were used before."""
-    found = [state] if (state := state_text(study)) else []
+    found = [state] if (state := state_text(study, primary)) else []
     if study.part == "validation":
         found.append(
             "The runs that count were scored on validation rows: this is a search for settings, and what it finds is "
