@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from architectures import collate, one_row, random_row, tiny_echo_model
-from echo_lora import step
+from architectures import collate, lora_config, one_row, random_row, tiny_base, tiny_echo_model
+from echo_lora import EchoConfig, get_echo_model, step
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.inject import Injection, decoder_layers
 from echo_lora.prefix import PrefixRecorder
@@ -498,3 +498,24 @@ def test_a_source_layer_that_is_skipped_is_refused():
     model._source_layers = [*model._source_layers, torch.nn.Identity()]
     with pytest.raises(EchoModelError, match="3 source layers gave 2 states"):
         model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True)
+
+
+@pytest.mark.parametrize("echo_step", ["shared_prefix", "full"])
+def test_a_full_second_pass_draws_dropout_of_its_own_for_the_prompt_too(echo_step):
+    """As R-Drop needs it; with a shared prefix the prompt has the masks of the first pass."""
+    base, config = tiny_base(), EchoConfig(source_layers=[1], target_layers=[0], echo_step=echo_step)
+    model = get_echo_model(base, lora_config(lora_dropout=0.5), config).train()
+    batch = collate(rows_of((8, 3), (8, 3)))
+    model.echo_losses(**batch, is_routed=True)  # tried before
+    masks: list[torch.Tensor] = []
+    module = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.up_proj"))
+    handle = module.lora_dropout["default"].register_forward_hook(lambda _m, _args, out: masks.append(out == 0))
+    model.echo_losses(**batch, is_routed=True)
+    handle.remove()
+    off, on = masks  # (B, T, d)
+    if echo_step == "full":
+        assert on.shape == off.shape
+        assert not torch.equal(on[:, :7], off[:, :7])  # of the prompt before the boundary
+    else:
+        assert on.shape[1] == 3  # from the boundary on
+        assert not torch.equal(on, off[:, -3:])
