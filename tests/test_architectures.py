@@ -94,6 +94,7 @@ def test_one_of_each_kind(name):
 VERDICTS: dict[str, tuple[str, str]] = {}
 
 
+@pytest.mark.xdist_group("every architecture")  # one worker, which then knows all verdicts
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_one(name):
@@ -105,6 +106,7 @@ def test_every_one(name):
     VERDICTS[name] = verdict(name)
 
 
+@pytest.mark.xdist_group("every architecture")
 @pytest.mark.slow
 def test_the_table_of_the_page_is_what_was_found():
     page = PAGE.read_text(encoding="utf-8")
