@@ -236,7 +236,80 @@ def test_tools_that_the_template_does_not_know_are_named(tokenizer: Any, caplog:
     assert "train.jsonl:2: row 1 has tools that the chat template leaves out" in caplog.text
 
 
+SEARCH = {
+    "name": "search",
+    "description": "Find pages.",
+    "parameters": {"type": "object", "properties": {"town": {"type": "string", "description": "Where to look."}}},
+}
+# All that the calls and tools hold is in the user's words too.
+SEARCH_TURNS = [
+    {"role": "user", "content": "Please search for Bern, town of 3 bears: Find pages. Where to look. Paris"},
+    {"role": "assistant", "content": "", "tool_calls": [call("search", town="Bern", most=3, exact=True)]},
+    {"role": "tool", "content": "It is there."},
+    {"role": "assistant", "content": "Done."},
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "left_out"),
+    [
+        (("", ""), ()),
+        (("call.function.arguments | tojson", "call.function.arguments"), ()),  # as Python writes it
+        (("{{ tool | tojson }}", "{{ tool.function.name }}"), ("descriptions of tools", "parameters of tools")),
+        (("{{ tool | tojson }}", "one"), ("tools",)),
+        (("{% if tools %}", "{% if false %}"), ("tools",)),
+        (("{% if 'tool_calls' in message %}", "{% if false %}"), ("tool calls",)),
+        (("call.function.arguments | tojson", "'...'"), ("tool calls",)),
+        (("'<call>' + call.function.name", "'<call>'"), ("tool calls",)),
+    ],
+)
+def test_what_the_template_leaves_out_is_found_where_other_turns_say_the_same(
+    change: tuple[str, str], left_out: tuple[str, ...]
+) -> None:
+    template = TOOL_TEMPLATE.replace(*change)
+    assert (template == TOOL_TEMPLATE) == (change == ("", ""))
+    row = {"messages": SEARCH_TURNS, "tools": [{"type": "function", "function": SEARCH}]}
+    tokenized = tokenize_row(row, tiny_tokenizer(chat_template=template))
+    assert tokenized.untrained == tuple(f"{what} that the chat template leaves out" for what in left_out)
+    prompt = {"prompt": SEARCH_TURNS[:-1], "completion": SEARCH_TURNS[-1:], "tools": row["tools"]}
+    assert tokenize_row(prompt, tiny_tokenizer(chat_template=template)).untrained == tokenized.untrained
+
+
+@pytest.mark.parametrize("text", ["Paris", "a", "Done."])
+def test_a_system_message_whose_words_come_again_is_missed(text: str) -> None:
+    deaf = tiny_tokenizer(
+        chat_template=TOOL_TEMPLATE.replace("messages %}", "messages if message.role != 'system' %}", 1)
+    )
+    row = {"messages": [{"role": "system", "content": text}, *SEARCH_TURNS]}
+    assert tokenize_row(row, deaf).untrained == ("content that the chat template leaves out",)
+
+
+def test_tools_without_a_name_are_looked_for_too(tokenizer: Any, tool_tokenizer: Any) -> None:
+    row = {"messages": turns("one", "two"), "tools": [{"type": "web"}]}
+    assert tokenize_row(row, tokenizer).untrained == ("tools that the chat template leaves out",)
+    assert tokenize_row(row, tool_tokenizer).untrained == ()
+
+
+def test_a_template_that_refuses_changed_values_still_shows_what_it_leaves_out() -> None:
+    strict = tiny_tokenizer(
+        chat_template="{% if messages[0].content != 'one' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    row = {"messages": turns("one", "two")}
+    assert tokenize_row(row, strict).untrained == ()
+    assert tokenize_row(row | {"tools": TOOLS}, strict).untrained == ("tools that the chat template leaves out",)
+
+
 # ------------------------------------------------------------------------------------------------ reasoning
+
+
+def test_reasoning_that_is_given_twice_is_shown_once() -> None:
+    from trl.chat_template_utils import qwen3_chat_template
+
+    qwen = tiny_tokenizer(chat_template=qwen3_chat_template)
+    row = {"prompt": turns("one"), "completion": turns("", "two", reasoning_content="count", reasoning="count")[1:]}
+    assert tokenize_row(row, qwen).untrained == ()
+    row["completion"][0]["reasoning"] = "one"  # which is in the prompt
+    assert tokenize_row(row, qwen).untrained == ("reasoning that the chat template leaves out",)
 
 
 @pytest.mark.parametrize("form", ["in the content", "beside it"])

@@ -80,6 +80,14 @@ def test_what_a_template_leaves_out_and_what_no_column_is_used_for_is_named(tmp_
     assert "train data: row 1 has text in the column 'input', which is not trained on" in caplog.text
 
 
+@ECHO
+def test_tools_whose_names_the_user_says_are_named_where_the_template_drops_them(tmp_path, caplog, echo):
+    data = {"prompt": [turns("Please add")], "completion": [turns("", "two")[1:]], "tools": [TOOL_ROWS[0]["tools"][:1]]}
+    with caplog.at_level(logging.WARNING):
+        sft_trainer(tmp_path, data, echo=echo)
+    assert "train data: row 0 has tools that the chat template leaves out: not trained on (1 such" in caplog.text
+
+
 def test_a_row_of_no_known_form_is_named_before_training(tmp_path, caplog):
     data = {"prompt": ["one", "two"], "completion": ["three", ""]}
     with pytest.raises(EchoDataError, match="train data: row 1 has an empty answer"):

@@ -31,7 +31,6 @@ from echo_lora.forms import (
     checked_row,
     functions_of,
     is_learned,
-    leaves,
     row_number,
     texts_of,
 )
@@ -245,7 +244,7 @@ class _Template:
         failure: EchoDataError | None = None
         for form in _written(messages):
             try:
-                left_out = _left_out(form, prompt, self.tools, self.render(form))
+                left_out = self._left_out(form, prompt)
             except EchoDataError as error:
                 failure = failure or error
                 continue
@@ -257,6 +256,28 @@ class _Template:
             assert failure is not None
             raise failure
         return best
+
+    def _left_out(self, messages: list[dict[str, Any]], prompt: int) -> tuple[str, ...]:
+        """What the row holds and the template does not write."""
+        text = self.render(messages)
+        mark = _Marker()
+        marked = [
+            mark.message(message, place < prompt and message["role"] == "assistant")
+            for place, message in enumerate(messages)
+        ]
+        tools = self.tools and [mark.tool(tool) for tool in self.tools]
+        try:
+            shown = self.render(marked, tools=tools)
+        except EchoDataError:  # a template that takes the row's own values only: they are looked for instead
+            shown = "".join(word for _, _, word in mark.marks)
+        found = {what for what, value, word in mark.marks if word not in shown or not _shows(text, value)}
+        if _is_written_twice(messages, text):
+            found.add("tool calls")
+        if self.tools and not any(what == "tools" for what, _, _ in mark.marks):  # tools without names
+            found |= {"tools"} if self.render(messages, tools=None) == text else set()
+        if "tools" in found:
+            found -= {"parameters of tools", "descriptions of tools"}
+        return tuple(f"{what} that the chat template leaves out" for what in sorted(found))
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         return self._apply(messages, tokenize=False, **options)
@@ -273,7 +294,7 @@ class _Template:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, **options | self.options)
+            return self.tokenizer.apply_chat_template(messages, **self.options | options)
         # a template's own errors too; a loop without end is an overflow to jinja
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise self._error(error) from error
@@ -320,41 +341,102 @@ def _other_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
-def _left_out(
-    messages: list[dict[str, Any]], prompt: int, tools: list[dict[str, Any]] | None, text: str
-) -> tuple[str, ...]:
-    """What the messages hold and a template did not write into its text."""
-    found = set()
-    rest = text
-    for message in messages:
-        for content in texts_of(message):
-            rest = rest.replace(content.strip(), "", 1)
-    for place, message in enumerate(messages):
-        is_context = place < prompt and message["role"] == "assistant"
-        for content in texts_of(message):
-            thoughts, tag, answer = content.rpartition("</think>")
-            if not _shows(text, answer):
-                found.add("content")
-            elif tag and not is_context and not _shows(text, thoughts):
-                found.add("reasoning")
+class _Mark(NamedTuple):
+    """A word in the middle of a value: a text with the word shows the value."""
+
+    what: str  # what the value belongs to
+    value: str
+    word: str
+
+
+class _Marker:
+    """Puts a word of its own into each value of a row: whether a value itself is in a text may be chance."""
+
+    def __init__(self) -> None:
+        self.marks: list[_Mark] = []
+
+    def __call__(self, what: str, value: Any) -> Any:
+        """The value with a mark in each of its ends that holds something."""
+        if isinstance(value, Mapping):
+            return {key: self(what, item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self(what, item) for item in value]
+        text = value if isinstance(value, str) else json.dumps(value)
+        if not text.strip():  # templates ask whether there is something
+            return value
+        word = f"EchoLoraMark{len(self.marks)}x"
+        # how a number is written is the template's choice: only a text can be looked for itself
+        self.marks.append(_Mark(what, value if isinstance(value, str) else "", word))
+        middle = len(text) // 2  # templates may ask how a text begins and ends
+        return text[:middle] + word + text[middle:]
+
+    def message(self, message: dict[str, Any], is_context: bool) -> dict[str, Any]:
+        """is_context: it is a turn of the assistant in the prompt, whose reasoning is rightly left out."""
+        marked, thoughts = dict(message), {}
+
+        def thought(text: str) -> str:  # it may be given twice, of which templates show one
+            if text.strip() not in thoughts:
+                thoughts[text.strip()] = self("reasoning", text)
+            return thoughts[text.strip()]
+
+        def text_of(content: str) -> str:
+            before, tag, answer = content.rpartition("</think>")
+            if tag and not is_context:
+                said, opening, thoughts_in = before.rpartition("<think>")
+                before = self("content", said) + opening + thought(thoughts_in)
+            return before + tag + self("content", answer)
+
+        if isinstance(message.get("content"), list):
+            marked["content"] = [part | {"text": text_of(part["text"])} for part in message["content"]]
+        elif message.get("content"):
+            marked["content"] = text_of(message["content"])
         for key in REASONING:
-            value = message.get(key)
-            if isinstance(value, str) and not is_context and not _shows(rest, value):
-                found.add("reasoning")
-        for function in functions_of(message):
-            arguments = function.get("arguments")
-            if isinstance(arguments, str):
-                if '"' in arguments and json.dumps(arguments)[1:-1] in text:
-                    found.add("tool calls")  # JSON text written as JSON once more
-                arguments = json.loads(arguments)
-            values = leaves(arguments)
-            shown = [_shows(text, value if isinstance(value, str) else json.dumps(value)) for value in values]
-            if not (all(shown) and _shows(text, function["name"])):
-                found.add("tool calls")
-    names = [tool.get("function", tool).get("name") for tool in tools or []]
-    if not all(_shows(text, name) for name in names if isinstance(name, str)):
-        found.add("tools")
-    return tuple(f"{what} that the chat template leaves out" for what in sorted(found))
+            if isinstance(message.get(key), str) and not is_context:
+                marked[key] = thought(message[key])
+        if "tool_calls" in message:
+            marked["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
+        return marked
+
+    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return call | {"function": self._call(call["function"])}
+        call = call | {"name": self("tool calls", call["name"])}
+        if isinstance(arguments := call.get("arguments"), str):
+            arguments = json.dumps(self("tool calls", json.loads(arguments)), ensure_ascii=False)
+        elif arguments is not None:
+            arguments = self("tool calls", arguments)
+        return call | ({} if arguments is None else {"arguments": arguments})
+
+    def tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
+        """Marks name and descriptions, and adds a marked parameter."""
+        if isinstance(tool.get("function"), Mapping):
+            return {**tool, "function": self.tool(tool["function"])}
+        marked = self._described(tool)
+        if isinstance(tool.get("name"), str):
+            marked["name"] = self("tools", tool["name"])
+        schema = marked.get("parameters")
+        if isinstance(schema, dict) and isinstance(schema.get("properties"), dict) and schema["properties"]:
+            name = self("parameters of tools", next(iter(schema["properties"])))
+            schema["properties"] = schema["properties"] | {name: {"type": "string"}}
+        return marked
+
+    def _described(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._described(item) for item in value]
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            key: self("descriptions of tools", item)
+            if key == "description" and isinstance(item, str)
+            else self._described(item)
+            for key, item in value.items()
+        }
+
+
+def _is_written_twice(messages: list[dict[str, Any]], text: str) -> bool:
+    """Whether arguments that are JSON text are written as JSON once more."""
+    arguments = [function.get("arguments") for message in messages for function in functions_of(message)]
+    return any(isinstance(a, str) and '"' in a and json.dumps(a)[1:-1] in text for a in arguments)
 
 
 def _shows(text: str, value: str) -> bool:

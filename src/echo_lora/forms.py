@@ -8,7 +8,7 @@ conversation in `messages`. Of messages, the assistant's are learned, but for th
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from echo_lora.errors import EchoDataError
@@ -260,12 +260,3 @@ def _check_text(text: Any, name: str, where: str) -> None:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """What stands at the ends of a nested value."""
-    if isinstance(value, (Mapping, list)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from leaves(item)
-    else:
-        yield value
