@@ -299,6 +299,63 @@ def test_a_template_that_refuses_changed_values_still_shows_what_it_leaves_out()
     assert tokenize_row(row | {"tools": TOOLS}, strict).untrained == ("tools that the chat template leaves out",)
 
 
+NAMING_TEMPLATE = TOOL_TEMPLATE.replace("message.role + '", "message.role + ' ' + (message.name or '') + '", 1)
+
+
+@pytest.mark.parametrize(
+    ("messages", "left_out"),
+    [
+        (turns("a", attachment="important") + turns("", "b")[1:], "text in the key 'attachment' of messages"),
+        (turns("a", "b", name="Bob"), "text in the key 'name' of messages"),
+        (turns("a", "b", citations=[{"of": "page 3"}]), "text in the key 'citations' of messages"),
+        (
+            turns("a", "b", function_call={"name": "f", "arguments": "{}"}),
+            "text in the key 'function_call' of messages",
+        ),
+        (turns("a", "b", reasoning=[{"text": "hm"}]), "reasoning"),
+        (turns("a", "b", tool_calls=[call("f") | {"output": "17"}]), "text in the key 'output' of tool calls"),
+        (turns("a", "b", score=3, audio=None, seen=True, notes=[" "]), None),
+        ([{"role": "tool", "name": "add", "content": "c"}, *turns("a", "b", tool_calls=[call("add")])], None),
+        ([{"role": "tool", "name": "web", "content": "c"}, *turns("a", "b", tool_calls=[call("add")])], "'name'"),
+    ],
+)
+def test_a_key_of_a_message_that_the_template_does_not_write_is_named(
+    messages: list[dict[str, Any]], left_out: str | None, tool_tokenizer: Any
+) -> None:
+    found = tokenize_row({"messages": messages}, tool_tokenizer).untrained
+    if left_out is None:
+        assert found == ()
+    else:
+        assert len(found) == 1
+        assert left_out in found[0]
+
+
+def test_a_key_of_a_message_that_the_template_writes_or_asks_for_is_not_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    naming = tiny_tokenizer(chat_template=NAMING_TEMPLATE)
+    row = {"messages": turns("a", "b", name="Bob")}
+    assert tokenize_row(row, naming).untrained == ()
+    assert "assistant Bob" in text_of(tokenize_row(row, naming), naming)
+    asking = tiny_tokenizer(
+        chat_template=TOOL_TEMPLATE.replace("message.content", "message.said[message.channel] + message.content")
+    )
+    asked = turns("a", "b", said={"x": "b"}, channel="x")
+    asked[0] |= {"said": {"y": "a"}, "channel": "y"}
+    assert tokenize_row({"messages": asked}, asking).untrained == ()
+    with caplog.at_level(logging.WARNING):
+        prepare_rows([row, {"messages": turns("a", "b", named="Bob")}], naming, max_length=None)
+    assert "train.jsonl:2: row 1 has text in the key 'named' of messages that the chat template" in caplog.text
+    assert "leaves out: not trained on (1 such rows)" in caplog.text
+    assert "row 0" not in caplog.text
+
+
+def test_a_key_of_a_part_of_content_is_named(tokenizer: Any) -> None:
+    part = {"type": "text", "text": "a", "source": "page 3"}
+    row = {"messages": [{"role": "user", "content": [part]}, *turns("", "b")[1:]]}
+    assert tokenize_row(row, tokenizer).untrained == ("text in the key 'source' of parts of content",)
+
+
 # ------------------------------------------------------------------------------------------------ reasoning
 
 

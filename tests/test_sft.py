@@ -88,6 +88,36 @@ def test_tools_whose_names_the_user_says_are_named_where_the_template_drops_them
     assert "train data: row 0 has tools that the chat template leaves out: not trained on (1 such" in caplog.text
 
 
+@ECHO
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_text_in_a_key_of_messages_that_the_template_ignores_is_named(tmp_path, caplog, echo, role):
+    messages = [turns("one", "two"), [{**turn, "note": "three"} for turn in turns("one", "two")]]
+    for turn in messages[1]:
+        turn["note"] = turn["note"] if turn["role"] == role else None
+    with caplog.at_level(logging.WARNING):
+        sft_trainer(tmp_path, {"messages": messages}, echo=echo, assistant_only_loss=True)
+    assert (
+        "train data: row 1 has text in the key 'note' of messages that the chat template leaves out: not" in caplog.text
+    )
+
+
+def test_a_system_message_that_the_template_drops_is_named(tmp_path, caplog):
+    base, _ = sft_base()
+    template = tiny_tokenizer().chat_template.replace("messages %}", "messages if message.role != 'system' %}", 1)
+    with caplog.at_level(logging.WARNING):
+        EchoSFTTrainer(
+            model=base,
+            args=sft_arguments(tmp_path, assistant_only_loss=True),
+            train_dataset=Dataset.from_dict(
+                {"messages": [[{"role": "system", "content": "one"}, *turns("one", "two")]]}
+            ),
+            processing_class=tiny_tokenizer(chat_template=template),
+            peft_config=lora_config(),
+            echo_config=ROUTED,
+        )
+    assert "train data: row 0 has content that the chat template leaves out: not trained on (1 such" in caplog.text
+
+
 def test_a_row_of_no_known_form_is_named_before_training(tmp_path, caplog):
     data = {"prompt": ["one", "two"], "completion": ["three", ""]}
     with pytest.raises(EchoDataError, match="train data: row 1 has an empty answer"):

@@ -26,11 +26,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from echo_lora.errors import EchoDataError
 from echo_lora.forms import (
+    CALL_KEYS,
+    MESSAGE_KEYS,
+    PART_KEYS,
     REASONING,
     check_forms,
     checked_row,
     functions_of,
     is_learned,
+    other_texts,
     row_number,
     texts_of,
 )
@@ -255,7 +259,9 @@ class _Template:
         if best is None:
             assert failure is not None
             raise failure
-        return best
+        contents = (message["content"] for message in messages if isinstance(message.get("content"), list))
+        keys = sorted({key for content in contents for part in content for key in other_texts(part, PART_KEYS)})
+        return best[0], best[1] + tuple(f"text in the key {key!r} of parts of content" for key in keys)
 
     def _left_out(self, messages: list[dict[str, Any]], prompt: int) -> tuple[str, ...]:
         """What the row holds and the template does not write."""
@@ -275,9 +281,31 @@ class _Template:
             found.add("tool calls")
         if self.tools and not any(what == "tools" for what, _, _ in mark.marks):  # tools without names
             found |= {"tools"} if self.render(messages, tools=None) == text else set()
+        found |= {f"text in the key {key!r} of messages" for key in self._unused_keys(messages, text)}
         if "tools" in found:
             found -= {"parameters of tools", "descriptions of tools"}
         return tuple(f"{what} that the chat template leaves out" for what in sorted(found))
+
+    def _unused_keys(self, messages: list[dict[str, Any]], text: str) -> set[str]:
+        """Keys of messages without which the template writes the same."""
+        called = [function["name"] for message in messages for function in functions_of(message)]
+        keys = {
+            (message["role"], key)
+            for message in messages
+            for key in other_texts(message, MESSAGE_KEYS)
+            if not (key == "name" and message["role"] == "tool" and message[key] in called)  # said by the call
+        }
+        unused = set()
+        for role, key in keys:
+            without = [
+                {name: value for name, value in message.items() if (message["role"], name) != (role, key)}
+                for message in messages
+            ]
+            try:
+                unused |= {key} if self.render(without) == text else set()
+            except EchoDataError:  # the template needs it
+                continue
+        return unused
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         return self._apply(messages, tokenize=False, **options)
@@ -391,16 +419,20 @@ class _Marker:
         elif message.get("content"):
             marked["content"] = text_of(message["content"])
         for key in REASONING:
-            if isinstance(message.get(key), str) and not is_context:
-                marked[key] = thought(message[key])
+            if key in message and not is_context:
+                is_text = isinstance(message[key], str)
+                marked[key] = thought(message[key]) if is_text else self("reasoning", message[key])
         if "tool_calls" in message:
             marked["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
         return marked
 
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+        call = dict(call)
+        for key in other_texts(call, CALL_KEYS):
+            call[key] = self(f"text in the key {key!r} of tool calls", call[key])
         if "function" in call:
             return call | {"function": self._call(call["function"])}
-        call = call | {"name": self("tool calls", call["name"])}
+        call["name"] = self("tool calls", call["name"])
         if isinstance(arguments := call.get("arguments"), str):
             arguments = json.dumps(self("tool calls", json.loads(arguments)), ensure_ascii=False)
         elif arguments is not None:
@@ -789,7 +821,7 @@ class _Check:
         for problem, rows in {
             "ends its answer without an end-of-sequence or end-of-turn token": self.endless,
             "shares the last token of its prompt with its answer: the boundary lies before it": self.merged,
-            **{f"has {what}: they are not trained on": rows for what, rows in self.untrained.items()},
+            **{f"has {what}: not trained on": rows for what, rows in self.untrained.items()},
         }.items():
             if rows:
                 _logger.warning("%s %s (%d such rows).", where_is(self.source, rows[0]), problem, len(rows))

@@ -17,6 +17,9 @@ from echo_lora.sources import ROW, where_is
 ROW_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "part", ROW)
 SCORED_COLUMNS = ("answer", "choices", "label", "test", "entry_point", "group")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys beside content that templates know
+MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "weight", *REASONING)
+PART_KEYS = ("type", "text")
+CALL_KEYS = ("type", "id", "function", "name", "arguments")
 # Other programs' words for `weight`, which would be left out without an effect.
 _RIVALS = ("train", "loss", "loss_weight", "trainable", "mask", "masked")
 
@@ -64,15 +67,16 @@ def unused_texts(row: Mapping[str, Any], *, is_scored: bool = False) -> list[str
     if not is_scored:
         # as in TRL, prompt and completion come before messages
         used -= {"messages"} if row.get("prompt") is not None else {"completion"} if row.get("messages") else set()
-    return [name for name, value in row.items() if name not in used and _holds_text(value)]
+    return [name for name, value in row.items() if name not in used and holds_text(value)]
 
 
-def _holds_text(value: Any) -> bool:
+def holds_text(value: Any) -> bool:
+    """Whether there is a text in a value, at any depth."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):
-        return any(map(_holds_text, value.values()))
-    return isinstance(value, (list, tuple)) and any(map(_holds_text, value))
+        return any(map(holds_text, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(holds_text, value))
 
 
 def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -149,6 +153,11 @@ def texts_of(message: Mapping[str, Any]) -> list[str]:
 def functions_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a message calls: name and arguments of each tool call."""
     return [call.get("function", call) for call in message.get("tool_calls", [])]
+
+
+def other_texts(item: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Keys with a text beside the known ones."""
+    return [key for key, value in item.items() if key not in known and holds_text(value)]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
