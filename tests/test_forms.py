@@ -356,6 +356,55 @@ def test_a_key_of_a_part_of_content_is_named(tokenizer: Any) -> None:
     assert tokenize_row(row, tokenizer).untrained == ("text in the key 'source' of parts of content",)
 
 
+# ------------------------------------------------------------------------------------ variables of the template
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tokenize": False},
+        {"return_dict": False},
+        {"return_tensors": "pt"},
+        {"return_assistant_tokens_mask": False},
+        {"padding": "max_length", "max_length": 50},
+        {"truncation": True},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True},
+        {"tokenizer_kwargs": {}},
+        {"chat_template": "{{ messages[0].content }}"},
+        {"sanitize_control_tokens": True},
+        {"tools": []},
+        {"conversation": []},
+        {"messages": []},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_arguments_of_apply_chat_template_are_no_variables(given: dict[str, Any], form: str, tokenizer: Any) -> None:
+    row: dict[str, Any] = {"messages": turns("a", "b")}
+    if form == "prompt":
+        row = {"prompt": turns("a"), "completion": turns("", "b")[1:]}
+    names = ", ".join(sorted(given))
+    with pytest.raises(EchoDataError) as caught:
+        check_forms([row, row | {"chat_template_kwargs": given}], "train.jsonl")
+    assert str(caught.value).startswith(f"train.jsonl:2: row 1: chat_template_kwargs has {names}: arguments of")
+    with pytest.raises(EchoDataError, match=f"row 0: chat_template_kwargs has {names}"):
+        tokenize_row(row | {"chat_template_kwargs": given}, tokenizer)
+
+
+def test_variables_reach_the_template_and_those_that_it_does_not_name_are_named(tokenizer: Any) -> None:
+    template = "{% if documents %}{{ documents[0].text }}{% endif %}{% if not quiet %}loud {% endif %}" + CHAT_TEMPLATE
+    named = tiny_tokenizer(chat_template=template)
+    row = {"messages": turns("a", "b"), "chat_template_kwargs": {"documents": [{"text": "page"}], "quiet": False}}
+    assert tokenize_row(row, named).untrained == ()
+    assert text_of(tokenize_row(row, named), named).startswith("pageloud <|im_start|>")
+    row["chat_template_kwargs"]["quiet"] = True
+    assert text_of(tokenize_row(row, named), named).startswith("page<|im_start|>")
+    assert tokenize_row(row, tokenizer).untrained == tuple(
+        f"{name!r} in chat_template_kwargs that the chat template leaves out" for name in ("documents", "quiet")
+    )
+
+
 # ------------------------------------------------------------------------------------------------ reasoning
 
 

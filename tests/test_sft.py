@@ -89,6 +89,21 @@ def test_tools_whose_names_the_user_says_are_named_where_the_template_drops_them
 
 
 @ECHO
+def test_variables_that_the_template_does_not_name_are_named(tmp_path, caplog, echo):
+    data = {"prompt": [turns("one")] * 2, "completion": [turns("", "two")[1:]] * 2}
+    with caplog.at_level(logging.WARNING):
+        sft_trainer(tmp_path, data | {"chat_template_kwargs": [None, {"quiet": False}]}, echo=echo)
+    assert "train data: row 1 has 'quiet' in chat_template_kwargs that the chat template leaves out: not" in caplog.text
+
+
+@pytest.mark.parametrize("given", [{"padding": "max_length", "max_length": 50}, {"add_generation_prompt": False}])
+def test_arguments_of_apply_chat_template_are_no_variables(tmp_path, given):
+    data = {"prompt": [turns("one")] * 2, "completion": [turns("", "two")[1:]] * 2}
+    with pytest.raises(EchoDataError, match=f"train data: row 1: chat_template_kwargs has {', '.join(sorted(given))}"):
+        sft_trainer(tmp_path, data | {"chat_template_kwargs": [None, given]})
+
+
+@ECHO
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_text_in_a_key_of_messages_that_the_template_ignores_is_named(tmp_path, caplog, echo, role):
     messages = [turns("one", "two"), [{**turn, "note": "three"} for turn in turns("one", "two")]]

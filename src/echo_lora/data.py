@@ -231,13 +231,14 @@ class _Template:
                 "Give prompt and completion as strings and leave chat off, or name a chat model."
             )
         self.tokenizer, self.where, self.tools = tokenizer, where, row.get("tools")
-        self.options: dict[str, Any] = {"tools": self.tools, **row.get("chat_template_kwargs", {})}
+        self.variables = row.get("chat_template_kwargs", {})
+        self.options: dict[str, Any] = {"tools": self.tools, **self.variables}
         if has_marks:
             try:
                 template = _training_template(tokenizer, str(tokenizer.chat_template))
             except ValueError as error:
                 raise self._error(error) from error
-            self.options = {"chat_template": template} | self.options
+            self.options["chat_template"] = template
 
     def fit(self, messages: list[dict[str, Any]], prompt: int) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         """The messages in the form in which the template shows most of what they hold, and what it leaves out.
@@ -282,6 +283,9 @@ class _Template:
         if self.tools and not any(what == "tools" for what, _, _ in mark.marks):  # tools without names
             found |= {"tools"} if self.render(messages, tools=None) == text else set()
         found |= {f"text in the key {key!r} of messages" for key in self._unused_keys(messages, text)}
+        if self.variables:
+            source = self.tokenizer.get_chat_template(self.options.get("chat_template"), self.tools)
+            found |= {f"{name!r} in chat_template_kwargs" for name in self.variables if name not in _names_in(source)}
         if "tools" in found:
             found -= {"parameters of tools", "descriptions of tools"}
         return tuple(f"{what} that the chat template leaves out" for what in sorted(found))
@@ -485,6 +489,14 @@ def _training_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     return None if has_generation_markers(template) else get_training_chat_template(tokenizer)
+
+
+@lru_cache(maxsize=4)
+def _names_in(template: str) -> frozenset[str]:
+    """The variables, attributes and functions that a template names."""
+    from jinja2 import Environment
+
+    return frozenset(value for _, kind, value in Environment().lex(template) if kind == "name")
 
 
 def _common_prefix(ids: list[int], others: list[int]) -> int:

@@ -7,8 +7,10 @@ conversation in `messages`. Of messages, the assistant's are learned, but for th
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from echo_lora.errors import EchoDataError
@@ -89,10 +91,7 @@ def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     row = {name: value for name, value in row.items() if value is not None}  # Arrow fills gaps with None
     if "tools" in row:
         row["tools"] = _tools(row["tools"], where)
-    if not isinstance(row.get("chat_template_kwargs", {}), Mapping):
-        raise EchoDataError(
-            f"{where}: chat_template_kwargs is a {_kind(row['chat_template_kwargs'])}. Write it as an object."
-        )
+    _check_template_kwargs(row.get("chat_template_kwargs", {}), where)
     if "messages" in row and "prompt" not in row:
         row["messages"] = checked_messages(row["messages"], "messages", where)
         _require_answer(row["messages"], "assistant message", where)
@@ -233,6 +232,25 @@ def _tools(tools: Any, where: str) -> Any:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise EchoDataError(f"{where}: tools is a {_kind(tools)}. Write it as a list of objects, or as its JSON text.")
     return tools or None  # templates ask whether there are tools, not how many
+
+
+def _check_template_kwargs(given: Any, where: str) -> None:
+    if not isinstance(given, Mapping):
+        raise EchoDataError(f"{where}: chat_template_kwargs is a {_kind(given)}. Write it as an object.")
+    if own := sorted(_arguments_of_apply_chat_template().intersection(given)) if given else []:
+        raise EchoDataError(
+            f"{where}: chat_template_kwargs has {', '.join(own)}: arguments of apply_chat_template, not variables of a "
+            "chat template. They would change how the row is made into tokens and labels. Remove them."
+        )
+
+
+@cache
+def _arguments_of_apply_chat_template() -> frozenset[str]:
+    """All but those that it only hands to the template, and `messages`, which it hands to it itself."""
+    from transformers import PreTrainedTokenizerBase
+
+    names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return frozenset({*names, "messages"} - {"self", "kwargs", "documents"})
 
 
 def _parsed(text: str, what: str) -> Any:

@@ -250,7 +250,7 @@ def _is_special(row: Mapping[str, Any]) -> bool:
     """Whether a row holds more than turns of user and assistant: TRL may make something else of it, or lose it."""
     turns = [turn for name in ("messages", "prompt", "completion") for turn in _turns(row, name)]
     return (
-        bool(row.get("tools"))
+        bool(row.get("tools") or row.get("chat_template_kwargs"))
         or any(set(turn) != {"role", "content"} or not isinstance(turn["content"], str) for turn in turns)
         or any(turn["role"] not in ("user", "assistant") for turn in turns)
         or any("</think>" in turn["content"] for turn in turns)
