@@ -486,6 +486,29 @@ def test_prompt_and_completion_come_before_messages_and_the_other_is_unused() ->
     check_forms([{"prompt": "a", "completion": "b", "row": 7, "messages": None, "score": 0.5}], "train.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [SEARCH]),
+        ("tools", json.dumps([SEARCH])),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)
+@pytest.mark.parametrize("is_scored", [False, True])
+def test_what_is_for_a_chat_template_is_an_error_where_there_is_none(name: str, value: Any, is_scored: bool) -> None:
+    rows = [{"prompt": "a", "completion": "b", name: None}, {"prompt": "a", "completion": "b", name: value}]
+    with pytest.raises(EchoDataError) as caught:
+        check_forms(rows, "train.jsonl", is_scored=is_scored)
+    assert str(caught.value) == (
+        f"train.jsonl:2: row 1 has {name}: only a chat template reads it, and texts go through none. Give the row as "
+        f"messages, or set data.chat in a recipe. If it shall be left out, add it to data.ignore_columns: [{name}]."
+    )
+    check_forms(rows, "train.jsonl", [name], is_scored=is_scored)
+    check_forms(rows, "train.jsonl", chat=True, is_scored=is_scored)
+    check_forms([{"messages": turns("a", "b"), name: value}], "train.jsonl", is_scored=is_scored)
+    check_forms([rows[0] | {"tools": "[]", "chat_template_kwargs": {}}], "train.jsonl", is_scored=is_scored)
+
+
 def test_a_column_called_row_is_the_users_own(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": "a", "completion": "b", "row": 40}, {"prompt": "a", "completion": "", "row": 41}]
     with pytest.raises(EchoDataError, match=r"^train\.jsonl:2: row 1 has an empty answer"):

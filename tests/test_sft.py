@@ -89,6 +89,15 @@ def test_tools_whose_names_the_user_says_are_named_where_the_template_drops_them
 
 
 @ECHO
+def test_what_is_for_a_chat_template_is_named_where_there_is_none(tmp_path, caplog, echo):
+    data = {"prompt": ["one", "one"], "completion": ["two", "two"], "tools": [[], TOOL_ROWS[0]["tools"][:1]]}
+    with caplog.at_level(logging.WARNING):
+        sft_trainer(tmp_path, data | {"chat_template_kwargs": [{"quiet": True}, None]}, echo=echo)
+    assert "train data: row 1 has tools, which is not trained on: only a chat template reads it" in caplog.text
+    assert "train data: row 0 has chat_template_kwargs, which is not trained on: only a chat" in caplog.text
+
+
+@ECHO
 def test_variables_that_the_template_does_not_name_are_named(tmp_path, caplog, echo):
     data = {"prompt": [turns("one")] * 2, "completion": [turns("", "two")[1:]] * 2}
     with caplog.at_level(logging.WARNING):

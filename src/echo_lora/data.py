@@ -611,12 +611,12 @@ def prepare_rows(
     an error, is dropped, or loses the oldest tokens of its prompt (all but one at most, and never a
     beginning-of-sequence token that the tokenizer puts first); an answer is never cut. train_on_prompt: the dataset
     made of the rows supervises every token that another one predicts, and its column completion_mask is 1 at answers.
-    ignore_columns: columns that may hold text without being used. Raises EchoDataError, which names the first such row
-    of `source`; a missing end token, and what a row holds and is not trained on, are warnings.
+    ignore_columns: columns that may hold something without being used. Raises EchoDataError, which names the first such
+    row of `source`; a missing end token, and what a row holds and is not trained on, are warnings.
     """
     if isinstance(rows, Iterator):
         rows = list(rows)
-    check_forms(rows, source, ignore_columns)
+    check_forms(rows, source, ignore_columns, chat=chat)
     check = _Check(max_length, on_overlength, end_token_ids(tokenizer), _added_bos(tokenizer), source)
     writer = _Writer(train_on_prompt)
     for index, row in enumerate(rows):

@@ -32,11 +32,17 @@ def row_number(row: Mapping[str, Any], index: int) -> int:
 
 
 def check_forms(
-    rows: Iterable[Mapping[str, Any]], source: str, ignore: Collection[str] = (), *, is_scored: bool = False
+    rows: Iterable[Mapping[str, Any]],
+    source: str,
+    ignore: Collection[str] = (),
+    *,
+    chat: bool = False,
+    is_scored: bool = False,
 ) -> None:
-    """Check every row before any of them is tokenised, and that no text in them is left unused.
+    """Check every row before any of them is tokenised, and that nothing in them is left unused.
 
-    ignore: columns that may hold text without being used. is_scored: the rows are questions, which need no answer here.
+    ignore: columns that may hold something without being used. chat: texts go through a chat template. is_scored: the
+    rows are questions, which need no answer here.
     Raises EchoDataError with file and line.
     """
     unused: dict[str, int] = {}
@@ -45,6 +51,12 @@ def check_forms(
         number = row_number(row, index)
         if not is_scored:
             checked_row(row, where_is(source, number))
+        for name, why in without_effect(row, chat=chat).items():
+            if name not in ignore:
+                raise EchoDataError(
+                    f"{where_is(source, number)} has {name}: {why}. If it shall be left out, add it to "
+                    f"data.ignore_columns: [{name}]."
+                )
         for name in unused_texts(row, is_scored=is_scored):
             if name not in ignore:
                 unused.setdefault(name, number)
@@ -70,6 +82,18 @@ def unused_texts(row: Mapping[str, Any], *, is_scored: bool = False) -> list[str
         # as in TRL, prompt and completion come before messages
         used -= {"messages"} if row.get("prompt") is not None else {"completion"} if row.get("messages") else set()
     return [name for name, value in row.items() if name not in used and holds_text(value)]
+
+
+def without_effect(row: Mapping[str, Any], *, chat: bool = False) -> dict[str, str]:
+    """Columns that say how a row is made into text, and don't in its form, each with why and what to do instead."""
+    if chat or not isinstance(row.get("prompt"), str):
+        return {}
+    why = "only a chat template reads it, and texts go through none. Give the row as messages, or set data.chat in a"
+    return {
+        name: f"{why} recipe"
+        for name in ("tools", "chat_template_kwargs")
+        if row.get(name) not in (None, [], {}, "", "[]")
+    }
 
 
 def holds_text(value: Any) -> bool:

@@ -21,7 +21,7 @@ from echo_lora.base_models import canonical
 from echo_lora.config import EchoConfig
 from echo_lora.data import ANSWER, IGNORED, check_tokenized_dataset, end_token_ids, tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError
-from echo_lora.forms import checked_row, row_number, unused_texts
+from echo_lora.forms import checked_row, row_number, unused_texts, without_effect
 from echo_lora.model import EchoModel, get_echo_model
 from echo_lora.sources import ROW, where_is, without_nulls
 from echo_lora.trainer import EchoTrainerMixin, numbered, refuse_arguments
@@ -228,11 +228,12 @@ def _first(dataset: Any, name: str) -> dict[str, Any]:
 
 
 def _check_rows(dataset: Dataset, source: str) -> bool:
-    """Check the form of each row, and warn of text that nothing uses. Whether TRL would train on one otherwise.
+    """Check the form of each row, and warn of columns that nothing uses. Whether TRL would train on one otherwise.
 
     Raises EchoDataError, which names the row.
     """
     unused: dict[str, int] = {}
+    ineffective: dict[tuple[str, str], int] = {}
     is_special = False
     for index, example in enumerate(dataset.with_format(None)):
         row = maybe_convert_to_chatml(without_nulls(example))
@@ -241,6 +242,10 @@ def _check_rows(dataset: Dataset, source: str) -> bool:
         is_special = is_special or _is_special(row)
         for name in unused_texts(row):
             unused.setdefault(name, number)
+        for item in without_effect(row).items():
+            ineffective.setdefault(item, number)
+    for (name, why), number in ineffective.items():
+        logger.warning("%s has %s, which is not trained on: %s.", where_is(source, number), name, why)
     for name, number in unused.items():
         logger.warning("%s has text in the column %r, which is not trained on.", where_is(source, number), name)
     return is_special
