@@ -509,6 +509,21 @@ def test_what_is_for_a_chat_template_is_an_error_where_there_is_none(name: str, 
     check_forms([rows[0] | {"tools": "[]", "chat_template_kwargs": {}}], "train.jsonl", is_scored=is_scored)
 
 
+@pytest.mark.parametrize(("name", "value"), [("weight", 0), ("weight", 0.5), ("sample_weight", 0.0), ("train", False)])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "a", "completion": "b"}, {"messages": turns("a", "b")}], ids=["text", "chat"]
+)
+def test_a_weight_of_a_row_is_an_error(row: dict[str, Any], name: str, value: Any) -> None:
+    good = [row | {name: None}, row | {name: 1}, row | {name: True}, row | {name: 1.0}]
+    check_forms(good, "train.jsonl")
+    with pytest.raises(
+        EchoDataError, match=f"train.jsonl:5: row 4 has {name}: rows have no weights, and {value} counts"
+    ):
+        check_forms([*good, row | {name: value}], "train.jsonl")
+    check_forms([row | {name: value}], "train.jsonl", [name])
+    check_forms([row | {name: value}], "train.jsonl", is_scored=True)
+
+
 def test_a_column_called_row_is_the_users_own(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": "a", "completion": "b", "row": 40}, {"prompt": "a", "completion": "", "row": 41}]
     with pytest.raises(EchoDataError, match=r"^train\.jsonl:2: row 1 has an empty answer"):

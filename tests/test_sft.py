@@ -93,8 +93,16 @@ def test_what_is_for_a_chat_template_is_named_where_there_is_none(tmp_path, capl
     data = {"prompt": ["one", "one"], "completion": ["two", "two"], "tools": [[], TOOL_ROWS[0]["tools"][:1]]}
     with caplog.at_level(logging.WARNING):
         sft_trainer(tmp_path, data | {"chat_template_kwargs": [{"quiet": True}, None]}, echo=echo)
-    assert "train data: row 1 has tools, which is not trained on: only a chat template reads it" in caplog.text
-    assert "train data: row 0 has chat_template_kwargs, which is not trained on: only a chat" in caplog.text
+    assert "train data: row 1 has tools, which has no effect: only a chat template reads it" in caplog.text
+    assert "train data: row 0 has chat_template_kwargs, which has no effect: only a chat" in caplog.text
+
+
+@ECHO
+def test_a_weight_of_a_row_is_named(tmp_path, caplog, echo):
+    data = {"prompt": ["one"] * 3, "completion": ["two"] * 3, "weight": [1, None, 0.5]}
+    with caplog.at_level(logging.WARNING):
+        sft_trainer(tmp_path, data, echo=echo)
+    assert "train data: row 2 has weight, which has no effect: rows have no weights, and 0.5 counts as 1" in caplog.text
 
 
 @ECHO

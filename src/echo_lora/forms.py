@@ -51,7 +51,7 @@ def check_forms(
         number = row_number(row, index)
         if not is_scored:
             checked_row(row, where_is(source, number))
-        for name, why in without_effect(row, chat=chat).items():
+        for name, why in without_effect(row, chat=chat, is_scored=is_scored).items():
             if name not in ignore:
                 raise EchoDataError(
                     f"{where_is(source, number)} has {name}: {why}. If it shall be left out, add it to "
@@ -84,16 +84,24 @@ def unused_texts(row: Mapping[str, Any], *, is_scored: bool = False) -> list[str
     return [name for name, value in row.items() if name not in used and holds_text(value)]
 
 
-def without_effect(row: Mapping[str, Any], *, chat: bool = False) -> dict[str, str]:
-    """Columns that say how a row is made into text, and don't in its form, each with why and what to do instead."""
-    if chat or not isinstance(row.get("prompt"), str):
-        return {}
-    why = "only a chat template reads it, and texts go through none. Give the row as messages, or set data.chat in a"
-    return {
-        name: f"{why} recipe"
-        for name in ("tools", "chat_template_kwargs")
-        if row.get(name) not in (None, [], {}, "", "[]")
-    }
+def without_effect(row: Mapping[str, Any], *, chat: bool = False, is_scored: bool = False) -> dict[str, str]:
+    """Columns that say how a row is to be read or learned, and have no effect, each with why and what to do instead."""
+    found = {}
+    if isinstance(row.get("prompt"), str) and not chat:
+        for name in ("tools", "chat_template_kwargs"):
+            if row.get(name) not in (None, [], {}, "", "[]"):
+                found[name] = (
+                    "only a chat template reads it, and texts go through none. Give the row as messages, or set "
+                    "data.chat in a recipe"
+                )
+    for name in () if is_scored else ("weight", "sample_weight", *_RIVALS):
+        value = row.get(name)
+        if isinstance(value, (int, float)) and value != 1:  # True, too, says what happens
+            found[name] = (
+                f"rows have no weights, and {value!r} counts as 1. Remove a row that is not to be trained on; in "
+                'messages, give a turn of the assistant "weight": 0'
+            )
+    return found
 
 
 def holds_text(value: Any) -> bool:

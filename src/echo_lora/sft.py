@@ -245,7 +245,7 @@ def _check_rows(dataset: Dataset, source: str) -> bool:
         for item in without_effect(row).items():
             ineffective.setdefault(item, number)
     for (name, why), number in ineffective.items():
-        logger.warning("%s has %s, which is not trained on: %s.", where_is(source, number), name, why)
+        logger.warning("%s has %s, which has no effect: %s.", where_is(source, number), name, why)
     for name, number in unused.items():
         logger.warning("%s has text in the column %r, which is not trained on.", where_is(source, number), name)
     return is_special
