@@ -533,6 +533,28 @@ def test_a_column_called_row_is_the_users_own(tmp_path: Path, tokenizer: Any) ->
     assert [(row["row"], row[ROW]) for row in read_rows(path, part="x")] == [(40, 0), (41, 1)]
 
 
+@pytest.mark.parametrize("value", ["abc", 7, None])
+@pytest.mark.parametrize("part", [None, "x"])
+def test_the_column_with_the_numbers_of_rows_is_none_of_a_file(tmp_path: Path, value: Any, part: str | None) -> None:
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {"prompt": "a", "completion": "b", "part": "x"},
+        {"prompt": "a", "completion": "b", "part": "x", ROW: value},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(EchoDataError, match=r"train\.jsonl:2: row 1 has a column '_echo_row', a name that is kept for"):
+        read_rows(path, part=part)
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(EchoDataError, match=r"train\.jsonl:1: row 0 has a column '_echo_row'"):
+        read_rows(path, {ROW: "completion"}, part=part)
+
+
+def test_a_row_whose_number_is_none_is_named(tokenizer: Any) -> None:
+    row = {"prompt": "a:", "completion": "b"}
+    with pytest.raises(EchoDataError, match="row 1 has a column '_echo_row', a name that is kept"):
+        prepare_rows([row, row | {ROW: "abc"}], tokenizer, max_length=None)
+
+
 def test_the_form_of_all_rows_is_checked_before_the_first_is_tokenised() -> None:
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the tokenizer was called")

@@ -228,6 +228,45 @@ def test_columns_of_the_users_own_reach_the_collator(tmp_path, echo):
         assert all(feature["completion_mask"] == [7] for feature in seen)
 
 
+@ECHO
+def test_the_column_with_the_numbers_of_rows_is_ours(tmp_path, echo):
+    data = {"prompt": ["one", "two", "one"], "completion": ["two", "", "two"]}
+    numbers = {"completion": ["two"] * 3, "_echo_row": [7, 8, 9]}
+    for which, given in {"text": ["a", "b", "c"], "flag": [True, False, True]}.items():
+        with pytest.raises(EchoDataError, match="the train data have a column '_echo_row', a name that is kept"):
+            sft_trainer(tmp_path / which, data | {"_echo_row": given}, echo=echo)
+    assert list(sft_trainer(tmp_path, data | numbers, echo=echo).train_dataset["_echo_row"]) == [0, 1, 2]
+    stream = Dataset.from_dict(data | numbers).to_iterable_dataset()
+    common = {"processing_class": sft_base()[1], "peft_config": lora_config(), "echo_config": echo}
+    args = sft_arguments(tmp_path, max_length=None)
+    with pytest.raises(EchoDataError, match="the train data have a column '_echo_row'"):
+        EchoSFTTrainer(model=sft_base()[0], args=args, train_dataset=stream, **common)
+
+
+def test_a_prepared_dataset_keeps_its_numbers_when_it_is_used_again(tmp_path):
+    data = {"prompt": ["one", "one " * 40, "one"], "completion": ["two"] * 3}
+    base, tokenizer = sft_base()
+    args = sft_arguments(tmp_path, max_length=20)
+    common = {"processing_class": tokenizer, "peft_config": lora_config(), "echo_config": ROUTED}
+    first = EchoSFTTrainer(
+        model=base, args=args, train_dataset=Dataset.from_dict(data), on_overlength="drop", **common
+    ).train_dataset
+    again = EchoSFTTrainer(model=sft_base()[0], args=args, train_dataset=first, **common)
+    assert list(again.train_dataset["_echo_row"]) == [0, 2]
+    again.train()
+
+
+def test_an_evaluated_dataset_whose_numbers_are_none_is_an_error(tmp_path):
+    bad = rows().add_column("_echo_row", ["abc"] * 12)
+    trainer = EchoTrainer(
+        model=echo_model(), args=arguments(tmp_path), train_dataset=rows(), eval_dataset=bad, data_collator=collator
+    )
+    with pytest.raises(EchoDataError, match="row 0 has a column '_echo_row'"):
+        trainer.evaluate()
+    with pytest.raises(EchoDataError, match="the train data have a column '_echo_row'"):
+        EchoTrainer(model=echo_model(), args=arguments(tmp_path), train_dataset=bad, data_collator=collator)
+
+
 def test_a_loss_that_is_not_finite_names_our_numbers_and_not_the_users(tmp_path):
     data = rows().add_column("row", list(range(40, 52)))
     trainer = EchoTrainer(model=echo_model(), args=arguments(tmp_path), train_dataset=data, data_collator=collator)

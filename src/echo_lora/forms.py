@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
 from echo_lora.errors import EchoDataError
-from echo_lora.sources import ROW, where_is
+from echo_lora.sources import KEPT_NAME, ROW, where_is
 
 ROW_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "part", ROW)
 SCORED_COLUMNS = ("answer", "choices", "label", "test", "entry_point", "group")
@@ -27,8 +28,11 @@ _RIVALS = ("train", "loss", "loss_weight", "trainable", "mask", "masked")
 
 
 def row_number(row: Mapping[str, Any], index: int) -> int:
-    """The row's number in its file; `index` where the row does not carry it."""
-    return row.get(ROW, index)
+    """The row's number in its file; `index` where the row does not carry it. Raises EchoDataError if it's no number."""
+    try:
+        return operator.index(row.get(ROW, index))
+    except TypeError as error:
+        raise EchoDataError(f"row {index} has {KEPT_NAME}") from error
 
 
 def check_forms(

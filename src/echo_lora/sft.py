@@ -23,7 +23,7 @@ from echo_lora.data import ANSWER, IGNORED, check_tokenized_dataset, end_token_i
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.forms import checked_row, row_number, unused_texts, without_effect
 from echo_lora.model import EchoModel, get_echo_model
-from echo_lora.sources import ROW, where_is, without_nulls
+from echo_lora.sources import KEPT_NAME, ROW, where_is, without_nulls
 from echo_lora.trainer import EchoTrainerMixin, numbered, refuse_arguments
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,9 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         dataset_name: str,
     ) -> Any:
         first = _first(dataset, dataset_name)
-        dataset = numbered(dataset)
+        if not isinstance(dataset, Dataset) and ROW in first and "input_ids" not in first:
+            raise EchoDataError(f"the {dataset_name} data have {KEPT_NAME}")
+        dataset = numbered(dataset, f"{dataset_name} data")
         if not self._has_echo:
             dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
