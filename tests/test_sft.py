@@ -159,6 +159,13 @@ def test_a_row_of_no_known_form_is_named_before_training(tmp_path, caplog):
     assert "train data: row 1 has an empty answer" in caplog.text
 
 
+def test_a_prompt_that_is_one_token_with_its_answer_is_named(tmp_path):
+    with pytest.raises(
+        EchoDataError, match=r"row 1 has no boundary: .* If there is one, the tokenizer joins the end of"
+    ):
+        sft_trainer(tmp_path, {"prompt": ["a:", "th"], "completion": ["b", "e"]})
+
+
 @ECHO
 def test_an_empty_dataset_is_an_error(tmp_path, echo):
     with pytest.raises(EchoDataError, match="the train data have no row"):
