@@ -160,9 +160,7 @@ def test_a_row_of_no_known_form_is_named_before_training(tmp_path, caplog):
 
 
 def test_a_prompt_that_is_one_token_with_its_answer_is_named(tmp_path):
-    with pytest.raises(
-        EchoDataError, match=r"row 1 has no boundary: .* If there is one, the tokenizer joins the end of"
-    ):
+    with pytest.raises(EchoDataError, match=r"row 1 has no boundary: .* if there is one, its end and the start"):
         sft_trainer(tmp_path, {"prompt": ["a:", "th"], "completion": ["b", "e"]})
 
 

@@ -795,13 +795,15 @@ class _Check:
                 "Give it an answer, or remove it."
             )
         if start == 0:
-            joined = "the tokenizer joins the end of the prompt and the start of the answer into one token, so that no "
-            joined += "token is the prompt's alone. Put a space or a line break between the two, or use the chat form."
             if row.merged_tokens:
-                raise EchoDataError(f"{where} has no boundary: {joined}")
+                raise EchoDataError(
+                    f"{where} has no boundary: the tokenizer joins the end of the prompt and the start of the answer "
+                    "into one token, so that no token is the prompt's alone. Put a space or a line break between the "
+                    "two, or use the chat form."
+                )
             raise EchoDataError(
-                f"{where} has no boundary: its answer starts at the first token. Put a prompt before it. If there is "
-                f"one, {joined}"
+                f"{where} has no boundary: its answer starts at the first token. Put a prompt before it; if there is "
+                "one, its end and the start of the answer are one token: put a space or a line break between the two."
             )
         if self.max_length is not None and length > self.max_length:
             if self.on_overlength == "drop":
