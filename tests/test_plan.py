@@ -149,6 +149,8 @@ def test_other_architectures_can_be_planned(tmp_path, kind):
     [
         (["echo_config.source_layers=[9]"], EchoConfigError, "source_layers names layer 9, but the model has 4"),
         (["lora.target_modules=[nothing]"], EchoModelError, r"lora\.target_modules.*nothing"),
+        (["lora.target_modules=[q_proj, v_prj]"], EchoModelError, r"names 'v_prj', and .* Did you mean 'v_proj'\?"),
+        (["lora.target_modules=[q_proj, v_prj]", "echo=false"], EchoModelError, r"lora\.target_modules names 'v_prj'"),
         (["data.max_length=5"], EchoDataError, r"train\.jsonl:1: row 0"),
         (["training.evaluate_every=1", "data.validation=missing.jsonl"], EchoDataError, "missing.jsonl"),
         (["attn_implementation=flash_attention_2"], EchoModelError, "base can't be built"),
