@@ -459,6 +459,21 @@ def test_a_tokenised_row_without_boundary_or_answer_is_refused(labels: list[int]
     assert message in str(caught.value)
 
 
+def test_a_prompt_that_is_one_token_with_its_answer_is_named(tokenizer: Any) -> None:
+    row = {"prompt": "th", "completion": "e"}
+    assert len(tokenizer("the")["input_ids"]) == 1  # else nothing is shown here
+    with pytest.raises(EchoDataError) as caught:
+        prepare_rows([{"prompt": "a:", "completion": "b"}, row], tokenizer, max_length=None)
+    assert str(caught.value) == (
+        "train.jsonl:2: row 1 has no boundary: the tokenizer joins the end of the prompt and the start of the answer "
+        "into one token, so that no token is the prompt's alone. Put a space or a line break between the two, or use "
+        "the chat form."
+    )
+    for remedied in ({"prompt": "th\n", "completion": "e"}, {"prompt": "th", "completion": " e"}):
+        assert prepare_rows([remedied], tokenizer, max_length=None).counts.kept == 1
+    assert prepare_rows([row], tokenizer, max_length=None, chat=True).counts.kept == 1
+
+
 @pytest.mark.parametrize("policy", ["drop", "truncate_prompt"])
 def test_a_tokenised_dataset_is_treated_like_the_rows(policy: Any, tokenizer_with_bos: Any) -> None:
     tokenizer, limit = tokenizer_with_bos, 20

@@ -236,7 +236,186 @@ def test_tools_that_the_template_does_not_know_are_named(tokenizer: Any, caplog:
     assert "train.jsonl:2: row 1 has tools that the chat template leaves out" in caplog.text
 
 
+SEARCH = {
+    "name": "search",
+    "description": "Find pages.",
+    "parameters": {"type": "object", "properties": {"town": {"type": "string", "description": "Where to look."}}},
+}
+# All that the calls and tools hold is in the user's words too.
+SEARCH_TURNS = [
+    {"role": "user", "content": "Please search for Bern, town of 3 bears: Find pages. Where to look. Paris"},
+    {"role": "assistant", "content": "", "tool_calls": [call("search", town="Bern", most=3, exact=True)]},
+    {"role": "tool", "content": "It is there."},
+    {"role": "assistant", "content": "Done."},
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "left_out"),
+    [
+        (("", ""), ()),
+        (("call.function.arguments | tojson", "call.function.arguments"), ()),  # as Python writes it
+        (("{{ tool | tojson }}", "{{ tool.function.name }}"), ("descriptions of tools", "parameters of tools")),
+        (("{{ tool | tojson }}", "one"), ("tools",)),
+        (("{% if tools %}", "{% if false %}"), ("tools",)),
+        (("{% if 'tool_calls' in message %}", "{% if false %}"), ("tool calls",)),
+        (("call.function.arguments | tojson", "'...'"), ("tool calls",)),
+        (("'<call>' + call.function.name", "'<call>'"), ("tool calls",)),
+    ],
+)
+def test_what_the_template_leaves_out_is_found_where_other_turns_say_the_same(
+    change: tuple[str, str], left_out: tuple[str, ...]
+) -> None:
+    template = TOOL_TEMPLATE.replace(*change)
+    assert (template == TOOL_TEMPLATE) == (change == ("", ""))
+    row = {"messages": SEARCH_TURNS, "tools": [{"type": "function", "function": SEARCH}]}
+    tokenized = tokenize_row(row, tiny_tokenizer(chat_template=template))
+    assert tokenized.untrained == tuple(f"{what} that the chat template leaves out" for what in left_out)
+    prompt = {"prompt": SEARCH_TURNS[:-1], "completion": SEARCH_TURNS[-1:], "tools": row["tools"]}
+    assert tokenize_row(prompt, tiny_tokenizer(chat_template=template)).untrained == tokenized.untrained
+
+
+@pytest.mark.parametrize("text", ["Paris", "a", "Done."])
+def test_a_system_message_whose_words_come_again_is_missed(text: str) -> None:
+    deaf = tiny_tokenizer(
+        chat_template=TOOL_TEMPLATE.replace("messages %}", "messages if message.role != 'system' %}", 1)
+    )
+    row = {"messages": [{"role": "system", "content": text}, *SEARCH_TURNS]}
+    assert tokenize_row(row, deaf).untrained == ("content that the chat template leaves out",)
+
+
+def test_tools_without_a_name_are_looked_for_too(tokenizer: Any, tool_tokenizer: Any) -> None:
+    row = {"messages": turns("one", "two"), "tools": [{"type": "web"}]}
+    assert tokenize_row(row, tokenizer).untrained == ("tools that the chat template leaves out",)
+    assert tokenize_row(row, tool_tokenizer).untrained == ()
+
+
+def test_a_template_that_refuses_changed_values_still_shows_what_it_leaves_out() -> None:
+    strict = tiny_tokenizer(
+        chat_template="{% if messages[0].content != 'one' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    row = {"messages": turns("one", "two")}
+    assert tokenize_row(row, strict).untrained == ()
+    assert tokenize_row(row | {"tools": TOOLS}, strict).untrained == ("tools that the chat template leaves out",)
+
+
+NAMING_TEMPLATE = TOOL_TEMPLATE.replace("message.role + '", "message.role + ' ' + (message.name or '') + '", 1)
+
+
+@pytest.mark.parametrize(
+    ("messages", "left_out"),
+    [
+        (turns("a", attachment="important") + turns("", "b")[1:], "text in the key 'attachment' of messages"),
+        (turns("a", "b", name="Bob"), "text in the key 'name' of messages"),
+        (turns("a", "b", citations=[{"of": "page 3"}]), "text in the key 'citations' of messages"),
+        (
+            turns("a", "b", function_call={"name": "f", "arguments": "{}"}),
+            "text in the key 'function_call' of messages",
+        ),
+        (turns("a", "b", reasoning=[{"text": "hm"}]), "reasoning"),
+        (turns("a", "b", tool_calls=[call("f") | {"output": "17"}]), "text in the key 'output' of tool calls"),
+        (turns("a", "b", score=3, audio=None, seen=True, notes=[" "]), None),
+        ([{"role": "tool", "name": "add", "content": "c"}, *turns("a", "b", tool_calls=[call("add")])], None),
+        ([{"role": "tool", "name": "web", "content": "c"}, *turns("a", "b", tool_calls=[call("add")])], "'name'"),
+    ],
+)
+def test_a_key_of_a_message_that_the_template_does_not_write_is_named(
+    messages: list[dict[str, Any]], left_out: str | None, tool_tokenizer: Any
+) -> None:
+    found = tokenize_row({"messages": messages}, tool_tokenizer).untrained
+    if left_out is None:
+        assert found == ()
+    else:
+        assert len(found) == 1
+        assert left_out in found[0]
+
+
+def test_a_key_of_a_message_that_the_template_writes_or_asks_for_is_not_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    naming = tiny_tokenizer(chat_template=NAMING_TEMPLATE)
+    row = {"messages": turns("a", "b", name="Bob")}
+    assert tokenize_row(row, naming).untrained == ()
+    assert "assistant Bob" in text_of(tokenize_row(row, naming), naming)
+    asking = tiny_tokenizer(
+        chat_template=TOOL_TEMPLATE.replace("message.content", "message.said[message.channel] + message.content")
+    )
+    asked = turns("a", "b", said={"x": "b"}, channel="x")
+    asked[0] |= {"said": {"y": "a"}, "channel": "y"}
+    assert tokenize_row({"messages": asked}, asking).untrained == ()
+    with caplog.at_level(logging.WARNING):
+        prepare_rows([row, {"messages": turns("a", "b", named="Bob")}], naming, max_length=None)
+    assert "train.jsonl:2: row 1 has text in the key 'named' of messages that the chat template" in caplog.text
+    assert "leaves out: not trained on (1 such rows)" in caplog.text
+    assert "row 0" not in caplog.text
+
+
+def test_a_key_of_a_part_of_content_is_named(tokenizer: Any) -> None:
+    part = {"type": "text", "text": "a", "source": "page 3"}
+    row = {"messages": [{"role": "user", "content": [part]}, *turns("", "b")[1:]]}
+    assert tokenize_row(row, tokenizer).untrained == ("text in the key 'source' of parts of content",)
+
+
+# ------------------------------------------------------------------------------------ variables of the template
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tokenize": False},
+        {"return_dict": False},
+        {"return_tensors": "pt"},
+        {"return_assistant_tokens_mask": False},
+        {"padding": "max_length", "max_length": 50},
+        {"truncation": True},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True},
+        {"tokenizer_kwargs": {}},
+        {"chat_template": "{{ messages[0].content }}"},
+        {"sanitize_control_tokens": True},
+        {"tools": []},
+        {"conversation": []},
+        {"messages": []},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_arguments_of_apply_chat_template_are_no_variables(given: dict[str, Any], form: str, tokenizer: Any) -> None:
+    row: dict[str, Any] = {"messages": turns("a", "b")}
+    if form == "prompt":
+        row = {"prompt": turns("a"), "completion": turns("", "b")[1:]}
+    names = ", ".join(sorted(given))
+    with pytest.raises(EchoDataError) as caught:
+        check_forms([row, row | {"chat_template_kwargs": given}], "train.jsonl")
+    assert str(caught.value).startswith(f"train.jsonl:2: row 1: chat_template_kwargs has {names}: arguments of")
+    with pytest.raises(EchoDataError, match=f"row 0: chat_template_kwargs has {names}"):
+        tokenize_row(row | {"chat_template_kwargs": given}, tokenizer)
+
+
+def test_variables_reach_the_template_and_those_that_it_does_not_name_are_named(tokenizer: Any) -> None:
+    template = "{% if documents %}{{ documents[0].text }}{% endif %}{% if not quiet %}loud {% endif %}" + CHAT_TEMPLATE
+    named = tiny_tokenizer(chat_template=template)
+    row = {"messages": turns("a", "b"), "chat_template_kwargs": {"documents": [{"text": "page"}], "quiet": False}}
+    assert tokenize_row(row, named).untrained == ()
+    assert text_of(tokenize_row(row, named), named).startswith("pageloud <|im_start|>")
+    row["chat_template_kwargs"]["quiet"] = True
+    assert text_of(tokenize_row(row, named), named).startswith("page<|im_start|>")
+    assert tokenize_row(row, tokenizer).untrained == tuple(
+        f"{name!r} in chat_template_kwargs that the chat template leaves out" for name in ("documents", "quiet")
+    )
+
+
 # ------------------------------------------------------------------------------------------------ reasoning
+
+
+def test_reasoning_that_is_given_twice_is_shown_once() -> None:
+    from trl.chat_template_utils import qwen3_chat_template
+
+    qwen = tiny_tokenizer(chat_template=qwen3_chat_template)
+    row = {"prompt": turns("one"), "completion": turns("", "two", reasoning_content="count", reasoning="count")[1:]}
+    assert tokenize_row(row, qwen).untrained == ()
+    row["completion"][0]["reasoning"] = "one"  # which is in the prompt
+    assert tokenize_row(row, qwen).untrained == ("reasoning that the chat template leaves out",)
 
 
 @pytest.mark.parametrize("form", ["in the content", "beside it"])
@@ -307,6 +486,44 @@ def test_prompt_and_completion_come_before_messages_and_the_other_is_unused() ->
     check_forms([{"prompt": "a", "completion": "b", "row": 7, "messages": None, "score": 0.5}], "train.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [SEARCH]),
+        ("tools", json.dumps([SEARCH])),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)
+@pytest.mark.parametrize("is_scored", [False, True])
+def test_what_is_for_a_chat_template_is_an_error_where_there_is_none(name: str, value: Any, is_scored: bool) -> None:
+    rows = [{"prompt": "a", "completion": "b", name: None}, {"prompt": "a", "completion": "b", name: value}]
+    with pytest.raises(EchoDataError) as caught:
+        check_forms(rows, "train.jsonl", is_scored=is_scored)
+    assert str(caught.value) == (
+        f"train.jsonl:2: row 1 has {name}: only a chat template reads it, and texts go through none. Give the row as "
+        f"messages, or set data.chat in a recipe. If it shall be left out, add it to data.ignore_columns: [{name}]."
+    )
+    check_forms(rows, "train.jsonl", [name], is_scored=is_scored)
+    check_forms(rows, "train.jsonl", chat=True, is_scored=is_scored)
+    check_forms([{"messages": turns("a", "b"), name: value}], "train.jsonl", is_scored=is_scored)
+    check_forms([rows[0] | {"tools": "[]", "chat_template_kwargs": {}}], "train.jsonl", is_scored=is_scored)
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight", 0), ("weight", 0.5), ("sample_weight", 0.0), ("train", False)])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "a", "completion": "b"}, {"messages": turns("a", "b")}], ids=["text", "chat"]
+)
+def test_a_weight_of_a_row_is_an_error(row: dict[str, Any], name: str, value: Any) -> None:
+    good = [row | {name: None}, row | {name: 1}, row | {name: True}, row | {name: 1.0}]
+    check_forms(good, "train.jsonl")
+    with pytest.raises(
+        EchoDataError, match=f"train.jsonl:5: row 4 has {name}: rows have no weights, and {value} counts"
+    ):
+        check_forms([*good, row | {name: value}], "train.jsonl")
+    check_forms([row | {name: value}], "train.jsonl", [name])
+    check_forms([row | {name: value}], "train.jsonl", is_scored=True)
+
+
 def test_a_column_called_row_is_the_users_own(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": "a", "completion": "b", "row": 40}, {"prompt": "a", "completion": "", "row": 41}]
     with pytest.raises(EchoDataError, match=r"^train\.jsonl:2: row 1 has an empty answer"):
@@ -314,6 +531,28 @@ def test_a_column_called_row_is_the_users_own(tmp_path: Path, tokenizer: Any) ->
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps({**row, "part": "x"}) + "\n" for row in rows))
     assert [(row["row"], row[ROW]) for row in read_rows(path, part="x")] == [(40, 0), (41, 1)]
+
+
+@pytest.mark.parametrize("value", ["abc", 7, None])
+@pytest.mark.parametrize("part", [None, "x"])
+def test_the_column_with_the_numbers_of_rows_is_none_of_a_file(tmp_path: Path, value: Any, part: str | None) -> None:
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {"prompt": "a", "completion": "b", "part": "x"},
+        {"prompt": "a", "completion": "b", "part": "x", ROW: value},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(EchoDataError, match=r"train\.jsonl:2: row 1 has a column '_echo_row', a name that is kept for"):
+        read_rows(path, part=part)
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(EchoDataError, match=r"train\.jsonl:1: row 0 has a column '_echo_row'"):
+        read_rows(path, {ROW: "completion"}, part=part)
+
+
+def test_a_row_whose_number_is_none_is_named(tokenizer: Any) -> None:
+    row = {"prompt": "a:", "completion": "b"}
+    with pytest.raises(EchoDataError, match="row 1 has a column '_echo_row', a name that is kept"):
+        prepare_rows([row, row | {ROW: "abc"}], tokenizer, max_length=None)
 
 
 def test_the_form_of_all_rows_is_checked_before_the_first_is_tokenised() -> None:

@@ -416,6 +416,42 @@ def test_an_adapter_that_cannot_carry_the_echo(config, error, words):
         get_echo_model(tiny_base(), config, EchoConfig())
 
 
+@pytest.mark.parametrize(
+    ("targets", "unmatched"),
+    [
+        (["q_proj", "nope", "proj"], "nope, proj"),
+        (["q_proj", "model.layers.0.self_attn.k_proj", "layers.1.self_attn.v_proj"], None),
+        ("all-linear", None),
+        (r".*\.(q_proj|nope)", None),
+    ],
+)
+def test_a_name_that_matches_no_module_is_named(targets, unmatched, caplog):
+    base = tiny_base()
+    with caplog.at_level("WARNING"):
+        get_echo_model(base, lora_config(target_modules=targets), EchoConfig(source_layers=[1], target_layers=[0]))
+    found = [record.getMessage() for record in caplog.records if "target_modules" in record.getMessage()]
+    assert len(found) == (unmatched is not None)
+    if unmatched:
+        assert found[0].startswith(f"LoraConfig.target_modules names {unmatched}, which no module with an adapter has")
+
+
+# PEFT gives the experts ranks under a name that is no module's
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_names_that_peft_replaces_and_excluded_ones_are_not_meant(caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=VOCAB, num_key_value_heads=2, num_local_experts=2, **sizes)
+    echo = EchoConfig(source_layers=[1], target_layers=[0])
+    with caplog.at_level("WARNING"):
+        for targets in (
+            {"target_modules": ["q_proj", "w1", "w3"]},
+            {"target_modules": "all-linear", "exclude_modules": ["gate"]},
+        ):
+            get_echo_model(MixtralForCausalLM(config), LoraConfig(r=4, task_type="CAUSAL_LM", **targets), echo)
+    assert "target_modules names" not in caplog.text
+
+
 def test_an_unknown_layer():
     with pytest.raises(EchoConfigError, match="source_layers names layer 9"):
         get_echo_model(tiny_base(), lora_config(), EchoConfig(source_layers=[9]))

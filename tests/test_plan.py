@@ -149,6 +149,8 @@ def test_other_architectures_can_be_planned(tmp_path, kind):
     [
         (["echo_config.source_layers=[9]"], EchoConfigError, "source_layers names layer 9, but the model has 4"),
         (["lora.target_modules=[nothing]"], EchoModelError, r"lora\.target_modules.*nothing"),
+        (["lora.target_modules=[q_proj, v_prj]"], EchoModelError, r"names 'v_prj', and .* Did you mean 'v_proj'\?"),
+        (["lora.target_modules=[q_proj, v_prj]", "echo=false"], EchoModelError, r"lora\.target_modules names 'v_prj'"),
         (["data.max_length=5"], EchoDataError, r"train\.jsonl:1: row 0"),
         (["training.evaluate_every=1", "data.validation=missing.jsonl"], EchoDataError, "missing.jsonl"),
         (["attn_implementation=flash_attention_2"], EchoModelError, "base can't be built"),
@@ -184,3 +186,61 @@ def test_a_preview_shows_the_first_rows_of_each_source_and_counts_all(tmp_path):
         assert [kind for _, kind in segments].count("boundary") == 1
     assert "12 rows kept" in shown.summary[0]
     assert any("3 rows kept" in line for line in shown.summary)
+
+
+USER, ANSWER = {"role": "user", "content": "Please search for Bern"}, {"role": "assistant", "content": "Done."}
+TOOL = {"type": "function", "function": {"name": "search"}}
+CALLED = ANSWER | {"tool_calls": [{"function": {"name": "search", "arguments": {"of": "Bern"}}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "left_out"),
+    [
+        ({"messages": [USER, ANSWER], "tools": [TOOL]}, "tools that the chat template leaves out"),
+        ({"messages": [USER, CALLED]}, "tool calls that the chat template leaves out"),
+        ({"messages": [USER | {"name": "Bob"}, ANSWER]}, "text in the key 'name' of messages that the chat template"),
+        (
+            {"messages": [USER, ANSWER], "chat_template_kwargs": {"loud": True}},
+            "'loud' in chat_template_kwargs that the",
+        ),
+    ],
+    ids=["tools", "tool calls", "key of a message", "variable"],
+)
+@pytest.mark.parametrize("command", [preview, plan])
+def test_what_a_row_holds_and_is_not_trained_on_is_said(tmp_path, caplog, command, row, left_out):
+    recipe = loaded(tmp_path)
+    write_rows(tmp_path / "train.jsonl", [{"messages": [USER, ANSWER]}, row])
+    with caplog.at_level("WARNING"):
+        found = command(recipe)
+    lines = found.summary if command is preview else found.rows
+    assert any(line.startswith(f"1 rows have {left_out}") and line.endswith("not trained on") for line in lines)
+    assert f"train.jsonl:2: row 1 has {left_out}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a:", "completion": "b", "tools": [TOOL]}, "has tools: only a chat template reads it"),
+        (
+            {"messages": [USER, ANSWER], "chat_template_kwargs": {"tokenize": False}},
+            ": chat_template_kwargs has tokenize:",
+        ),
+        ({"prompt": "a:", "completion": "b", "_echo_row": 7}, "has a column '_echo_row', a name that is kept"),
+        ({"prompt": "th", "completion": "e"}, "has no boundary: the tokenizer joins the end of the prompt"),
+        ({"prompt": "a:", "completion": "b", "weight": 0}, "has weight: rows have no weights, and 0 counts as 1"),
+    ],
+    ids=["tools", "argument", "number of the row", "joined", "weight"],
+)
+@pytest.mark.parametrize("command", [preview, plan])
+def test_a_row_that_would_be_trained_on_wrongly_is_refused(tmp_path, command, row, message):
+    recipe = loaded(tmp_path)
+    write_rows(tmp_path / "train.jsonl", [{"prompt": "a:", "completion": "b"}, row])
+    with pytest.raises(EchoDataError) as caught:
+        command(recipe)
+    assert f"train.jsonl:2: row 1{message if message[0] == ':' else ' ' + message}" in str(caught.value)
+
+
+@pytest.mark.parametrize("command", [preview, plan])
+def test_data_columns_can_not_name_the_column_with_the_numbers(tmp_path, command):
+    with pytest.raises(EchoDataError, match=r"train\.jsonl:1: row 0 has a column '_echo_row'"):
+        command(loaded(tmp_path, "data.columns={_echo_row: completion}"))

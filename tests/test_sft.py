@@ -80,6 +80,76 @@ def test_what_a_template_leaves_out_and_what_no_column_is_used_for_is_named(tmp_
     assert "train data: row 1 has text in the column 'input', which is not trained on" in caplog.text
 
 
+@ECHO
+def test_tools_whose_names_the_user_says_are_named_where_the_template_drops_them(tmp_path, caplog, echo):
+    data = {"prompt": [turns("Please add")], "completion": [turns("", "two")[1:]], "tools": [TOOL_ROWS[0]["tools"][:1]]}
+    with caplog.at_level(logging.WARNING):
+        sft_trainer(tmp_path, data, echo=echo)
+    assert "train data: row 0 has tools that the chat template leaves out: not trained on (1 such" in caplog.text
+
+
+@ECHO
+def test_what_is_for_a_chat_template_is_named_where_there_is_none(tmp_path, caplog, echo):
+    data = {"prompt": ["one", "one"], "completion": ["two", "two"], "tools": [[], TOOL_ROWS[0]["tools"][:1]]}
+    with caplog.at_level(logging.WARNING):
+        sft_trainer(tmp_path, data | {"chat_template_kwargs": [{"quiet": True}, None]}, echo=echo)
+    assert "train data: row 1 has tools, which has no effect: only a chat template reads it" in caplog.text
+    assert "train data: row 0 has chat_template_kwargs, which has no effect: only a chat" in caplog.text
+
+
+@ECHO
+def test_a_weight_of_a_row_is_named(tmp_path, caplog, echo):
+    data = {"prompt": ["one"] * 3, "completion": ["two"] * 3, "weight": [1, None, 0.5]}
+    with caplog.at_level(logging.WARNING):
+        sft_trainer(tmp_path, data, echo=echo)
+    assert "train data: row 2 has weight, which has no effect: rows have no weights, and 0.5 counts as 1" in caplog.text
+
+
+@ECHO
+def test_variables_that_the_template_does_not_name_are_named(tmp_path, caplog, echo):
+    data = {"prompt": [turns("one")] * 2, "completion": [turns("", "two")[1:]] * 2}
+    with caplog.at_level(logging.WARNING):
+        sft_trainer(tmp_path, data | {"chat_template_kwargs": [None, {"quiet": False}]}, echo=echo)
+    assert "train data: row 1 has 'quiet' in chat_template_kwargs that the chat template leaves out: not" in caplog.text
+
+
+@pytest.mark.parametrize("given", [{"padding": "max_length", "max_length": 50}, {"add_generation_prompt": False}])
+def test_arguments_of_apply_chat_template_are_no_variables(tmp_path, given):
+    data = {"prompt": [turns("one")] * 2, "completion": [turns("", "two")[1:]] * 2}
+    with pytest.raises(EchoDataError, match=f"train data: row 1: chat_template_kwargs has {', '.join(sorted(given))}"):
+        sft_trainer(tmp_path, data | {"chat_template_kwargs": [None, given]})
+
+
+@ECHO
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_text_in_a_key_of_messages_that_the_template_ignores_is_named(tmp_path, caplog, echo, role):
+    messages = [turns("one", "two"), [{**turn, "note": "three"} for turn in turns("one", "two")]]
+    for turn in messages[1]:
+        turn["note"] = turn["note"] if turn["role"] == role else None
+    with caplog.at_level(logging.WARNING):
+        sft_trainer(tmp_path, {"messages": messages}, echo=echo, assistant_only_loss=True)
+    assert (
+        "train data: row 1 has text in the key 'note' of messages that the chat template leaves out: not" in caplog.text
+    )
+
+
+def test_a_system_message_that_the_template_drops_is_named(tmp_path, caplog):
+    base, _ = sft_base()
+    template = tiny_tokenizer().chat_template.replace("messages %}", "messages if message.role != 'system' %}", 1)
+    with caplog.at_level(logging.WARNING):
+        EchoSFTTrainer(
+            model=base,
+            args=sft_arguments(tmp_path, assistant_only_loss=True),
+            train_dataset=Dataset.from_dict(
+                {"messages": [[{"role": "system", "content": "one"}, *turns("one", "two")]]}
+            ),
+            processing_class=tiny_tokenizer(chat_template=template),
+            peft_config=lora_config(),
+            echo_config=ROUTED,
+        )
+    assert "train data: row 0 has content that the chat template leaves out: not trained on (1 such" in caplog.text
+
+
 def test_a_row_of_no_known_form_is_named_before_training(tmp_path, caplog):
     data = {"prompt": ["one", "two"], "completion": ["three", ""]}
     with pytest.raises(EchoDataError, match="train data: row 1 has an empty answer"):
@@ -87,6 +157,11 @@ def test_a_row_of_no_known_form_is_named_before_training(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         sft_trainer(tmp_path, data, echo=None)  # which needs no boundary
     assert "train data: row 1 has an empty answer" in caplog.text
+
+
+def test_a_prompt_that_is_one_token_with_its_answer_is_named(tmp_path):
+    with pytest.raises(EchoDataError, match=r"row 1 has no boundary: .* if there is one, its end and the start"):
+        sft_trainer(tmp_path, {"prompt": ["a:", "th"], "completion": ["b", "e"]})
 
 
 @ECHO
@@ -156,6 +231,45 @@ def test_columns_of_the_users_own_reach_the_collator(tmp_path, echo):
     assert all("_echo_row" not in feature for feature in seen)
     if echo is None:
         assert all(feature["completion_mask"] == [7] for feature in seen)
+
+
+@ECHO
+def test_the_column_with_the_numbers_of_rows_is_ours(tmp_path, echo):
+    data = {"prompt": ["one", "two", "one"], "completion": ["two", "", "two"]}
+    numbers = {"completion": ["two"] * 3, "_echo_row": [7, 8, 9]}
+    for which, given in {"text": ["a", "b", "c"], "flag": [True, False, True]}.items():
+        with pytest.raises(EchoDataError, match="the train data have a column '_echo_row', a name that is kept"):
+            sft_trainer(tmp_path / which, data | {"_echo_row": given}, echo=echo)
+    assert list(sft_trainer(tmp_path, data | numbers, echo=echo).train_dataset["_echo_row"]) == [0, 1, 2]
+    stream = Dataset.from_dict(data | numbers).to_iterable_dataset()
+    common = {"processing_class": sft_base()[1], "peft_config": lora_config(), "echo_config": echo}
+    args = sft_arguments(tmp_path, max_length=None)
+    with pytest.raises(EchoDataError, match="the train data have a column '_echo_row'"):
+        EchoSFTTrainer(model=sft_base()[0], args=args, train_dataset=stream, **common)
+
+
+def test_a_prepared_dataset_keeps_its_numbers_when_it_is_used_again(tmp_path):
+    data = {"prompt": ["one", "one " * 40, "one"], "completion": ["two"] * 3}
+    base, tokenizer = sft_base()
+    args = sft_arguments(tmp_path, max_length=20)
+    common = {"processing_class": tokenizer, "peft_config": lora_config(), "echo_config": ROUTED}
+    first = EchoSFTTrainer(
+        model=base, args=args, train_dataset=Dataset.from_dict(data), on_overlength="drop", **common
+    ).train_dataset
+    again = EchoSFTTrainer(model=sft_base()[0], args=args, train_dataset=first, **common)
+    assert list(again.train_dataset["_echo_row"]) == [0, 2]
+    again.train()
+
+
+def test_an_evaluated_dataset_whose_numbers_are_none_is_an_error(tmp_path):
+    bad = rows().add_column("_echo_row", ["abc"] * 12)
+    trainer = EchoTrainer(
+        model=echo_model(), args=arguments(tmp_path), train_dataset=rows(), eval_dataset=bad, data_collator=collator
+    )
+    with pytest.raises(EchoDataError, match="row 0 has a column '_echo_row'"):
+        trainer.evaluate()
+    with pytest.raises(EchoDataError, match="the train data have a column '_echo_row'"):
+        EchoTrainer(model=echo_model(), args=arguments(tmp_path), train_dataset=bad, data_collator=collator)
 
 
 def test_a_loss_that_is_not_finite_names_our_numbers_and_not_the_users(tmp_path):

@@ -26,12 +26,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from echo_lora.errors import EchoDataError
 from echo_lora.forms import (
+    CALL_KEYS,
+    MESSAGE_KEYS,
+    PART_KEYS,
     REASONING,
     check_forms,
     checked_row,
     functions_of,
     is_learned,
-    leaves,
+    other_texts,
     row_number,
     texts_of,
 )
@@ -228,13 +231,14 @@ class _Template:
                 "Give prompt and completion as strings and leave chat off, or name a chat model."
             )
         self.tokenizer, self.where, self.tools = tokenizer, where, row.get("tools")
-        self.options: dict[str, Any] = {"tools": self.tools, **row.get("chat_template_kwargs", {})}
+        self.variables = row.get("chat_template_kwargs", {})
+        self.options: dict[str, Any] = {"tools": self.tools, **self.variables}
         if has_marks:
             try:
                 template = _training_template(tokenizer, str(tokenizer.chat_template))
             except ValueError as error:
                 raise self._error(error) from error
-            self.options = {"chat_template": template} | self.options
+            self.options["chat_template"] = template
 
     def fit(self, messages: list[dict[str, Any]], prompt: int) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         """The messages in the form in which the template shows most of what they hold, and what it leaves out.
@@ -245,7 +249,7 @@ class _Template:
         failure: EchoDataError | None = None
         for form in _written(messages):
             try:
-                left_out = _left_out(form, prompt, self.tools, self.render(form))
+                left_out = self._left_out(form, prompt)
             except EchoDataError as error:
                 failure = failure or error
                 continue
@@ -256,7 +260,56 @@ class _Template:
         if best is None:
             assert failure is not None
             raise failure
-        return best
+        contents = (message["content"] for message in messages if isinstance(message.get("content"), list))
+        keys = sorted({key for content in contents for part in content for key in other_texts(part, PART_KEYS)})
+        return best[0], best[1] + tuple(f"text in the key {key!r} of parts of content" for key in keys)
+
+    def _left_out(self, messages: list[dict[str, Any]], prompt: int) -> tuple[str, ...]:
+        """What the row holds and the template does not write."""
+        text = self.render(messages)
+        mark = _Marker()
+        marked = [
+            mark.message(message, place < prompt and message["role"] == "assistant")
+            for place, message in enumerate(messages)
+        ]
+        tools = self.tools and [mark.tool(tool) for tool in self.tools]
+        try:
+            shown = self.render(marked, tools=tools)
+        except EchoDataError:  # a template that takes the row's own values only: they are looked for instead
+            shown = "".join(word for _, _, word in mark.marks)
+        found = {what for what, value, word in mark.marks if word not in shown or not _shows(text, value)}
+        if _is_written_twice(messages, text):
+            found.add("tool calls")
+        if self.tools and not any(what == "tools" for what, _, _ in mark.marks):  # tools without names
+            found |= {"tools"} if self.render(messages, tools=None) == text else set()
+        found |= {f"text in the key {key!r} of messages" for key in self._unused_keys(messages, text)}
+        if self.variables:
+            source = self.tokenizer.get_chat_template(self.options.get("chat_template"), self.tools)
+            found |= {f"{name!r} in chat_template_kwargs" for name in self.variables if name not in _names_in(source)}
+        if "tools" in found:
+            found -= {"parameters of tools", "descriptions of tools"}
+        return tuple(f"{what} that the chat template leaves out" for what in sorted(found))
+
+    def _unused_keys(self, messages: list[dict[str, Any]], text: str) -> set[str]:
+        """Keys of messages without which the template writes the same."""
+        called = [function["name"] for message in messages for function in functions_of(message)]
+        keys = {
+            (message["role"], key)
+            for message in messages
+            for key in other_texts(message, MESSAGE_KEYS)
+            if not (key == "name" and message["role"] == "tool" and message[key] in called)  # said by the call
+        }
+        unused = set()
+        for role, key in keys:
+            without = [
+                {name: value for name, value in message.items() if (message["role"], name) != (role, key)}
+                for message in messages
+            ]
+            try:
+                unused |= {key} if self.render(without) == text else set()
+            except EchoDataError:  # the template needs it
+                continue
+        return unused
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         return self._apply(messages, tokenize=False, **options)
@@ -273,7 +326,7 @@ class _Template:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, **options | self.options)
+            return self.tokenizer.apply_chat_template(messages, **self.options | options)
         # a template's own errors too; a loop without end is an overflow to jinja
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise self._error(error) from error
@@ -320,41 +373,106 @@ def _other_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
-def _left_out(
-    messages: list[dict[str, Any]], prompt: int, tools: list[dict[str, Any]] | None, text: str
-) -> tuple[str, ...]:
-    """What the messages hold and a template did not write into its text."""
-    found = set()
-    rest = text
-    for message in messages:
-        for content in texts_of(message):
-            rest = rest.replace(content.strip(), "", 1)
-    for place, message in enumerate(messages):
-        is_context = place < prompt and message["role"] == "assistant"
-        for content in texts_of(message):
-            thoughts, tag, answer = content.rpartition("</think>")
-            if not _shows(text, answer):
-                found.add("content")
-            elif tag and not is_context and not _shows(text, thoughts):
-                found.add("reasoning")
+class _Mark(NamedTuple):
+    """A word in the middle of a value: a text with the word shows the value."""
+
+    what: str  # what the value belongs to
+    value: str
+    word: str
+
+
+class _Marker:
+    """Puts a word of its own into each value of a row: whether a value itself is in a text may be chance."""
+
+    def __init__(self) -> None:
+        self.marks: list[_Mark] = []
+
+    def __call__(self, what: str, value: Any) -> Any:
+        """The value with a mark in each of its ends that holds something."""
+        if isinstance(value, Mapping):
+            return {key: self(what, item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self(what, item) for item in value]
+        text = value if isinstance(value, str) else json.dumps(value)
+        if not text.strip():  # templates ask whether there is something
+            return value
+        word = f"EchoLoraMark{len(self.marks)}x"
+        # how a number is written is the template's choice: only a text can be looked for itself
+        self.marks.append(_Mark(what, value if isinstance(value, str) else "", word))
+        middle = len(text) // 2  # templates may ask how a text begins and ends
+        return text[:middle] + word + text[middle:]
+
+    def message(self, message: dict[str, Any], is_context: bool) -> dict[str, Any]:
+        """is_context: it is a turn of the assistant in the prompt, whose reasoning is rightly left out."""
+        marked, thoughts = dict(message), {}
+
+        def thought(text: str) -> str:  # it may be given twice, of which templates show one
+            if text.strip() not in thoughts:
+                thoughts[text.strip()] = self("reasoning", text)
+            return thoughts[text.strip()]
+
+        def text_of(content: str) -> str:
+            before, tag, answer = content.rpartition("</think>")
+            if tag and not is_context:
+                said, opening, thoughts_in = before.rpartition("<think>")
+                before = self("content", said) + opening + thought(thoughts_in)
+            return before + tag + self("content", answer)
+
+        if isinstance(message.get("content"), list):
+            marked["content"] = [part | {"text": text_of(part["text"])} for part in message["content"]]
+        elif message.get("content"):
+            marked["content"] = text_of(message["content"])
         for key in REASONING:
-            value = message.get(key)
-            if isinstance(value, str) and not is_context and not _shows(rest, value):
-                found.add("reasoning")
-        for function in functions_of(message):
-            arguments = function.get("arguments")
-            if isinstance(arguments, str):
-                if '"' in arguments and json.dumps(arguments)[1:-1] in text:
-                    found.add("tool calls")  # JSON text written as JSON once more
-                arguments = json.loads(arguments)
-            values = leaves(arguments)
-            shown = [_shows(text, value if isinstance(value, str) else json.dumps(value)) for value in values]
-            if not (all(shown) and _shows(text, function["name"])):
-                found.add("tool calls")
-    names = [tool.get("function", tool).get("name") for tool in tools or []]
-    if not all(_shows(text, name) for name in names if isinstance(name, str)):
-        found.add("tools")
-    return tuple(f"{what} that the chat template leaves out" for what in sorted(found))
+            if key in message and not is_context:
+                is_text = isinstance(message[key], str)
+                marked[key] = thought(message[key]) if is_text else self("reasoning", message[key])
+        if "tool_calls" in message:
+            marked["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
+        return marked
+
+    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+        call = dict(call)
+        for key in other_texts(call, CALL_KEYS):
+            call[key] = self(f"text in the key {key!r} of tool calls", call[key])
+        if "function" in call:
+            return call | {"function": self._call(call["function"])}
+        call["name"] = self("tool calls", call["name"])
+        if isinstance(arguments := call.get("arguments"), str):
+            arguments = json.dumps(self("tool calls", json.loads(arguments)), ensure_ascii=False)
+        elif arguments is not None:
+            arguments = self("tool calls", arguments)
+        return call | ({} if arguments is None else {"arguments": arguments})
+
+    def tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
+        """Marks name and descriptions, and adds a marked parameter."""
+        if isinstance(tool.get("function"), Mapping):
+            return {**tool, "function": self.tool(tool["function"])}
+        marked = self._described(tool)
+        if isinstance(tool.get("name"), str):
+            marked["name"] = self("tools", tool["name"])
+        schema = marked.get("parameters")
+        if isinstance(schema, dict) and isinstance(schema.get("properties"), dict) and schema["properties"]:
+            name = self("parameters of tools", next(iter(schema["properties"])))
+            schema["properties"] = schema["properties"] | {name: {"type": "string"}}
+        return marked
+
+    def _described(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._described(item) for item in value]
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            key: self("descriptions of tools", item)
+            if key == "description" and isinstance(item, str)
+            else self._described(item)
+            for key, item in value.items()
+        }
+
+
+def _is_written_twice(messages: list[dict[str, Any]], text: str) -> bool:
+    """Whether arguments that are JSON text are written as JSON once more."""
+    arguments = [function.get("arguments") for message in messages for function in functions_of(message)]
+    return any(isinstance(a, str) and '"' in a and json.dumps(a)[1:-1] in text for a in arguments)
 
 
 def _shows(text: str, value: str) -> bool:
@@ -371,6 +489,14 @@ def _training_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     return None if has_generation_markers(template) else get_training_chat_template(tokenizer)
+
+
+@lru_cache(maxsize=4)
+def _names_in(template: str) -> frozenset[str]:
+    """The variables, attributes and functions that a template names."""
+    from jinja2 import Environment
+
+    return frozenset(value for _, kind, value in Environment().lex(template) if kind == "name")
 
 
 def _common_prefix(ids: list[int], others: list[int]) -> int:
@@ -485,12 +611,12 @@ def prepare_rows(
     an error, is dropped, or loses the oldest tokens of its prompt (all but one at most, and never a
     beginning-of-sequence token that the tokenizer puts first); an answer is never cut. train_on_prompt: the dataset
     made of the rows supervises every token that another one predicts, and its column completion_mask is 1 at answers.
-    ignore_columns: columns that may hold text without being used. Raises EchoDataError, which names the first such row
-    of `source`; a missing end token, and what a row holds and is not trained on, are warnings.
+    ignore_columns: columns that may hold something without being used. Raises EchoDataError, which names the first such
+    row of `source`; a missing end token, and what a row holds and is not trained on, are warnings.
     """
     if isinstance(rows, Iterator):
         rows = list(rows)
-    check_forms(rows, source, ignore_columns)
+    check_forms(rows, source, ignore_columns, chat=chat)
     check = _Check(max_length, on_overlength, end_token_ids(tokenizer), _added_bos(tokenizer), source)
     writer = _Writer(train_on_prompt)
     for index, row in enumerate(rows):
@@ -669,8 +795,15 @@ class _Check:
                 "Give it an answer, or remove it."
             )
         if start == 0:
+            if row.merged_tokens:
+                raise EchoDataError(
+                    f"{where} has no boundary: the tokenizer joins the end of the prompt and the start of the answer "
+                    "into one token, so that no token is the prompt's alone. Put a space or a line break between the "
+                    "two, or use the chat form."
+                )
             raise EchoDataError(
-                f"{where} has no boundary: its answer starts at the first token. Put a prompt before it."
+                f"{where} has no boundary: its answer starts at the first token. Put a prompt before it; if there is "
+                "one, its end and the start of the answer are one token: put a space or a line break between the two."
             )
         if self.max_length is not None and length > self.max_length:
             if self.on_overlength == "drop":
@@ -707,7 +840,7 @@ class _Check:
         for problem, rows in {
             "ends its answer without an end-of-sequence or end-of-turn token": self.endless,
             "shares the last token of its prompt with its answer: the boundary lies before it": self.merged,
-            **{f"has {what}: they are not trained on": rows for what, rows in self.untrained.items()},
+            **{f"has {what}: not trained on": rows for what, rows in self.untrained.items()},
         }.items():
             if rows:
                 _logger.warning("%s %s (%d such rows).", where_is(self.source, rows[0]), problem, len(rows))

@@ -7,31 +7,46 @@ conversation in `messages`. Of messages, the assistant's are learned, but for th
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import operator
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from echo_lora.errors import EchoDataError
-from echo_lora.sources import ROW, where_is
+from echo_lora.sources import KEPT_NAME, ROW, where_is
 
 ROW_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "part", ROW)
 SCORED_COLUMNS = ("answer", "choices", "label", "test", "entry_point", "group")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys beside content that templates know
+MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "weight", *REASONING)
+PART_KEYS = ("type", "text")
+CALL_KEYS = ("type", "id", "function", "name", "arguments")
 # Other programs' words for `weight`, which would be left out without an effect.
 _RIVALS = ("train", "loss", "loss_weight", "trainable", "mask", "masked")
 
 
 def row_number(row: Mapping[str, Any], index: int) -> int:
-    """The row's number in its file; `index` where the row does not carry it."""
-    return row.get(ROW, index)
+    """The row's number in its file; `index` where the row does not carry it. Raises EchoDataError if it's no number."""
+    try:
+        return operator.index(row.get(ROW, index))
+    except TypeError as error:
+        raise EchoDataError(f"row {index} has {KEPT_NAME}") from error
 
 
 def check_forms(
-    rows: Iterable[Mapping[str, Any]], source: str, ignore: Collection[str] = (), *, is_scored: bool = False
+    rows: Iterable[Mapping[str, Any]],
+    source: str,
+    ignore: Collection[str] = (),
+    *,
+    chat: bool = False,
+    is_scored: bool = False,
 ) -> None:
-    """Check every row before any of them is tokenised, and that no text in them is left unused.
+    """Check every row before any of them is tokenised, and that nothing in them is left unused.
 
-    ignore: columns that may hold text without being used. is_scored: the rows are questions, which need no answer here.
+    ignore: columns that may hold something without being used. chat: texts go through a chat template. is_scored: the
+    rows are questions, which need no answer here.
     Raises EchoDataError with file and line.
     """
     unused: dict[str, int] = {}
@@ -40,6 +55,12 @@ def check_forms(
         number = row_number(row, index)
         if not is_scored:
             checked_row(row, where_is(source, number))
+        for name, why in without_effect(row, chat=chat, is_scored=is_scored).items():
+            if name not in ignore:
+                raise EchoDataError(
+                    f"{where_is(source, number)} has {name}: {why}. If it shall be left out, add it to "
+                    f"data.ignore_columns: [{name}]."
+                )
         for name in unused_texts(row, is_scored=is_scored):
             if name not in ignore:
                 unused.setdefault(name, number)
@@ -64,15 +85,36 @@ def unused_texts(row: Mapping[str, Any], *, is_scored: bool = False) -> list[str
     if not is_scored:
         # as in TRL, prompt and completion come before messages
         used -= {"messages"} if row.get("prompt") is not None else {"completion"} if row.get("messages") else set()
-    return [name for name, value in row.items() if name not in used and _holds_text(value)]
+    return [name for name, value in row.items() if name not in used and holds_text(value)]
 
 
-def _holds_text(value: Any) -> bool:
+def without_effect(row: Mapping[str, Any], *, chat: bool = False, is_scored: bool = False) -> dict[str, str]:
+    """Columns that say how a row is to be read or learned, and have no effect, each with why and what to do instead."""
+    found = {}
+    if isinstance(row.get("prompt"), str) and not chat:
+        for name in ("tools", "chat_template_kwargs"):
+            if row.get(name) not in (None, [], {}, "", "[]"):
+                found[name] = (
+                    "only a chat template reads it, and texts go through none. Give the row as messages, or set "
+                    "data.chat in a recipe"
+                )
+    for name in () if is_scored else ("weight", "sample_weight", *_RIVALS):
+        value = row.get(name)
+        if isinstance(value, (int, float)) and value != 1:  # True, too, says what happens
+            found[name] = (
+                f"rows have no weights, and {value!r} counts as 1. Remove a row that is not to be trained on; in "
+                'messages, give a turn of the assistant "weight": 0'
+            )
+    return found
+
+
+def holds_text(value: Any) -> bool:
+    """Whether there is a text in a value, at any depth."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):
-        return any(map(_holds_text, value.values()))
-    return isinstance(value, (list, tuple)) and any(map(_holds_text, value))
+        return any(map(holds_text, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(holds_text, value))
 
 
 def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -85,10 +127,7 @@ def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     row = {name: value for name, value in row.items() if value is not None}  # Arrow fills gaps with None
     if "tools" in row:
         row["tools"] = _tools(row["tools"], where)
-    if not isinstance(row.get("chat_template_kwargs", {}), Mapping):
-        raise EchoDataError(
-            f"{where}: chat_template_kwargs is a {_kind(row['chat_template_kwargs'])}. Write it as an object."
-        )
+    _check_template_kwargs(row.get("chat_template_kwargs", {}), where)
     if "messages" in row and "prompt" not in row:
         row["messages"] = checked_messages(row["messages"], "messages", where)
         _require_answer(row["messages"], "assistant message", where)
@@ -149,6 +188,11 @@ def texts_of(message: Mapping[str, Any]) -> list[str]:
 def functions_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a message calls: name and arguments of each tool call."""
     return [call.get("function", call) for call in message.get("tool_calls", [])]
+
+
+def other_texts(item: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Keys with a text beside the known ones."""
+    return [key for key, value in item.items() if key not in known and holds_text(value)]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -226,6 +270,25 @@ def _tools(tools: Any, where: str) -> Any:
     return tools or None  # templates ask whether there are tools, not how many
 
 
+def _check_template_kwargs(given: Any, where: str) -> None:
+    if not isinstance(given, Mapping):
+        raise EchoDataError(f"{where}: chat_template_kwargs is a {_kind(given)}. Write it as an object.")
+    if own := sorted(_arguments_of_apply_chat_template().intersection(given)) if given else []:
+        raise EchoDataError(
+            f"{where}: chat_template_kwargs has {', '.join(own)}: arguments of apply_chat_template, not variables of a "
+            "chat template. They would change how the row is made into tokens and labels. Remove them."
+        )
+
+
+@cache
+def _arguments_of_apply_chat_template() -> frozenset[str]:
+    """All but those that it only hands to the template, and `messages`, which it hands to it itself."""
+    from transformers import PreTrainedTokenizerBase
+
+    names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return frozenset({*names, "messages"} - {"self", "kwargs", "documents"})
+
+
 def _parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
@@ -260,12 +323,3 @@ def _check_text(text: Any, name: str, where: str) -> None:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """What stands at the ends of a nested value."""
-    if isinstance(value, (Mapping, list)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from leaves(item)
-    else:
-        yield value

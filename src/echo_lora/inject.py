@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import BlockDiagonalLinear
@@ -112,6 +113,20 @@ def target_modules(
                     "at its input could not learn. Use injection_site='output'."
                 )
     return found, without
+
+
+def unmatched_targets(model: PeftModel, given: Any, adapter: str) -> list[str]:
+    """The names in LoraConfig.target_modules that no module with an adapter has at its end.
+
+    given: target_modules before the adapter was made. One text is a pattern or `all-linear`, which PEFT refuses if it
+    matches nothing. Names that PEFT replaces, as those of experts that transformers holds in one tensor, are not meant.
+    """
+    names = model.peft_config[adapter].target_modules
+    if given is None or isinstance(given, str) or names is None or isinstance(names, str):
+        return []
+    adapted = model.base_model.targeted_module_names
+    ends = set(given).intersection(names)
+    return sorted(end for end in ends if not any(f".{name}".endswith(f".{end}") for name in adapted))
 
 
 def _why_without_echo(layer: nn.Module, path: str, module: LoraLayer, adapter: str) -> str | None:

@@ -30,7 +30,7 @@ from echo_lora.config import EchoConfig
 from echo_lora.echo import EchoNetworks, apply_control, echo_representation
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.head import Head
-from echo_lora.inject import Freezing, Injection, Injector, decoder_layers, listed, target_modules
+from echo_lora.inject import Freezing, Injection, Injector, decoder_layers, listed, target_modules, unmatched_targets
 from echo_lora.neftune import with_one_noise
 from echo_lora.prefix import PrefixSharing, cache_argument
 from echo_lora.probe import refuse_base, why_full_by_trial
@@ -66,8 +66,8 @@ def get_echo_model(
     """Wrap a base model for training with the echo, as `peft.get_peft_model` wraps it without.
 
     The adapter's initial weights are the ones that `get_peft_model` would draw. Further keyword arguments go to
-    the PEFT model. Raises EchoModelError if the base model or the adapter can't carry the echo, EchoConfigError
-    if a layer does not exist.
+    the PEFT model. A name in target_modules that matches no module is a warning. Raises EchoModelError if the base
+    model or the adapter can't carry the echo, EchoConfigError if a layer does not exist.
     """
     if not isinstance(peft_config, LoraConfig):
         raise EchoModelError(
@@ -113,7 +113,15 @@ def get_echo_model(
         )
     refuse_base(model)
     peft_config.base_model_name_or_path = model.__dict__.get("name_or_path", None) or None  # as get_peft_model
-    return EchoModel(model, peft_config, echo_config or EchoConfig(), adapter_name, **kwargs)
+    given = peft_config.target_modules
+    wrapped = EchoModel(model, peft_config, echo_config or EchoConfig(), adapter_name, **kwargs)
+    if unmatched := unmatched_targets(wrapped, given, adapter_name):
+        logger.warning(
+            "LoraConfig.target_modules names %s, which no module with an adapter has at the end of its name. PEFT "
+            "trains the others only.",
+            ", ".join(unmatched),
+        )
+    return wrapped
 
 
 class EchoModel(PeftModelForCausalLM):

@@ -47,7 +47,8 @@ def check_rows(recipe: Recipe) -> None:
     for part in ("train", "validation"):
         for source in getattr(recipe.data, part) or []:
             if source.file is not None:  # those of a task are our own
-                check_forms(source_rows(recipe, source, part), source.file, recipe.data.ignore_columns)
+                rows = source_rows(recipe, source, part)
+                check_forms(rows, source.file, recipe.data.ignore_columns, chat=recipe.data.chat)
 
 
 def prepare_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: str) -> list[PreparedData]:
@@ -100,7 +101,7 @@ def evaluation_rows(
         rendered = []
         for source in sources:
             where, rows = source.file or source.name, source_rows(recipe, source, part)
-            check_forms(rows, where, recipe.data.ignore_columns, is_scored=True)
+            check_forms(rows, where, recipe.data.ignore_columns, chat=recipe.data.chat, is_scored=True)
             for index, row in enumerate(rows):
                 place = where_is(where, row_number(row, index))
                 rendered.append(_scored(task, row, tokenizer, recipe.data.chat, place))

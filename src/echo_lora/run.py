@@ -29,6 +29,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -56,11 +57,13 @@ from echo_lora.checkpoint import (
     last_complete_checkpoint,
     remove_checkpoint,
 )
+from echo_lora.config import nearest
 from echo_lora.data import PreparedData, refuse_unfit_tokens
 from echo_lora.environment import MemoryWatch, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt, EchoModelError
 from echo_lora.export import adapter_hash, model_card, save_verified
 from echo_lora.files import locked, refuse_existing, remove_empty, remove_files, remove_leftovers, write_file
+from echo_lora.inject import unmatched_targets
 from echo_lora.model import EchoModel, get_echo_model
 from echo_lora.progress import progress_console, stage
 from echo_lora.rows import check_rows, join, prepare_part
@@ -188,10 +191,13 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
             f"lora.r = {recipe.lora.r} is above the width of {recipe.model}, {width}, and no update has a higher rank. "
             "Lower it."
         )
+    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    config = lora_config(recipe)
     try:
         if recipe.echo:
-            return get_echo_model(base, lora_config(recipe), recipe.build_echo_config())
-        return get_peft_model(base, lora_config(recipe))
+            model: PeftModel = get_echo_model(base, config, recipe.build_echo_config())
+        else:
+            model = get_peft_model(base, config)
     except (ValueError, re.error) as error:  # PEFT's, for modules that are not there or can't carry an adapter
         if isinstance(error, EchoError):
             raise
@@ -199,6 +205,13 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
             f"lora.target_modules = {recipe.lora.target_modules} does not fit {recipe.model}: {error} "
             "Name linear modules of this model, or use all-linear."
         ) from error
+    if unmatched := unmatched_targets(model, recipe.lora.target_modules, "default"):
+        ends = {name.rpartition(".")[2] for name in (*linear, *model.base_model.targeted_module_names)}
+        raise EchoModelError(
+            f"lora.target_modules names {unmatched[0]!r}, and no module of {recipe.model} that gets an adapter has a "
+            f"name that ends so.{nearest(unmatched[0], sorted(ends))} Correct it, or leave it out."
+        )
+    return model
 
 
 def parameter_counts(model: PeftModel) -> tuple[int, int]:

@@ -56,7 +56,7 @@ class LoraSection(Section):
     alpha: int = _option(32, "scale of the adapter's update: alpha / r, or alpha / sqrt(r) with rslora", ge=1, le=MOST)
     dropout: float = _option(0.0, "share of the adapter's inputs that is dropped in training", ge=0, lt=1)
     target_modules: Name | Annotated[list[Name], Field(min_length=1)] = _option(
-        "all-linear", "modules that get an adapter, by the end of their names"
+        "all-linear", "modules that get an adapter, by the end of their names; a name that matches none is an error"
     )
 
 
@@ -135,7 +135,7 @@ class DataSection(Section):
     test: Sources | None = _option(None, "rows that the default evaluation scores")
     columns: dict[Name, Name] | None = _option(None, "our column name to the files' own, as in {prompt: question}")
     ignore_columns: list[Name] = _option(
-        [], "columns of files that may hold text without being used; any other such column is an error"
+        [], "columns of files that may hold text, or a weight, without being used; any other such column is an error"
     )
     train_on_prompt: bool = _option(
         False, "train on the prompt's tokens too, in the echo-off pass; the echo still acts on answers only"

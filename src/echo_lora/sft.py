@@ -21,9 +21,9 @@ from echo_lora.base_models import canonical
 from echo_lora.config import EchoConfig
 from echo_lora.data import ANSWER, IGNORED, check_tokenized_dataset, end_token_ids, tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError
-from echo_lora.forms import checked_row, row_number, unused_texts
+from echo_lora.forms import checked_row, row_number, unused_texts, without_effect
 from echo_lora.model import EchoModel, get_echo_model
-from echo_lora.sources import ROW, where_is, without_nulls
+from echo_lora.sources import KEPT_NAME, ROW, where_is, without_nulls
 from echo_lora.trainer import EchoTrainerMixin, numbered, refuse_arguments
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,9 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         dataset_name: str,
     ) -> Any:
         first = _first(dataset, dataset_name)
-        dataset = numbered(dataset)
+        if not isinstance(dataset, Dataset) and ROW in first and "input_ids" not in first:
+            raise EchoDataError(f"the {dataset_name} data have {KEPT_NAME}")
+        dataset = numbered(dataset, f"{dataset_name} data")
         if not self._has_echo:
             dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -228,11 +230,12 @@ def _first(dataset: Any, name: str) -> dict[str, Any]:
 
 
 def _check_rows(dataset: Dataset, source: str) -> bool:
-    """Check the form of each row, and warn of text that nothing uses. Whether TRL would train on one otherwise.
+    """Check the form of each row, and warn of columns that nothing uses. Whether TRL would train on one otherwise.
 
     Raises EchoDataError, which names the row.
     """
     unused: dict[str, int] = {}
+    ineffective: dict[tuple[str, str], int] = {}
     is_special = False
     for index, example in enumerate(dataset.with_format(None)):
         row = maybe_convert_to_chatml(without_nulls(example))
@@ -241,17 +244,22 @@ def _check_rows(dataset: Dataset, source: str) -> bool:
         is_special = is_special or _is_special(row)
         for name in unused_texts(row):
             unused.setdefault(name, number)
+        for item in without_effect(row).items():
+            ineffective.setdefault(item, number)
+    for (name, why), number in ineffective.items():
+        logger.warning("%s has %s, which has no effect: %s.", where_is(source, number), name, why)
     for name, number in unused.items():
         logger.warning("%s has text in the column %r, which is not trained on.", where_is(source, number), name)
     return is_special
 
 
 def _is_special(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds more than plain turns, of which TRL may make something else."""
+    """Whether a row holds more than turns of user and assistant: TRL may make something else of it, or lose it."""
     turns = [turn for name in ("messages", "prompt", "completion") for turn in _turns(row, name)]
     return (
-        bool(row.get("tools"))
+        bool(row.get("tools") or row.get("chat_template_kwargs"))
         or any(set(turn) != {"role", "content"} or not isinstance(turn["content"], str) for turn in turns)
+        or any(turn["role"] not in ("user", "assistant") for turn in turns)
         or any("</think>" in turn["content"] for turn in turns)
         or any(turn["role"] != "assistant" for turn in _turns(row, "completion"))
     )

@@ -17,6 +17,7 @@ from echo_lora.config import nearest
 from echo_lora.errors import EchoConfigError, EchoDataError
 
 ROW = "_echo_row"  # column with the number of a row in its file; a user's own columns may have any other name
+KEPT_NAME = f"a column {ROW!r}, a name that is kept for the numbers of rows. Give the column another name."
 _CHUNK = 1 << 20  # bytes read at a time
 _LONGEST_LINE = 100_000_000  # bytes
 _VARIABLE = re.compile(r"\$\w|\$\{|%\w+%")
@@ -72,6 +73,8 @@ class RowFile:
                     f"{where_is(source, index)} is a {type(row).__name__}, not an object with named columns. "
                     'Write each row as {"prompt": ..., "completion": ...}.'
                 )
+            if ROW in row or ROW in (self.columns or {}):
+                raise EchoDataError(f"{where_is(source, index)} has {KEPT_NAME}")
             if self.part is not None:
                 parts |= {str(row["part"])} if "part" in row else set()
                 if row.get("part") != self.part:

@@ -64,10 +64,11 @@ from echo_lora.export import (
     whole,
 )
 from echo_lora.files import use_umask
+from echo_lora.forms import row_number
 from echo_lora.model import EchoModel
 from echo_lora.optimizer import refuse_shared_rate, separate_echo, warming_up
 from echo_lora.routing import routing_probability
-from echo_lora.sources import ROW
+from echo_lora.sources import KEPT_NAME, ROW
 from echo_lora.step import EchoOutput
 
 logger = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ class _RowCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         has_answers = self.wants_answers and all(ANSWER in feature and "labels" in feature for feature in features)
         carried = {ROW, ANSWER} if has_answers else {ROW}
-        rows = [feature[ROW] for feature in features if ROW in feature]
+        rows = [row_number(feature, place) for place, feature in enumerate(features) if ROW in feature]
         batch = self.collate([{k: v for k, v in feature.items() if k not in carried} for feature in features])
         if len(rows) == len(features):
             batch[ROW] = torch.tensor(rows)
@@ -290,7 +291,7 @@ class EchoTrainerMixin(Trainer):
         if self.optimizer_cls_and_kwargs is not None:
             self._given_optimizer = f"{self.optimizer_cls_and_kwargs[0].__name__} {self.optimizer_cls_and_kwargs[1]}"
         self.data_collator = _RowCollator(self.data_collator, self._wants_answers)
-        self.train_dataset = numbered(self.train_dataset)
+        self.train_dataset = numbered(self.train_dataset, "train data")
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
             _refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
@@ -734,11 +735,24 @@ def _no_code(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-def numbered(dataset: Any) -> Any:
-    """The dataset with a column that numbers its rows from 0, where it is one that can carry it."""
-    if isinstance(dataset, Dataset) and ROW not in dataset.column_names:
-        return dataset.add_column(ROW, list(range(len(dataset))))
-    return dataset
+def numbered(dataset: Any, source: str) -> Any:
+    """The dataset with a column that numbers its rows from 0, where it is one that can carry it.
+
+    A tokenised one keeps the numbers that it has: it comes from a preparation, which may have dropped rows. Raises
+    EchoDataError for a column of that name which holds no numbers.
+    """
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    if not isinstance(dataset, Dataset):
+        return dataset
+    if ROW in dataset.column_names:
+        column = dataset.data.column(ROW)
+        if not pa.types.is_integer(column.type):
+            raise EchoDataError(f"the {source} have {KEPT_NAME}")
+        if "input_ids" in dataset.column_names and not column.null_count:
+            return dataset
+        dataset = dataset.remove_columns(ROW)
+    return dataset.add_column(ROW, list(range(len(dataset))))
 
 
 def _refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
