@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from functools import cache
 
@@ -102,6 +103,23 @@ def test_errors_are_those_of_the_dtype(name, precision):
     assert of_loss < loss_bound
     assert of_gradient < gradient_bound
     assert of_gradient < 1.5 * plain_gradient
+
+
+@pytest.mark.parametrize("precision", ["bfloat16 autocast", "float16 autocast"])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_weights_that_autocast_keeps_are_frozen_in_an_echo_on_pass_for_the_echo_only(precision, is_checkpointed):
+    config = {"echo_on_updates": "echo_only", "distillation_weight": 0.0}
+    found = []
+    for given, of in (("float32", "echo_only"), (precision, "echo_only"), ("float32", "all")):
+        model = in_precision("llama", given, is_checkpointed=is_checkpointed)
+        model.echo_config = dataclasses.replace(model.echo_config, **config | {"echo_on_updates": of})
+        with autocast_of(given):
+            loss = model.echo_losses(**collate(mixed_rows()), is_routed=True).loss
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten().float() for n, p in model.named_parameters() if "lora_" in n]))
+    expected, frozen, trained = found
+    assert (frozen - expected).norm() < 0.03 * expected.norm()
+    assert (trained - expected).norm() > 0.3 * expected.norm()  # what CE(on) would add
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -113,8 +113,8 @@ def test_prefix_states_are_shared_not_detached(is_checkpointed, monkeypatch):
     def gradient(detach):
         seen = []
 
-        def cut(recorder):
-            cache = hand_over(recorder)
+        def cut(recorder, **options):
+            cache = hand_over(recorder, **options)
             for layer in cache.layers:
                 seen.append(layer.keys.requires_grad)
                 if detach:
@@ -143,8 +143,8 @@ def test_prefix_states_are_let_go(is_checkpointed, monkeypatch):
     held = []
     hand_over = PrefixRecorder.prefix
 
-    def watch(recorder):
-        cache = hand_over(recorder)
+    def watch(recorder, **options):
+        cache = hand_over(recorder, **options)
         assert all(layer.recorded is None for layer in recorder.layers)
         held.extend(weakref.ref(layer.keys) for layer in cache.layers)
         return cache

@@ -10,7 +10,7 @@ the model's own logits, not taken on trust: a model that does something else kee
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,10 +21,19 @@ PROBED_LOGITS = (1.0, 100.0)
 FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # what configurations call a factor of logits
 
 
-def forked_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Leave the random numbers of the CPU and of this device as they were."""
+@contextmanager
+def without_trace(device: torch.device) -> Iterator[None]:
+    """Run the model inside without gradient, and leave the random numbers of the CPU and of this device as they were.
+
+    Autocast keeps weights that it has cast. That of torch 2.9 keeps those without gradient too, and gives them to the
+    training pass that follows, from which the adapter would then learn nothing.
+    """
     devices = [device] if device.type != "cpu" else []
-    return torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 class Head:
@@ -70,7 +79,6 @@ class Head:
         finally:
             handle.remove()
 
-    @torch.no_grad()
     def why_not(self, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor | None) -> str | None:
         """Why this is not what the model computes; None if it is.
 
@@ -78,7 +86,7 @@ class Head:
         What the tokens are does not matter then, and logits that happen to be zero hide no factor.
         input_ids, position_ids: (1, T), run without gradient; the random number generators are left as they were.
         """
-        with forked_rng(input_ids.device):
+        with without_trace(input_ids.device):
             with self.intercepting() as states:
                 forward(input_ids=input_ids, position_ids=position_ids, use_cache=False)
             if len(states) != 1 or states[0].dim() != 3:

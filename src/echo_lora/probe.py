@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from echo_lora.errors import EchoModelError
-from echo_lora.head import forked_rng
+from echo_lora.head import without_trace
 from echo_lora.inject import outermost_lists
 from echo_lora.prefix import PrefixRecorder, PrefixSharing
 
@@ -81,7 +81,6 @@ def refuse_base(base_model: PreTrainedModel) -> None:
 
 
 @torch.compiler.disable  # torch.compile of the whole model can't trace into it
-@torch.no_grad()
 def why_full_by_trial(
     forward: Callable[..., Any], base_model: PreTrainedModel, sharing: PrefixSharing | None, device: torch.device
 ) -> str | None:
@@ -104,7 +103,7 @@ def why_full_by_trial(
         return forward(**given, use_cache=False, output_router_logits=False, **kwargs).logits.float()  # (rows, T, V)
 
     # compiled layers run as they are: the shapes of a trial are worth no graph
-    with evaluating(base_model), forked_rng(device), torch.compiler.set_stance("force_eager"):
+    with evaluating(base_model), without_trace(device), torch.compiler.set_stance("force_eager"):
         try:
             stock = logits(slice(4))
         except Exception as error:
