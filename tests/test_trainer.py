@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from architectures import VOCAB, collate, lora_config, random_row, tiny_base
 from echo_lora import EchoCallback, EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
+from echo_lora.checkpoint import read_seal
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
 from echo_lora.export import adapter_hash
 from echo_lora.optimizer import separate_echo
@@ -857,6 +858,51 @@ def test_resuming_beside_strange_checkpoints_deletes_nothing(tmp_path):
     with pytest.raises(EchoCheckpointError, match="holds no complete checkpoint"):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_what_lay_in_the_folder_of_a_checkpoint_outlives_it(tmp_path):
+    """Its seal does not name it, and the rotation leaves it."""
+    theirs = [tmp_path / "checkpoint-2" / name for name in ("notes.txt", "README.md", "sub/notes.txt")]
+    for path in theirs[::2]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        path.chmod(0o600)
+    theirs[1].write_text("mine, which PEFT writes over")
+    trainer = trainer_of(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                sealed.update(read_seal(tmp_path / "checkpoint-2")["files"])
+
+    sealed: dict[str, str] = {}
+    trainer.add_callback(Look())
+    trainer.train()
+    assert {"adapter_model.safetensors", "README.md"} <= sealed.keys()
+    assert not {"notes.txt", "sub/notes.txt"} & sealed.keys()
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and "-6" not in str(p))
+    assert left == ["checkpoint-2/notes.txt", "checkpoint-2/sub/notes.txt"]
+    assert theirs[0].stat().st_mode & 0o777 == 0o600
+
+
+def test_the_best_checkpoint_alone_is_kept_beside_those_of_others(tmp_path):
+    theirs = tmp_path / "checkpoint-900" / "model.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_text("theirs")
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "score", "greater_is_better": True}
+    trainer = EchoTrainer(
+        model=echo_model(),
+        args=arguments(tmp_path, **options),
+        train_dataset=rows(),
+        eval_dataset=rows(4, seed=1),
+        data_collator=collator,
+        compute_metrics=lambda prediction: {"score": float(trainer.state.global_step == 2)},
+    )
+    trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-900"]
+    assert trainer.args.save_total_limit == 1
+    assert theirs.read_text() == "theirs"
 
 
 def test_a_bfloat16_adapter_is_proved(tmp_path):

@@ -40,13 +40,15 @@ from transformers.training_args import OptimizerNames
 
 from echo_lora.base_models import has_position_table
 from echo_lora.checkpoint import (
-    SEAL,
+    begin_checkpoint,
+    checkpoints_in,
     compare_configuration,
     describe_base,
     fill,
     last_complete_checkpoint,
     load_whole_optimizer_state,
     read_seal,
+    remove_checkpoint,
     rotate_checkpoints,
     seal_checkpoint,
     whole_optimizer_state,
@@ -481,7 +483,8 @@ class EchoTrainerMixin(Trainer):
         """The base's checkpoint and the echo's state, sealed last; older ones are deleted only after that."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            (folder / SEAL).unlink(missing_ok=True)  # of an earlier run that reached this step
+            begin_checkpoint(folder)
+        self.accelerator.wait_for_everyone()  # each process writes its own random states there
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         pushes, self.args.push_to_hub = self.args.push_to_hub, False
         try:
@@ -508,6 +511,20 @@ class EchoTrainerMixin(Trainer):
         if pushes:
             self._push_from_checkpoint(str(folder))
         rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+
+    def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
+        """The base's; with save_total_limit=1 it would remove every checkpoint but the best, whoever made it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(trial, *args)
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if limit == 1 and best is not None and self.args.should_save:
+            for folder in checkpoints_in(self._get_output_dir(trial)):
+                if not folder.samefile(best):
+                    remove_checkpoint(folder)
+        return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model, and read back. Raises EchoCheckpointError if the folder does not hold the adapter."""
