@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from echo_lora import checkpoint
 from echo_lora import run as run_module
 from echo_lora.base_models import PACKAGED
-from echo_lora.checkpoint import SEAL, _sha256, begin_checkpoint, last_complete_checkpoint
+from echo_lora.checkpoint import SEAL, begin_checkpoint, file_hash, last_complete_checkpoint
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoInterrupt, EchoModelError, EchoTrainingError
 from echo_lora.export import read_adapter, read_adapter_config
 from echo_lora.merge import merge
@@ -575,7 +575,7 @@ def test_code_in_a_received_checkpoint_is_not_run(tmp_path, monkeypatch):
 
 def reseal(folder: Path) -> None:
     seal = json.loads((folder / SEAL).read_text())
-    seal["files"] = {path.name: _sha256(path) for path in folder.iterdir() if path.name != SEAL}
+    seal["files"] = {path.name: file_hash(path) for path in folder.iterdir() if path.name != SEAL}
     (folder / SEAL).write_text(json.dumps(seal))
 
 

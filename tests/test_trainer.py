@@ -359,6 +359,67 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, config):
     assert_same_training(whole, resumed)
 
 
+def stock_trainer_of(folder, model, **kwargs) -> Trainer:
+    trainer = trainer_of(folder, model, Trainer, save_strategy="steps", save_steps=2, **kwargs)
+    trainer.add_callback(EchoCallback())
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "config", [{"normalization": "layer"}, {"normalization": "standardize", "routing_end": 1.0}], ids=str
+)
+def test_the_stock_trainer_resumes_the_echo_too(tmp_path, config):
+    whole = echo_model(**config)
+    stock_trainer_of(tmp_path / "whole", whole).train()
+    trainer = stock_trainer_of(tmp_path / "parts", echo_model(**config))
+    trainer.add_callback(Stop(5))
+    trainer.train()
+    resumed = echo_model(**config)
+    stock_trainer_of(tmp_path / "parts", resumed).train(resume_from_checkpoint=True)
+    assert_same_training(whole, resumed)
+
+
+def half_trained_by_the_stock_trainer(folder) -> Path:
+    trainer = stock_trainer_of(folder, echo_model())
+    trainer.add_callback(Stop(4))
+    trainer.train()
+    return folder / "checkpoint-4"
+
+
+def test_the_stock_trainer_does_not_resume_an_adapter_without_its_echo(tmp_path):
+    saved = half_trained_by_the_stock_trainer(tmp_path / "one")
+    missing = r"other/checkpoint-4/adapter_model\.safetensors is missing"
+    with pytest.raises(EchoCheckpointError, match=rf"EchoCallback does not find its echo in .*{missing}.*Resume from"):
+        stock_trainer_of(tmp_path / "other", echo_model()).train(resume_from_checkpoint=str(saved))
+    other = stock_trainer_of(tmp_path / "other", echo_model(), max_steps=4, learning_rate=1e-3)
+    other.train()  # another training, which has reached the same step
+    with pytest.raises(EchoCheckpointError, match="differs from the trained adapter"):
+        stock_trainer_of(tmp_path / "other", echo_model()).train(resume_from_checkpoint=str(saved))
+    of_another = (tmp_path / "other" / "checkpoint-4" / "echo_state.safetensors").read_bytes()
+    (saved / "echo_state.safetensors").write_bytes(of_another)  # as where a process was killed before it wrote its own
+    with pytest.raises(EchoCheckpointError, match=r"echo_state\.safetensors was saved beside another adapter"):
+        stock_trainer_of(tmp_path / "one", echo_model()).train(resume_from_checkpoint=True)
+    (saved / "echo_state.safetensors").unlink()
+    with pytest.raises(EchoCheckpointError, match=r"does not find its echo in .*checkpoint-4: No such file"):
+        stock_trainer_of(tmp_path / "one", echo_model()).train(resume_from_checkpoint=True)
+
+
+def test_the_stock_trainer_does_not_resume_another_echo(tmp_path):
+    half_trained_by_the_stock_trainer(tmp_path)
+    with pytest.raises(EchoCheckpointError, match=r"has the shape .* in the checkpoint and .* in the model"):
+        stock_trainer_of(tmp_path, echo_model(bottleneck=4)).train(resume_from_checkpoint=True)
+
+
+def test_echo_trainer_does_not_do_the_work_of_the_callback_twice(tmp_path):
+    models = [echo_model(echo_lr_warmup=0.5), echo_model(echo_lr_warmup=0.5)]
+    for model in models:
+        trainer = trainer_of(tmp_path, model)
+        if model is models[1]:
+            trainer.add_callback(EchoCallback())
+        trainer.train()
+    assert_same_training(*models)
+
+
 def test_statistics_of_a_step_are_resumed_in_a_model_that_stopped_in_another(tmp_path):
     config = {"normalization": "standardize", "routing_end": 1.0}
     whole = echo_model(**config)
@@ -698,13 +759,10 @@ def test_a_named_adapter_is_trained_saved_and_resumed(tmp_path, cls):
     whole, parts = named(), named()
     trained(whole, tmp_path / "whole").train()
     trainer = trained(parts, tmp_path / "parts")
-    if cls is EchoTrainer:
-        trainer.add_callback(Stop(4))
-        trainer.train()
-        parts = named()
-        trained(parts, tmp_path / "parts").train(resume_from_checkpoint=True)
-    else:
-        trainer.train()
+    trainer.add_callback(Stop(4))
+    trainer.train()
+    parts = named()
+    trained(parts, tmp_path / "parts").train(resume_from_checkpoint=True)
     one, other = (peft.get_peft_model_state_dict(model, adapter_name="mine") for model in (whole, parts))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     folder = tmp_path / "whole" / "checkpoint-6" / "mine"

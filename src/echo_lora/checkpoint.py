@@ -68,7 +68,7 @@ def seal_checkpoint(
         "initial_adapter_sha256": initial_adapter_sha256,
         "num_tokens": num_tokens,
         "configuration": _plain(configuration),
-        "files": {name: _sha256(folder / name) for name in names},
+        "files": {name: file_hash(folder / name) for name in names},
     }
     text = json.dumps(seal, indent=2)
     write_file(folder / SEAL, lambda path: path.write_text(text, encoding="utf-8"))
@@ -216,7 +216,7 @@ def _is_inside(name: str) -> bool:
 def _sound_seal(folder: Path) -> dict[str, Any]:
     seal = _seal(folder)
     for name, digest in seal["files"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or file_hash(folder / name) != digest:
             raise EchoCheckpointError(f"{folder / name} is missing or not what was saved.")
     for path in folder.rglob("*"):  # weights that a loader could take in place of those that were saved
         if path.suffix in LOADED and path.relative_to(folder).as_posix() not in seal["files"]:
@@ -298,13 +298,19 @@ def _weights_hash(model: PeftModel) -> str:
 def fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy whole tensors into those of the same names, of which each process may hold a part.
 
-    Raises EchoCheckpointError if the names differ.
+    Raises EchoCheckpointError if names or shapes differ.
     """
     if targets.keys() != values.keys():
         raise EchoCheckpointError(
             f"the checkpoint holds other tensors than the model: {sorted(targets.keys() ^ values.keys())[:3]} are in "
             "one only. Resume from a checkpoint of this run."
         )
+    for name, target in targets.items():
+        if target.shape != values[name].shape:
+            raise EchoCheckpointError(
+                f"{name} has the shape {tuple(values[name].shape)} in the checkpoint and {tuple(target.shape)} in the "
+                "model. Resume from a checkpoint of this run."
+            )
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(_part(values[name], target))
@@ -345,7 +351,8 @@ def _plain(configuration: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(configuration, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
 
 
-def _sha256(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
