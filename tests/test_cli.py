@@ -362,6 +362,20 @@ def test_a_place_that_can_not_be_written_is_refused_before_any_work(tmp_path, mo
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_blank_path_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("merge", "no-adapter"), ("bench", "--output"), ("eval", "tiny", "--output"), ("doctor",):
+        for blank in ("", " "):
+            assert "is blank. Name a path." in " ".join(invoke(*command, blank, code=2).stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_root_is_no_output(trained):
+    root = Path.cwd().anchor
+    for command in ("train", trained / "recipe.yaml", "--set", f"output={root}"), ("merge", trained / "run", root):
+        assert "is the root of a file system" in invoke(*command, code=1).stderr
+
+
 def test_the_home_of_nobody_is_refused():
     for command in ("merge", "no-adapter"), ("bench", "--output"), ("eval", "tiny", "--output"):
         said = invoke(*command, "~nobody-of-this-name/x", code=2).stderr

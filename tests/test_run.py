@@ -411,6 +411,8 @@ def test_a_second_run_on_an_output_folder_is_refused_while_the_first_lives(tmp_p
                 run(recipe, resume=resume)
         with pytest.raises(EchoCheckpointError, match=in_use):
             resolve(str(tmp_path / "recipe.yaml"))
+        with pytest.raises(EchoCheckpointError, match=in_use):  # which has no run.json yet
+            resolve(str(tmp_path / "run"))
         assert files(tmp_path / "run") == before
     result = run(recipe, resume=True)
     with held_by_another(tmp_path / "run") as holder, pytest.raises(EchoCheckpointError, match=f"process {holder.pid}"):

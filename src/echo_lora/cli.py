@@ -35,6 +35,8 @@ STYLES = {"prompt": "none", "boundary": "black on yellow", "answer": "green", "i
 
 def path(text: str) -> Path:
     """A path in which `~` stands for the home folder: shells leave it as it is in `--output=~/scores.json`."""
+    if not text.strip():  # as of a variable that is not set; it would be the working directory
+        raise typer.BadParameter(f"{text!r} is blank. Name a path.")
     return expanded(text)
 
 
