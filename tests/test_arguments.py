@@ -626,8 +626,10 @@ def test_the_last_checkpoint_of_the_model_only_gives_its_result(tmp_path):
     assert_same_training(trained, loaded)
 
 
-@pytest.mark.parametrize("adapter_name", ["default", "mine"])
-def test_the_best_checkpoint_restores_adapter_and_echo(tmp_path, adapter_name):
+@pytest.mark.parametrize(
+    ("cls", "adapter_name"), [(EchoTrainer, "default"), (EchoTrainer, "mine"), (Trainer, "default")]
+)
+def test_the_best_checkpoint_restores_adapter_and_echo(tmp_path, cls, adapter_name):
     torch.manual_seed(5)
     model = get_echo_model(tiny_base(), lora_config(), ROUTED, adapter_name=adapter_name)
     at_step: dict[int, tuple[dict, dict]] = {}
@@ -640,7 +642,7 @@ def test_the_best_checkpoint_restores_adapter_and_echo(tmp_path, adapter_name):
                 {n: p.detach().clone() for n, p in model.echo.tensors().items()},
             )
 
-    trainer = EchoTrainer(
+    trainer = cls(
         model=model,
         args=arguments(
             tmp_path,
@@ -656,10 +658,10 @@ def test_the_best_checkpoint_restores_adapter_and_echo(tmp_path, adapter_name):
         train_dataset=rows(),
         eval_dataset=rows(4, seed=1),
         data_collator=collator,
-        callbacks=[Note()],
+        callbacks=[Note(), EchoCallback()],
         compute_metrics=lambda prediction: {"score": float(trainer.state.global_step == 2)},
     )
-    for resume in (None, True):  # and again, where the last step has been taken already
+    for resume in (None, True) if cls is EchoTrainer else (None,):  # and again, after the last step
         trainer.train(resume_from_checkpoint=resume)
         assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
         adapter = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -669,6 +671,30 @@ def test_the_best_checkpoint_restores_adapter_and_echo(tmp_path, adapter_name):
         ):
             assert all(torch.equal(value, then[name]) for name, value in now.items())
             assert any(not torch.equal(value, last[name]) for name, value in now.items())
+
+
+@pytest.mark.parametrize(
+    ("adapter_name", "options", "words"),
+    [
+        ("mine", {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+         r"load_best_model_at_end=True can't be done by the stock Trainer for the adapter 'mine'"),
+        ("default", {"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True can't be done by the stock Trainer"),
+    ],
+    ids=["best", "signal"],
+)  # fmt: skip
+def test_checkpoints_that_the_stock_trainer_can_not_restore_are_refused(tmp_path, adapter_name, options, words):
+    torch.manual_seed(5)
+    model = get_echo_model(tiny_base(), lora_config(), ROUTED, adapter_name=adapter_name)
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path, **options),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        data_collator=collator,
+        callbacks=[EchoCallback()],
+    )
+    with pytest.raises(EchoConfigError, match=words):
+        trainer.train()
 
 
 def test_a_checkpoint_at_a_signal_is_complete(tmp_path):

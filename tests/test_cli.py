@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from echo_lora import __version__
 from echo_lora.cli import app
+from echo_lora.cli import path as parsed_path
 from echo_lora.errors import EchoConfigError
 from echo_lora.run import RunResult, run
 from tiny_recipe import ROWS, tiny_folder, tiny_recipe, write_rows
@@ -309,6 +310,18 @@ def test_doctor_refuses_a_corrupted_adapter(trained, tmp_path):
     assert "adapter_model.safetensors can't be read" in invoke("doctor", folder, code=1).stderr
 
 
+def test_doctor_fails_if_there_are_problems(trained, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained / "run" / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0}))
+    result = invoke("doctor", folder, code=1)
+    assert re.search(r"problems +lora_alpha = 0: the adapter changes nothing", result.stdout)
+    assert (
+        result.stderr == f"Error: {folder} has problems, named above. Don't use it: save it again, or fetch it again.\n"
+    )
+
+
 def test_traceback_shows_where_an_error_arose(tmp_path):
     args = [str(tiny_recipe(tmp_path)), "--set", "lora.q=1"]
     with pytest.raises(EchoConfigError, match="unknown key"):
@@ -360,6 +373,21 @@ def test_a_place_that_can_not_be_written_is_refused_before_any_work(tmp_path, mo
         assert said.startswith(f"Error: {place}")
         assert "can't be the folder to write" in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_blank_path_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("merge", "no-adapter"), ("bench", "--output"), ("eval", "tiny", "--output"), ("doctor",):
+        for blank in ("", " "):
+            assert "is blank. Name a path." in " ".join(invoke(*command, blank, code=2).stderr.split())
+    assert not list(tmp_path.iterdir())
+    assert parsed_path(Path("runs")) == Path("runs")  # as of a default
+
+
+def test_the_root_is_no_output(trained):
+    root = Path.cwd().anchor
+    for command in ("train", trained / "recipe.yaml", "--set", f"output={root}"), ("merge", trained / "run", root):
+        assert "is the root of a file system" in invoke(*command, code=1).stderr
 
 
 def test_the_home_of_nobody_is_refused():

@@ -85,6 +85,15 @@ def test_an_empty_output_that_is_locked_is_still_empty(tmp_path):
         assert names(tmp_path / "run") == set()
 
 
+def test_the_locks_of_outputs_in_a_folder_are_none_of_its_files(tmp_path):
+    with locked(tmp_path / "runs" / "first"):
+        assert names(tmp_path / "runs") == {".first.lock"}
+        refuse_existing(tmp_path / "runs")
+        (tmp_path / "runs" / "first").mkdir()
+        with pytest.raises(EchoCheckpointError, match="it holds first"):
+            refuse_existing(tmp_path / "runs")
+
+
 def test_two_names_of_one_folder_have_one_lock(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
@@ -115,6 +124,25 @@ def test_folders_that_were_made_for_a_lock_vanish_with_it(tmp_path):
     with locked(tmp_path / "a" / "b" / "run"):
         (tmp_path / "a" / "mine").touch()
     assert names(tmp_path) == {"a", "a/mine"}
+
+
+@pytest.mark.parametrize("output", [Path.cwd().anchor, f"{Path.cwd().anchor}.."])
+def test_the_root_is_no_output(output):
+    with pytest.raises(EchoCheckpointError, match=r"is the root of a file system\. Name a folder"), locked(output):
+        pass
+    with pytest.raises(EchoCheckpointError, match="is the root of a file system"):
+        refuse_locked(output)
+
+
+def test_nobody_is_told_to_remove_the_folder_that_they_are_in(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    for folder in ("..", tmp_path):
+        with pytest.raises(EchoCheckpointError, match=r"it holds inner\. Choose another folder\.$"):
+            refuse_existing(folder)
+    (tmp_path / "inner" / "file").touch()
+    with pytest.raises(EchoCheckpointError, match=r"it holds file\. Choose another folder\.$"):
+        refuse_existing(".")
 
 
 # ---------------------------------------------------------------- whole folders

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -270,11 +270,48 @@ def test_a_configuration_that_no_adapter_has_is_refused_by_all_who_read_it(adapt
         ({"peft_type": "IA3"}, "the weights are those of LoRA, but peft_type = IA3"),
         ({"target_modules": ["q_proj"]}, "has weights, but target_modules = ['q_proj'] does not name it"),
         ({"target_modules": "("}, "is no regular expression"),
+        ({"task_type": "SEQ_CLS"}, "task_type = SEQ_CLS is not that of a language model, CAUSAL_LM"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type = SEQ_2_SEQ_LM is not that of a language model"),
+        ({"lora_bias": True}, "model.layers.0.mlp.up_proj has no bias of lora_B, but lora_bias = True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, but there are no weights of it"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices = [1], but there are no weights of tokens"),
     ],
 )
-def test_weights_that_are_not_those_of_their_configuration_are_a_problem(adapter, changes, expected):
+def test_weights_that_are_not_those_of_their_configuration_are_a_problem(adapter, changes, expected, tmp_path):
     path = adapter / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     report = inspect_adapter(adapter)
     assert expected in " ".join(report.problems)
     assert report.readers == []
+    with pytest.raises(EchoCheckpointError, match=re.escape(report.problems[0])):
+        merge(adapter, tmp_path / "merged")
+
+
+def test_a_module_that_the_base_does_not_have_may_be_named(adapter, tmp_path):
+    """As in a list of modules_to_save for several architectures; PEFT loads it."""
+    path = adapter / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["wte"]}))
+    merge(adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"]])
+def test_modules_that_were_saved_are_no_problem(modules, tmp_path):
+    tiny_folder(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=modules, task_type="CAUSAL_LM", lora_bias=True)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    assert inspect_adapter(tmp_path / "adapter").problems == ["every lora_B is zero: the adapter changes nothing"]
+
+
+def test_a_misfit_to_its_own_base_is_not_blamed_on_the_base(adapter, tmp_path):
+    path = adapter / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"exclude_modules": ["q_proj"]}))
+    with pytest.raises(EchoCheckpointError, match=r"Is adapter_config\.json the one that was saved with the weights"):
+        merge(adapter, tmp_path / "merged")
+
+
+def test_a_variant_that_can_not_be_merged_is_refused(adapter, tmp_path):
+    path = adapter / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alora_invocation_tokens": [1]}))
+    with pytest.raises(EchoModelError, match="can't be merged: aLoRA does not support safe merging"):
+        merge(adapter, tmp_path / "merged")

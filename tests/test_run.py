@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from echo_lora import checkpoint
 from echo_lora import run as run_module
 from echo_lora.base_models import PACKAGED
-from echo_lora.checkpoint import SEAL, _sha256, last_complete_checkpoint
+from echo_lora.checkpoint import SEAL, begin_checkpoint, file_hash, last_complete_checkpoint
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoInterrupt, EchoModelError, EchoTrainingError
 from echo_lora.export import read_adapter, read_adapter_config
 from echo_lora.merge import merge
@@ -174,11 +174,12 @@ def test_checkpoints_of_others_are_left_alone(tmp_path):
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path):
     unfinished = tmp_path / "run" / "checkpoints" / "checkpoint-1"
-    unfinished.mkdir(parents=True)
+    begin_checkpoint(unfinished)
+    unfinished.mkdir()
     (unfinished / "adapter_model.safetensors").write_text("half")
     (tmp_path / "run" / "checkpoints" / "started.json").write_text("{}")
     assert run(loaded(tmp_path)).resumed_at == 0
-    assert not unfinished.exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if "-1" in path.name] == []
 
 
 def test_a_run_that_dies_before_its_first_checkpoint_leaves_nothing(tmp_path, monkeypatch):
@@ -276,6 +277,84 @@ def test_files_of_others_outlive_a_run_that_dies_and_the_next_one(tmp_path, monk
     assert [path.read_text() for path in notes] == ["mine"] * 4
 
 
+def test_checkpoints_of_others_beside_a_run_outlive_its_resume(tmp_path, monkeypatch):
+    """Under the names that a trainer writes, in folders that a run would pass over, and in one that it saves into."""
+    recipe = half_trained(tmp_path, monkeypatch)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    theirs = ["checkpoint-500/model.safetensors", "checkpoint-500/README.md", "checkpoint-500/sub/data.bin"]
+    theirs += ["checkpoint-4/trainer_state.txt", "checkpoint-4/mine.txt", "checkpoint-4/sub/README.md"]
+    theirs += [".checkpoint-7.unfinished.json/x"]  # a folder of that name
+    for name in theirs:
+        (checkpoints / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoints / name).write_text("theirs")
+    (checkpoints / "checkpoint-600").mkdir()
+    before = files(checkpoints)
+    with pytest.raises(EchoCheckpointError, match=r"learning_rate: checkpoint 0\.01"):
+        run(loaded(tmp_path, "training.save_every=2", "training.learning_rate=2e-2"), resume=True)
+    assert files(checkpoints) == before
+    with monkeypatch.context() as dying:
+        interrupt_saving(dying)
+        with pytest.raises(EchoTrainingError, match="died before the seal"):
+            run(recipe, resume=True)
+    assert files(checkpoints) == before
+    assert run(recipe, resume=True).steps == 4
+    seal = json.loads((checkpoints / "checkpoint-4" / SEAL).read_text())
+    assert "adapter_model.safetensors" in seal["files"]
+    assert not {f"checkpoint-4/{name}" for name in seal["files"]} & set(theirs)
+    assert {name: (checkpoints / name).read_text() for name in theirs} == dict.fromkeys(theirs, "theirs")
+    assert (checkpoints / "checkpoint-600").is_dir()
+    checkpoint.clear_checkpoints(checkpoints)
+    assert files(checkpoints) == {*theirs, STARTED}
+
+
+def interrupt_saving(monkeypatch) -> None:
+    """Training dies when a checkpoint is written and not sealed."""
+
+    def prove(self, folder):
+        raise EchoTrainingError("died before the seal")
+
+    monkeypatch.setattr(EchoSFTTrainer, "_prove", prove)
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_removal_that_was_killed_is_gone_on_with(tmp_path, monkeypatch, moment):
+    folder = tmp_path / "checkpoint-4"
+    begin_checkpoint(folder)
+    for name in ("optimizer.pt", "latest", "global_step4/x.pt"):  # a name that no other trainer uses, too
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("ours")
+    checkpoint.seal_checkpoint(folder, configuration={}, initial_adapter_sha256=None)
+    (folder / "README.md").write_text("mine")
+    original = Path.unlink
+    calls = []
+
+    def unlink(self, missing_ok=False):
+        calls.append(self)
+        if len(calls) > moment:
+            raise KeyboardInterrupt
+        original(self, missing_ok)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(Path, "unlink", unlink)
+        if moment < 5:
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.remove_checkpoint(folder)
+        else:
+            checkpoint.remove_checkpoint(folder)
+    checkpoint.remove_unfinished(tmp_path)
+    assert files(tmp_path) == {"checkpoint-4/README.md"}
+
+
+def test_a_record_that_was_cut_off_removes_nothing(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_text("theirs")
+    begin_checkpoint(tmp_path / "checkpoint-4")
+    (record,) = tmp_path.glob(".checkpoint-4*")
+    record.write_text(record.read_text()[:10])
+    checkpoint.remove_unfinished(tmp_path)
+    assert files(tmp_path) == {"checkpoint-4/optimizer.pt"}
+
+
 @pytest.mark.parametrize("kind", ["link", "folder"])
 def test_an_output_folder_that_was_there_stays_what_it_was(tmp_path, monkeypatch, kind):
     (tmp_path / "disk").mkdir()
@@ -332,6 +411,8 @@ def test_a_second_run_on_an_output_folder_is_refused_while_the_first_lives(tmp_p
                 run(recipe, resume=resume)
         with pytest.raises(EchoCheckpointError, match=in_use):
             resolve(str(tmp_path / "recipe.yaml"))
+        with pytest.raises(EchoCheckpointError, match=in_use):  # which has no run.json yet
+            resolve(str(tmp_path / "run"))
         assert files(tmp_path / "run") == before
     result = run(recipe, resume=True)
     with held_by_another(tmp_path / "run") as holder, pytest.raises(EchoCheckpointError, match=f"process {holder.pid}"):
@@ -496,7 +577,7 @@ def test_code_in_a_received_checkpoint_is_not_run(tmp_path, monkeypatch):
 
 def reseal(folder: Path) -> None:
     seal = json.loads((folder / SEAL).read_text())
-    seal["files"] = {path.name: _sha256(path) for path in folder.iterdir() if path.name != SEAL}
+    seal["files"] = {path.name: file_hash(path) for path in folder.iterdir() if path.name != SEAL}
     (folder / SEAL).write_text(json.dumps(seal))
 
 

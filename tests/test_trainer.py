@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from architectures import VOCAB, collate, lora_config, random_row, tiny_base
 from echo_lora import EchoCallback, EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
+from echo_lora.checkpoint import read_seal
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
 from echo_lora.export import adapter_hash
 from echo_lora.optimizer import separate_echo
@@ -358,6 +359,67 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, config):
     assert_same_training(whole, resumed)
 
 
+def stock_trainer_of(folder, model, **kwargs) -> Trainer:
+    trainer = trainer_of(folder, model, Trainer, save_strategy="steps", save_steps=2, **kwargs)
+    trainer.add_callback(EchoCallback())
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "config", [{"normalization": "layer"}, {"normalization": "standardize", "routing_end": 1.0}], ids=str
+)
+def test_the_stock_trainer_resumes_the_echo_too(tmp_path, config):
+    whole = echo_model(**config)
+    stock_trainer_of(tmp_path / "whole", whole).train()
+    trainer = stock_trainer_of(tmp_path / "parts", echo_model(**config))
+    trainer.add_callback(Stop(5))
+    trainer.train()
+    resumed = echo_model(**config)
+    stock_trainer_of(tmp_path / "parts", resumed).train(resume_from_checkpoint=True)
+    assert_same_training(whole, resumed)
+
+
+def half_trained_by_the_stock_trainer(folder) -> Path:
+    trainer = stock_trainer_of(folder, echo_model())
+    trainer.add_callback(Stop(4))
+    trainer.train()
+    return folder / "checkpoint-4"
+
+
+def test_the_stock_trainer_does_not_resume_an_adapter_without_its_echo(tmp_path):
+    saved = half_trained_by_the_stock_trainer(tmp_path / "one")
+    missing = r"other/checkpoint-4/adapter_model\.safetensors is missing"
+    with pytest.raises(EchoCheckpointError, match=rf"EchoCallback does not find its echo in .*{missing}.*Resume from"):
+        stock_trainer_of(tmp_path / "other", echo_model()).train(resume_from_checkpoint=str(saved))
+    other = stock_trainer_of(tmp_path / "other", echo_model(), max_steps=4, learning_rate=1e-3)
+    other.train()  # another training, which has reached the same step
+    with pytest.raises(EchoCheckpointError, match="differs from the trained adapter"):
+        stock_trainer_of(tmp_path / "other", echo_model()).train(resume_from_checkpoint=str(saved))
+    of_another = (tmp_path / "other" / "checkpoint-4" / "echo_state.safetensors").read_bytes()
+    (saved / "echo_state.safetensors").write_bytes(of_another)  # as where a process was killed before it wrote its own
+    with pytest.raises(EchoCheckpointError, match=r"echo_state\.safetensors was saved beside another adapter"):
+        stock_trainer_of(tmp_path / "one", echo_model()).train(resume_from_checkpoint=True)
+    (saved / "echo_state.safetensors").unlink()
+    with pytest.raises(EchoCheckpointError, match=r"does not find its echo in .*checkpoint-4: No such file"):
+        stock_trainer_of(tmp_path / "one", echo_model()).train(resume_from_checkpoint=True)
+
+
+def test_the_stock_trainer_does_not_resume_another_echo(tmp_path):
+    half_trained_by_the_stock_trainer(tmp_path)
+    with pytest.raises(EchoCheckpointError, match=r"has the shape .* in the checkpoint and .* in the model"):
+        stock_trainer_of(tmp_path, echo_model(bottleneck=4)).train(resume_from_checkpoint=True)
+
+
+def test_echo_trainer_does_not_do_the_work_of_the_callback_twice(tmp_path):
+    models = [echo_model(echo_lr_warmup=0.5), echo_model(echo_lr_warmup=0.5)]
+    for model in models:
+        trainer = trainer_of(tmp_path, model)
+        if model is models[1]:
+            trainer.add_callback(EchoCallback())
+        trainer.train()
+    assert_same_training(*models)
+
+
 def test_statistics_of_a_step_are_resumed_in_a_model_that_stopped_in_another(tmp_path):
     config = {"normalization": "standardize", "routing_end": 1.0}
     whole = echo_model(**config)
@@ -697,13 +759,10 @@ def test_a_named_adapter_is_trained_saved_and_resumed(tmp_path, cls):
     whole, parts = named(), named()
     trained(whole, tmp_path / "whole").train()
     trainer = trained(parts, tmp_path / "parts")
-    if cls is EchoTrainer:
-        trainer.add_callback(Stop(4))
-        trainer.train()
-        parts = named()
-        trained(parts, tmp_path / "parts").train(resume_from_checkpoint=True)
-    else:
-        trainer.train()
+    trainer.add_callback(Stop(4))
+    trainer.train()
+    parts = named()
+    trained(parts, tmp_path / "parts").train(resume_from_checkpoint=True)
     one, other = (peft.get_peft_model_state_dict(model, adapter_name="mine") for model in (whole, parts))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     folder = tmp_path / "whole" / "checkpoint-6" / "mine"
@@ -857,6 +916,51 @@ def test_resuming_beside_strange_checkpoints_deletes_nothing(tmp_path):
     with pytest.raises(EchoCheckpointError, match="holds no complete checkpoint"):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_what_lay_in_the_folder_of_a_checkpoint_outlives_it(tmp_path):
+    """Its seal does not name it, and the rotation leaves it."""
+    theirs = [tmp_path / "checkpoint-2" / name for name in ("notes.txt", "README.md", "sub/notes.txt")]
+    for path in theirs[::2]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        path.chmod(0o600)
+    theirs[1].write_text("mine, which PEFT writes over")
+    trainer = trainer_of(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                sealed.update(read_seal(tmp_path / "checkpoint-2")["files"])
+
+    sealed: dict[str, str] = {}
+    trainer.add_callback(Look())
+    trainer.train()
+    assert {"adapter_model.safetensors", "README.md"} <= sealed.keys()
+    assert not {"notes.txt", "sub/notes.txt"} & sealed.keys()
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and "-6" not in str(p))
+    assert left == ["checkpoint-2/notes.txt", "checkpoint-2/sub/notes.txt"]
+    assert theirs[0].stat().st_mode & 0o777 == 0o600
+
+
+def test_the_best_checkpoint_alone_is_kept_beside_those_of_others(tmp_path):
+    theirs = tmp_path / "checkpoint-900" / "model.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_text("theirs")
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "score", "greater_is_better": True}
+    trainer = EchoTrainer(
+        model=echo_model(),
+        args=arguments(tmp_path, **options),
+        train_dataset=rows(),
+        eval_dataset=rows(4, seed=1),
+        data_collator=collator,
+        compute_metrics=lambda prediction: {"score": float(trainer.state.global_step == 2)},
+    )
+    trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-900"]
+    assert trainer.args.save_total_limit == 1
+    assert theirs.read_text() == "theirs"
 
 
 def test_a_bfloat16_adapter_is_proved(tmp_path):

@@ -3,6 +3,9 @@
 A run may be killed while it writes. A checkpoint without a seal was interrupted; one whose files differ from
 their seal was damaged. Neither is resumed from, and no older checkpoint is deleted before a newer one is sealed.
 
+Only what was saved is ever removed. While a checkpoint has no seal, because it is being saved or removed, a record
+beside it tells its own files from those of others: a folder with neither is not ours.
+
 Its tensors are whole, however many processes held parts of them, so that any number of processes can go on from it.
 """
 
@@ -30,6 +33,7 @@ from echo_lora.files import remove_empty, remove_files, use_umask, write_file
 logger = logging.getLogger(__name__)
 
 SEAL = "echo_checkpoint.json"
+RECORD = ".unfinished.json"  # beside the folder, .checkpoint-4.unfinished.json: made before it, removed after it
 IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers' mark of enable_jit_checkpoint, removed when it is saved
 LOADED = (".safetensors", ".bin", ".pt", ".pth")  # files that a trainer reads by their names
 # What a trainer writes into a checkpoint; an interruption leaves temporary names of safetensors and of ours.
@@ -39,26 +43,36 @@ WRITTEN = (
 )
 
 
+def begin_checkpoint(folder: Path) -> None:
+    """To be called before a checkpoint is saved: record what is in its folder already, which is not ours.
+
+    What an earlier run saved there is removed.
+    """
+    remove_checkpoint(folder)
+    others = {name: _state(folder / name) for name in _files(folder) if name != IN_PROGRESS}
+    _record(folder).parent.mkdir(parents=True, exist_ok=True)
+    _record(folder).write_text(json.dumps({"others": others}), encoding="utf-8")  # cut off: nothing was saved yet
+
+
 def seal_checkpoint(
     folder: Path, *, configuration: dict[str, Any], initial_adapter_sha256: str | None, num_tokens: int = 0
 ) -> None:
-    """Declare the checkpoint complete: every file in it with its SHA-256, and what decides the run's result.
+    """Declare the checkpoint complete: its files with their SHA-256, and what decides the run's result.
 
-    num_tokens: those trained on so far, as TRL counts them for its log; a resume goes on counting from there.
+    Its files are those that were written since `begin_checkpoint`. num_tokens: those trained on so far, as TRL counts
+    them for its log; a resume goes on counting from there.
     """
-    use_umask(folder)
+    names = [name for name in _new_files(folder) if name != IN_PROGRESS]
+    use_umask(folder, [folder / name for name in names])
     seal = {
         "initial_adapter_sha256": initial_adapter_sha256,
         "num_tokens": num_tokens,
         "configuration": _plain(configuration),
-        "files": {
-            path.relative_to(folder).as_posix(): _sha256(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in (SEAL, IN_PROGRESS)
-        },
+        "files": {name: file_hash(folder / name) for name in names},
     }
     text = json.dumps(seal, indent=2)
     write_file(folder / SEAL, lambda path: path.write_text(text, encoding="utf-8"))
+    _record(folder).unlink()
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
@@ -109,27 +123,70 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: str | Path | None 
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove what a trainer wrote into a checkpoint, its seal first, and the folder if nothing else is in it."""
+    """Remove what was saved into a checkpoint, and the folder if nothing else is in it.
+
+    Without a seal or a record it is not ours, and stays.
+    """
+    record = _record(folder)
     try:
-        names = [*_seal(folder)["files"]]
-    except EchoCheckpointError:  # it was not finished
-        names = [
-            path.relative_to(folder).as_posix()
-            for path in folder.rglob("*")
-            if path.is_file() and any(path.match(pattern) for pattern in WRITTEN)
-        ]
-    try:
-        remove_files(folder, [SEAL, *names])
+        if (folder / SEAL).is_file():
+            (folder / SEAL).replace(record)  # so that a removal that is interrupted can be gone on with
+        if record.is_file():
+            remove_files(folder, [SEAL, *_recorded_files(folder)])
+            record.unlink()
     except OSError as error:
         logger.warning("%s could not be removed: %s", folder, error)
 
 
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what was saved of checkpoints whose saving or removal was interrupted."""
+    for record in output_dir.glob(f".checkpoint-*{RECORD}"):
+        folder = record.with_name(record.name.removesuffix(RECORD)[1:])
+        if (folder / SEAL).is_file():  # it was complete
+            record.unlink()
+        else:
+            remove_checkpoint(folder)
+
+
 def clear_checkpoints(output_dir: Path) -> None:
     """Remove all checkpoints of a study's run, sealed or not, TRL's card, and the folder if nothing else is in it."""
+    remove_unfinished(output_dir)
     for folder in checkpoints_in(output_dir):
         remove_checkpoint(folder)
     remove_files(output_dir, ["README.md"])
     remove_empty(output_dir)
+
+
+def _record(folder: Path) -> Path:
+    """Either what was in a folder before it was saved into, or the seal of one that is being removed."""
+    return folder.with_name(f".{folder.name}{RECORD}")
+
+
+def _recorded_files(folder: Path) -> list[str]:
+    """What was saved into a folder without a seal; nothing if the record is cut off or damaged."""
+    try:
+        record = json.loads(_record(folder).read_text(encoding="utf-8"))
+        if "others" in record:  # who stopped it may have put more there since then
+            return [name for name in _new_files(folder) if any(Path(name).match(pattern) for pattern in WRITTEN)]
+        return [name for name in record["files"] if _is_inside(name)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
+
+
+def _new_files(folder: Path) -> list[str]:
+    """The files in a folder that were not there, or were others, when its saving began."""
+    others = json.loads(_record(folder).read_text(encoding="utf-8"))["others"]
+    return [name for name in _files(folder) if name != SEAL and others.get(name) != _state(folder / name)]
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _state(path: Path) -> list[int]:
+    """Another one when the file has been written again."""
+    found = path.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def _seal(folder: Path) -> dict[str, Any]:
@@ -159,7 +216,7 @@ def _is_inside(name: str) -> bool:
 def _sound_seal(folder: Path) -> dict[str, Any]:
     seal = _seal(folder)
     for name, digest in seal["files"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or file_hash(folder / name) != digest:
             raise EchoCheckpointError(f"{folder / name} is missing or not what was saved.")
     for path in folder.rglob("*"):  # weights that a loader could take in place of those that were saved
         if path.suffix in LOADED and path.relative_to(folder).as_posix() not in seal["files"]:
@@ -241,13 +298,19 @@ def _weights_hash(model: PeftModel) -> str:
 def fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy whole tensors into those of the same names, of which each process may hold a part.
 
-    Raises EchoCheckpointError if the names differ.
+    Raises EchoCheckpointError if names or shapes differ.
     """
     if targets.keys() != values.keys():
         raise EchoCheckpointError(
             f"the checkpoint holds other tensors than the model: {sorted(targets.keys() ^ values.keys())[:3]} are in "
             "one only. Resume from a checkpoint of this run."
         )
+    for name, target in targets.items():
+        if target.shape != values[name].shape:
+            raise EchoCheckpointError(
+                f"{name} has the shape {tuple(values[name].shape)} in the checkpoint and {tuple(target.shape)} in the "
+                "model. Resume from a checkpoint of this run."
+            )
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(_part(values[name], target))
@@ -288,7 +351,8 @@ def _plain(configuration: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(configuration, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
 
 
-def _sha256(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -33,8 +33,10 @@ MOST = 1_000_000_000  # of what can be counted: more is a slip
 STYLES = {"prompt": "none", "boundary": "black on yellow", "answer": "green", "ignored": "dim"}
 
 
-def path(text: str) -> Path:
+def path(text: str | Path) -> Path:
     """A path in which `~` stands for the home folder: shells leave it as it is in `--output=~/scores.json`."""
+    if not str(text).strip():  # as of a variable that is not set; it would be the working directory
+        raise typer.BadParameter(f"{text!r} is blank. Name a path.")
     return expanded(text)
 
 
@@ -314,7 +316,10 @@ def doctor(
     adapter: Annotated[Path | None, typer.Argument(help="folder of an adapter to look into", parser=path)] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Show versions and devices. With a folder: what the adapter in it is, and who can load it."""
+    """Show versions and devices. With a folder: what the adapter in it is, and who can load it.
+
+    The exit status is 1 if the adapter has problems.
+    """
     from echo_lora.environment import OPTIONAL, devices, installed, versions
 
     report = None
@@ -341,6 +346,8 @@ def doctor(
             "loaded by": "\n".join(report.readers) or "nobody, as long as it has problems",
         }
     )
+    if report.problems:
+        raise EchoError(f"{report.folder} has problems, named above. Don't use it: save it again, or fetch it again.")
 
 
 @app.command(epilog="Example: echo-lora demo --output runs/demo")

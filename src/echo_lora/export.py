@@ -176,6 +176,8 @@ def adapter_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     foreign = sorted(name for name in tensors if not name.startswith("base_model.model."))
     if foreign:
         yield f"{foreign[0]} is not a key of PEFT ({len(foreign)} such keys)"
+    if config.get("task_type") not in (None, TaskType.CAUSAL_LM, TaskType.FEATURE_EXTRACTION):
+        yield f"task_type = {config['task_type']} is not that of a language model, {TaskType.CAUSAL_LM.value}"
     if config["peft_type"] != PeftType.LORA:
         if any(".lora_A." in name for name in tensors):
             yield f"the weights are those of LoRA, but peft_type = {config['peft_type']}"
@@ -187,6 +189,16 @@ def adapter_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         yield "lora_alpha = 0: the adapter changes nothing"
     for module in sorted(modules):
         yield from _module_problems(config, tensors, module)
+
+
+def missing_modules(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What the configuration says is trained beside LoRA and has no weights: PEFT fails on a base that has it."""
+    names = config.get("modules_to_save")
+    for name in names if isinstance(names, list) else []:
+        if not any(f".{name}." in key for key in tensors):
+            yield f"modules_to_save names {name}, but there are no weights of it"
+    if config.get("trainable_token_indices") and not any("trainable_tokens" in key for key in tensors):
+        yield f"trainable_token_indices = {config['trainable_token_indices']}, but there are no weights of tokens"
 
 
 def _module_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor], module: str) -> Iterator[str]:
@@ -214,6 +226,9 @@ def _module_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor], m
         if has_magnitude != bool(config.get("use_dora")):
             has = "a magnitude" if has_magnitude else "no magnitude"
             yield f"{named} has {has} of DoRA, but use_dora = {config.get('use_dora', False)}"
+        if ("lora_B.bias" in own) != bool(config.get("lora_bias")):
+            has = "a bias" if "lora_B.bias" in own else "no bias"
+            yield f"{named} has {has} of lora_B, but lora_bias = {config.get('lora_bias', False)}"
 
 
 def _is_named(module: str, pattern: str) -> bool:
@@ -256,7 +271,7 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     )
     changed = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
     lora_B = [tensor for name, tensor in tensors.items() if ".lora_B" in name]
-    problems = list(adapter_problems(config, tensors))
+    problems = [*adapter_problems(config, tensors), *missing_modules(config, tensors)]
     if lora_B and not any(tensor.any() for tensor in lora_B):
         problems.append("every lora_B is zero: the adapter changes nothing")
     if not problems:

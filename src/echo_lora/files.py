@@ -103,13 +103,14 @@ def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
     try:
         if folder.exists() and not folder.is_dir():
             raise EchoCheckpointError(f"{folder} is a file. Name a folder for the output.")
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.name != LOCK) if folder.is_dir() else []
+        names = sorted(entry.name for entry in os.scandir(folder)) if folder.is_dir() else []
     except OSError as error:
         raise EchoCheckpointError(f"{folder} can't be read: {error}. Choose another folder.") from error
+    found = [name for name in names if not _is_lock(name)]
     if found and not overwrite:
-        raise EchoCheckpointError(
-            f"{folder} exists and is not empty: it holds {found[0]}. Choose another folder, or remove this one."
-        )
+        is_around_us = Path.cwd().is_relative_to(folder.resolve())
+        advice = "Choose another folder" + ("." if is_around_us else ", or remove this one.")
+        raise EchoCheckpointError(f"{folder} exists and is not empty: it holds {found[0]}. {advice}")
 
 
 def use_umask(folder: Path, files: Iterable[Path] | None = None) -> None:
@@ -203,9 +204,16 @@ def refuse_locked(output: str | Path) -> None:
 def _lock_file(output: str | Path) -> Path:
     """Beside the output; inside one whose parent is closed to us, such as a mount point."""
     target = Path(os.path.realpath(output))
+    if not target.name:
+        raise EchoCheckpointError(f"{output} is the root of a file system. Name a folder in it.")
     if target.is_dir() and not os.access(target.parent, os.W_OK):
         return target / LOCK
     return target.with_name(f".{target.name}{LOCK}")
+
+
+def _is_lock(name: str) -> bool:
+    """Whether a file is called as the lock of the folder that it lies in, or of an output in it."""
+    return name.startswith(".") and name.endswith(LOCK)
 
 
 def _acquire(path: Path, output: str | Path) -> FileLock:

@@ -18,7 +18,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from echo_lora.base_models import load_base_model, load_config, load_tokenizer
 from echo_lora.errors import EchoCheckpointError, EchoModelError
-from echo_lora.export import CONFIG_FILE, TOLERANCE, adapter_problems, probe_ids, read_adapter, read_adapter_config
+from echo_lora.export import (
+    CONFIG_FILE,
+    TOLERANCE,
+    adapter_problems,
+    missing_modules,
+    probe_ids,
+    read_adapter,
+    read_adapter_config,
+)
 from echo_lora.files import locked, new_folder, refuse_existing, remove_leftovers
 from echo_lora.progress import stage
 
@@ -81,6 +89,10 @@ def _merge(
             merged = model.merge_and_unload(safe_merge=True)
         except ValueError as error:  # weights that are not finite
             raise EchoCheckpointError(f"{adapter} can't be merged: {error}. Don't use this adapter.") from error
+        except NotImplementedError as error:  # variants that act on some tokens only
+            raise EchoModelError(
+                f"{adapter} can't be merged: {error} Load it beside its base with peft.PeftModel.from_pretrained."
+            ) from error
         difference = _compare(merged, before, probe, f"{adapter}: merging")
         reread = None
         with new_folder(output) as temporary, stage("Writing" + " and reading back" * verify):
@@ -112,6 +124,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_named_alike: b
     config, saved = read_adapter_config(folder), read_adapter(folder)
     made_for = config.get("base_model_name_or_path")
     advice = f"The adapter was made for {made_for or 'a base that it does not name'}. Name its own base."
+    if made_for and Path(made_for).name == Path(name).name:
+        advice = f"Is {CONFIG_FILE} the one that was saved with the weights, and {name} the base that was trained on?"
     if is_named_alike and made_for and Path(made_for).name != Path(name).name:
         raise EchoCheckpointError(
             f"{folder} was made for {made_for}, not for {name}. Name that base as the recipe's model; or, if the two "
@@ -122,6 +136,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_named_alike: b
     try:
         model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
     except Exception as error:  # whatever PEFT's own code meets where none of the target modules is there, for example
+        for what in missing_modules(config, saved):
+            raise EchoCheckpointError(f"{folder}: {what}. Save the adapter again, or fetch it again.") from error
         raise EchoCheckpointError(f"{folder} does not fit {name}: {error}. {advice}") from error
     # PEFT asks the hub for the base that it names, which may be a path of another machine
     model.peft_config["default"].base_model_name_or_path = name

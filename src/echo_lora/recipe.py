@@ -267,17 +267,20 @@ def _explain(
     for problem in error.errors():
         path = _written_path(problem["loc"], document)
         shown = ".".join(map(str, path))
+        value = "null" if problem["input"] is None else repr(problem["input"])
         message = re.sub(r"^(Input|String|List) should", "must", problem["msg"].removeprefix("Value error, "))
         if problem["type"] == "extra_forbidden":
             message = f"unknown key {shown}.{nearest(str(path[-1]), _keys(kind, problem['loc'][:-1]))}"
         elif problem["type"] == "missing":
             message = f"the key {'.'.join([shown, str(problem['loc'][-1])]).lstrip('.')} is missing. Add it."
         elif problem["type"] == "bool_type":
-            message = f"{shown} = {problem['input']!r} must be true or false."
+            message = f"{shown} = {value} must be true or false."
         elif problem["type"] == "value_error":
             message = f"{shown + ': ' if shown else ''}{message.rstrip('.')}."
         else:
-            message = f"{shown} = {problem['input']!r} {message}."
+            message = f"{shown} = {value} {message}."
+            if value == "null" and problem["type"] == "string_type":
+                message += ' YAML reads ~ and an empty value as null: quote it, as in "~", to mean the text.'
         problems.setdefault(path, []).append(message)
     lines = []
     for path, messages in problems.items():

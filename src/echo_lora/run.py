@@ -51,11 +51,9 @@ from echo_lora.base_models import (
     load_tokenizer,
 )
 from echo_lora.checkpoint import (
-    SEAL,
-    checkpoints_in,
     has_complete_checkpoint,
     last_complete_checkpoint,
-    remove_checkpoint,
+    remove_unfinished,
 )
 from echo_lora.config import nearest
 from echo_lora.data import PreparedData, refuse_unfit_tokens
@@ -409,7 +407,7 @@ def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
         return
     is_run = (checkpoints / STARTED).is_file() and not (output / RUN_FILE).exists()
     if is_run and not has_complete_checkpoint(checkpoints):  # killed before it had anything to resume from
-        _remove_unfinished(checkpoints)
+        remove_unfinished(checkpoints)
         return
     try:
         refuse_existing(output)
@@ -426,7 +424,7 @@ def _tidy(output: Path, checkpoints: Path, is_new: bool) -> None:
     try:
         for name in (output / "adapter", output / "loss.png", output / RUN_FILE, checkpoints / STARTED):
             remove_leftovers(name)
-        _remove_unfinished(checkpoints)
+        remove_unfinished(checkpoints)
         own = [STARTED, "README.md"]  # the second is TRL's
         if checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= set(own):
             remove_files(checkpoints, own)
@@ -434,12 +432,6 @@ def _tidy(output: Path, checkpoints: Path, is_new: bool) -> None:
             remove_empty(output)
     except OSError as error:
         logger.warning("%s could not be tidied: %s", output, error)
-
-
-def _remove_unfinished(checkpoints: Path) -> None:
-    for folder in checkpoints_in(checkpoints):
-        if not (folder / SEAL).is_file():
-            remove_checkpoint(folder)
 
 
 def _way_on(checkpoints: Path) -> str:

@@ -71,12 +71,12 @@ def resolve(
         return recipe, Path(adapter) if adapter is not None else trained if trained.is_dir() else None
     is_adapter = (folder / CONFIG_FILE).is_file()
     run = folder.resolve().parent if is_adapter else folder
+    refuse_locked(run)
     if not (run / RUN_FILE).is_file():
         raise EchoCheckpointError(
             f"{folder} has no {RUN_FILE} {'beside' if is_adapter else 'in'} it, so nothing says what to score it on. "
             "Name a recipe, and the adapter with --adapter."
         )
-    refuse_locked(run)
     own = folder if is_adapter else folder / "adapter"
     return recipe_of_run(run / RUN_FILE, overrides), Path(adapter) if adapter is not None else own
 

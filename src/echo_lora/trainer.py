@@ -23,6 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -35,18 +36,21 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
 from echo_lora.base_models import has_position_table
 from echo_lora.checkpoint import (
-    SEAL,
+    begin_checkpoint,
+    checkpoints_in,
     compare_configuration,
     describe_base,
+    file_hash,
     fill,
     last_complete_checkpoint,
     load_whole_optimizer_state,
     read_seal,
+    remove_checkpoint,
     rotate_checkpoints,
     seal_checkpoint,
     whole_optimizer_state,
@@ -88,39 +92,11 @@ FINGERPRINT = [
 ]
 
 
-class EchoCallback(TrainerCallback):
-    """Sets the routing clock of an EchoModel, for the stock Trainer.
-
-    Raises EchoConfigError for what the stock Trainer would do to the echo that its configuration does not say, and
-    EchoModelError after a step that was trained without it.
-    """
+class _Clock(TrainerCallback):
+    """Sets the routing clock of an EchoModel, and the learning rate of its echo in a warm-up."""
 
     def __init__(self) -> None:
         self._optimizer_step = ExitStack()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        model = kwargs["model"]
-        if not isinstance(model, EchoModel):
-            return
-        model.end_step()  # a resume may have loaded another step into the model than it stopped at
-        if not model.echo_enabled:
-            return
-        refuse_arguments(args)
-        refuse_deepspeed(args.deepspeed, model)
-        if args.max_grad_norm and model.echo_config.gradient_clipping == "apart":
-            raise EchoConfigError(
-                "gradient_clipping='apart' can't be done by the stock Trainer, which clips all gradients by one norm. "
-                "Use EchoTrainer or EchoSFTTrainer, set max_grad_norm=0, or gradient_clipping='together'."
-            )
-        if not (args.deepspeed and model.echo_config.echo_lr_multiplier == 1):  # whose optimizer hides parameters
-            refuse_shared_rate(
-                kwargs["optimizer"],
-                model,
-                "Use EchoTrainer, give the stock Trainer optimizers=(optimizer, None) after separate_echo(optimizer, "
-                "model), or set echo_lr_multiplier=1.0.",
-            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -149,7 +125,67 @@ class EchoCallback(TrainerCallback):
         self._optimizer_step.close()
 
 
-class _Watch(EchoCallback):
+class EchoCallback(_Clock):
+    """What an EchoModel needs in the stock Trainer: the routing clock, and its echo in checkpoints.
+
+    Raises EchoConfigError for what the stock Trainer would do to the echo that its configuration does not say,
+    EchoModelError after a step that was trained without it, and EchoCheckpointError where a resume, or the best
+    checkpoint at the end, would bring back the adapter without its echo.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if not isinstance(model, EchoModel):
+            return
+        model.end_step()  # a resume may have loaded another step into the model than it stopped at
+        if not model.echo_enabled:
+            return
+        refuse_arguments(args)
+        refuse_deepspeed(args.deepspeed, model)
+        if args.max_grad_norm and model.echo_config.gradient_clipping == "apart":
+            raise EchoConfigError(
+                "gradient_clipping='apart' can't be done by the stock Trainer, which clips all gradients by one norm. "
+                "Use EchoTrainer or EchoSFTTrainer, set max_grad_norm=0, or gradient_clipping='together'."
+            )
+        if not (args.deepspeed and model.echo_config.echo_lr_multiplier == 1):  # whose optimizer hides parameters
+            refuse_shared_rate(
+                kwargs["optimizer"],
+                model,
+                "Use EchoTrainer, give the stock Trainer optimizers=(optimizer, None) after separate_echo(optimizer, "
+                "model), or set echo_lr_multiplier=1.0.",
+            )
+        name = model.active_adapters[0]
+        if args.load_best_model_at_end and name != "default":
+            raise EchoConfigError(
+                f"load_best_model_at_end=True can't be done by the stock Trainer for the adapter {name!r}: it loads "
+                "one named 'default' only. Use EchoTrainer or EchoSFTTrainer, or leave the name out."
+            )
+        if args.enable_jit_checkpoint:
+            raise EchoConfigError(
+                "enable_jit_checkpoint=True can't be done by the stock Trainer: its checkpoint at a signal would lack "
+                "the echo. Use EchoTrainer or EchoSFTTrainer."
+            )
+        if state.global_step:  # it has loaded the adapter of a checkpoint, and does not say from where
+            _restore_echo(model, _checkpoint_folder(args, state))
+            model.end_step()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model, folder = kwargs["model"], _checkpoint_folder(args, state)
+        if isinstance(model, EchoModel) and model.echo_enabled:  # a hyperparameter search saves elsewhere
+            _save_echo(model, folder, should_save=args.should_save and folder.is_dir())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if isinstance(model, EchoModel) and model.echo_enabled and best is not None:
+            _restore_echo(model, Path(best))
+
+
+class _Watch(_Clock):
     """Forwards the trainer's events that have no overridable method."""
 
     def __init__(self, trainer: EchoTrainerMixin) -> None:
@@ -482,7 +518,8 @@ class EchoTrainerMixin(Trainer):
         """The base's checkpoint and the echo's state, sealed last; older ones are deleted only after that."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            (folder / SEAL).unlink(missing_ok=True)  # of an earlier run that reached this step
+            begin_checkpoint(folder)
+        self.accelerator.wait_for_everyone()  # each process writes its own random states there
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         pushes, self.args.push_to_hub = self.args.push_to_hub, False
         try:
@@ -490,13 +527,8 @@ class EchoTrainerMixin(Trainer):
         finally:
             self.args.save_total_limit, self.args.push_to_hub = limit, pushes
         self.accelerator.wait_for_everyone()
-        echo = (
-            None
-            if self._echo_model is None
-            else {name: whole(tensor) for name, tensor in self._echo_model.echo.tensors().items()}
-        )
-        if self.args.should_save and echo is not None:
-            save_file(echo, folder / ECHO_STATE)
+        if self._echo_model is not None:
+            _save_echo(self._echo_model, folder, should_save=self.args.should_save)
         self._prove(folder)
         if not self.args.should_save:
             return
@@ -509,6 +541,20 @@ class EchoTrainerMixin(Trainer):
         if pushes:
             self._push_from_checkpoint(str(folder))
         rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+
+    def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
+        """The base's; with save_total_limit=1 it would remove every checkpoint but the best, whoever made it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(trial, *args)
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if limit == 1 and best is not None and self.args.should_save:
+            for folder in checkpoints_in(self._get_output_dir(trial)):
+                if not folder.samefile(best):
+                    remove_checkpoint(folder)
+        return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model, and read back. Raises EchoCheckpointError if the folder does not hold the adapter."""
@@ -604,6 +650,8 @@ class EchoTrainerMixin(Trainer):
         Raises EchoCheckpointError if there is none, if its files are not those that were sealed, if it was saved with
         save_only_model, or if this run's configuration differs from the checkpoint's (with the differences).
         """
+        for callback in [c for c in self.callback_handler.callbacks if type(c) is EchoCallback]:
+            self.remove_callback(callback)  # this trainer does what it does
         self.initial_adapter_hash = None
         self._base = self._describe_base()
         if resume_from_checkpoint is True:
@@ -898,6 +946,41 @@ def _adapter_folder(folder: Path, model: PeftModel) -> Path:
     """Where PEFT puts the active adapter."""
     name = model.active_adapters[0]
     return folder if name == "default" else folder / name
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _save_echo(model: EchoModel, folder: Path, *, should_save: bool) -> None:
+    """Put the echo into a checkpoint, with the hash of the adapter beside which it is; every process has to ask."""
+    tensors = {name: whole(tensor) for name, tensor in model.echo.tensors().items()}
+    if should_save:
+        adapter = _adapter_folder(folder, model) / ADAPTER_FILE
+        save_file(tensors, folder / ECHO_STATE, {"adapter_sha256": file_hash(adapter)} if adapter.is_file() else None)
+        use_umask(folder, [folder / ECHO_STATE])
+
+
+def _restore_echo(model: EchoModel, folder: Path) -> None:
+    """Load the echo of a checkpoint whose adapter the stock Trainer has loaded; every process has to ask.
+
+    Raises EchoCheckpointError if the model holds another adapter than the checkpoint, or the checkpoint another echo.
+    """
+    expected = adapter_tensors(model, model.active_adapters[0])
+    adapter, path = _adapter_folder(folder, model), folder / ECHO_STATE
+    try:
+        compare_adapter(adapter, expected, trained=False)
+        with safe_open(path, "pt") as file:
+            known = (file.metadata() or {}).get("adapter_sha256")
+        if known != file_hash(adapter / ADAPTER_FILE):
+            raise EchoCheckpointError(f"{path} was saved beside another adapter.")
+    except (EchoCheckpointError, SafetensorError, OSError) as error:
+        raise EchoCheckpointError(
+            f"the stock Trainer has loaded an adapter, and EchoCallback does not find its echo in {folder}: {error} "
+            "Training would go on with another echo. Resume from a checkpoint in output_dir that was saved with "
+            "EchoCallback, or use EchoTrainer or EchoSFTTrainer."
+        ) from error
+    fill(model.echo.tensors(), load_file(path))
 
 
 def _refuse_lonely_rows(trainer: Any) -> None:
