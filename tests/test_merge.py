@@ -173,11 +173,13 @@ def test_a_base_that_nobody_names_is_asked_for(adapter, tmp_path):
         ({"layers": 5}, r"model\.layers\.4\.mlp\.up_proj has no weights in the adapter"),
     ],
 )
-def test_an_adapter_for_another_base_is_refused_with_the_module(adapter, tmp_path, shape, expected):
+def test_an_adapter_for_another_base_is_refused_with_the_module(adapter, tmp_path, shape, expected, recwarn):
     other = tiny_folder(tmp_path / "other", **shape)
     with pytest.raises(EchoCheckpointError, match=expected) as caught:
         merge(adapter, tmp_path / "merged", base=other)
     assert f"made for {tmp_path / 'base'}" in str(caught.value)
+    assert [str(warning.message)[:80] for warning in recwarn if "eight" in str(warning.message)] == []
+    assert [str(warning.message)[:80] for warning in recwarn if "keys" in str(warning.message)] == []
     assert nothing_was_written(adapter)
 
 
@@ -294,6 +296,7 @@ def test_a_module_that_the_base_does_not_have_may_be_named(adapter, tmp_path):
     merge(adapter, tmp_path / "merged")
 
 
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # of lora_bias without a bias in the base
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"]])
 def test_modules_that_were_saved_are_no_problem(modules, tmp_path):
     tiny_folder(tmp_path / "base")

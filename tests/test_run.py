@@ -23,7 +23,7 @@ from echo_lora.checkpoint import SEAL, begin_checkpoint, file_hash, last_complet
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoInterrupt, EchoModelError, EchoTrainingError
 from echo_lora.export import read_adapter, read_adapter_config
 from echo_lora.merge import merge
-from echo_lora.recipe import load_recipe
+from echo_lora.recipe import load_recipe, recipe_table
 from echo_lora.run import STARTED, RunResult, run
 from echo_lora.scoring import resolve
 from echo_lora.sft import EchoSFTTrainer
@@ -513,22 +513,48 @@ def half_trained(folder: Path, monkeypatch, *overrides: str):
     return recipe
 
 
+def test_the_keys_of_a_refused_resume_exist(tmp_path, monkeypatch):
+    half_trained(tmp_path, monkeypatch)
+    seal = json.loads((last_complete_checkpoint(tmp_path / "run" / "checkpoints") / SEAL).read_text())
+    assert run_module.RECIPE_KEYS.keys() <= seal["configuration"].keys()
+    known = {key for key, *_ in recipe_table()}
+    named = {key for keys in run_module.RECIPE_KEYS.values() for key in keys.split(", ")}
+    named |= {run_module.recipe_key(key).split(" (")[0] for key in seal["configuration"] if key.startswith("echo.")}
+    assert len(named) > 40
+    assert named <= known
+
+
+def test_a_checkpoint_that_is_passed_over_is_named_once(tmp_path, monkeypatch, caplog):
+    recipe = half_trained(tmp_path, monkeypatch)
+    theirs = tmp_path / "run" / "checkpoints" / "checkpoint-9"
+    theirs.mkdir()
+    run(recipe, resume=True)
+    assert caplog.text.count(f"{theirs} was not finished, or is of another program; passing over it.") == 1
+    assert caplog.text.count("passing over") == 1
+
+
 def test_a_base_with_other_weights_is_not_resumed_on(tmp_path, monkeypatch):
     recipe = half_trained(tmp_path, monkeypatch)
     path = tmp_path / "base" / "model.safetensors"
     weights = load_file(path)
     weights["model.layers.2.mlp.down_proj.weight"][-1, -1] += 1e-3
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(EchoCheckpointError, match=r"base\.sha256: checkpoint '\w{64}', now '\w{64}'"):
+    with pytest.raises(EchoCheckpointError, match=r"model \(base\.sha256\): checkpoint '\w{64}', now '\w{64}'"):
         run(recipe, resume=True)
 
 
 @pytest.mark.parametrize(
     ("override", "difference"),
-    [("dtype=bfloat16", "base.dtype: checkpoint 'float32', now 'bfloat16'"),
-     ("attn_implementation=eager", "base.attn_implementation: checkpoint 'sdpa', now 'eager'")],
+    [("dtype=bfloat16", "  dtype (base.dtype): checkpoint 'float32', now 'bfloat16'"),
+     ("attn_implementation=eager", "  attn_implementation (base.attn_implementation): checkpoint 'sdpa', now 'eager'"),
+     ("seeds.data_order=4", "  seeds.data_order (training.data_seed): checkpoint 0, now 4"),
+     ("training.steps=5", "  training.steps (training.max_steps): checkpoint 4, now 5"),
+     ("lora.alpha=9", "  lora.alpha (adapter.lora_alpha): checkpoint 8, now 9"),
+     ("seeds.routing=3", "  seeds.routing (echo.routing_seed): checkpoint 0, now 3"),
+     ("echo_config.bottleneck=4", "  echo_config.bottleneck (echo.bottleneck): checkpoint 8, now 4"),
+     ("training.learning_rate=0.02", "  training.learning_rate: checkpoint 0.01, now 0.02")],
 )  # fmt: skip
-def test_a_base_that_computes_in_another_way_is_not_resumed_on(tmp_path, monkeypatch, override, difference):
+def test_a_refused_resume_names_the_keys_of_the_recipe(tmp_path, monkeypatch, override, difference):
     half_trained(tmp_path, monkeypatch)
     with pytest.raises(EchoCheckpointError) as caught:
         run(loaded(tmp_path, "training.save_every=2", override), resume=True)
@@ -627,8 +653,13 @@ def test_weights_that_were_put_beside_the_sealed_ones_are_refused(tmp_path, monk
     recipe = half_trained(tmp_path, monkeypatch)
     folder = last_complete_checkpoint(tmp_path / "run" / "checkpoints")
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(EchoCheckpointError, match=r"model\.safetensors was not there when"):
+    (folder / "notes.txt").write_text("mine, and no harm")
+    with pytest.raises(EchoCheckpointError) as caught:
         run(recipe, resume=True)
+    assert f"{folder / 'model.safetensors'} was not there when" in str(caught.value)
+    assert str(caught.value).endswith("Remove it, then resume again.")
+    (folder / "model.safetensors").unlink()
+    assert run(recipe, resume=True).resumed_at == 2
 
 
 def test_a_moved_record_names_the_folder_it_lies_in(tmp_path):

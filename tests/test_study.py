@@ -174,6 +174,15 @@ def test_every_run_of_a_seed_has_the_seeds_and_the_rate_of_its_key(tmp_path):
     assert not recipe_of(study, keys[0]).echo
 
 
+def test_the_quick_study_says_what_makes_its_model(tmp_path, monkeypatch):
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EchoConfigError, match=r"`make study-quick` makes it and runs the study") as caught:
+        load_study("quick")
+    (command,) = re.findall(r"`python (scripts/.*)`", str(caught.value))
+    assert f"python {command}\n" in makefile
+
+
 def test_one_learning_rate_needs_no_tuning(tmp_path):
     study = loaded(tmp_path, learning_rates=[1e-2], seeds=[0])
     assert tuning_keys(study) == []

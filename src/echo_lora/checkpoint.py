@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -78,12 +78,20 @@ def seal_checkpoint(
 def read_seal(folder: Path) -> dict[str, Any]:
     """The seal of a checkpoint, after comparing every file with it.
 
-    Raises EchoCheckpointError, which names the newest sound checkpoint beside it and how to go on from that.
+    Raises EchoCheckpointError, which names the newest sound checkpoint beside it and how to go on from that, or the
+    file that has to go.
     """
     try:
-        return _sound_seal(folder)
+        seal = _sound_seal(folder)
     except EchoCheckpointError as error:
         raise EchoCheckpointError(_with_way_on(str(error), folder)) from error
+    for name in _files(folder):
+        if Path(name).suffix in LOADED and name not in seal["files"]:
+            raise EchoCheckpointError(
+                f"{folder / name} was not there when the checkpoint was written, and could be loaded in place of what "
+                "was saved. Remove it, then resume again."
+            )
+    return seal
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
@@ -93,21 +101,27 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted(found) if path.is_dir()]
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> Path:
-    """The newest sealed checkpoint; newer ones without a seal are passed over, with a line that says so.
-
-    Raises EchoCheckpointError if there is none.
-    """
-    for folder in reversed(checkpoints_in(output_dir)):
-        if (folder / SEAL).is_file():
-            return folder
-        logger.warning("%s was not finished, or is of another program; passing over it.", folder)
-    raise EchoCheckpointError(f"{output_dir} holds no complete checkpoint to resume from. Start without resuming.")
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The sealed checkpoints of a run, by step."""
+    return [folder for folder in checkpoints_in(output_dir) if (folder / SEAL).is_file()]
 
 
 def has_complete_checkpoint(output_dir: str | Path) -> bool:
     """Whether there is anything to resume from."""
-    return any((folder / SEAL).is_file() for folder in checkpoints_in(output_dir))
+    return bool(complete_checkpoints(output_dir))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path:
+    """The newest sealed checkpoint; newer ones without a seal are passed over, with a line that says so.
+
+    To be called once in a resume. Raises EchoCheckpointError if there is none.
+    """
+    complete = complete_checkpoints(output_dir)
+    for folder in reversed(checkpoints_in(output_dir)):
+        if folder in complete:
+            return folder
+        logger.warning("%s was not finished, or is of another program; passing over it.", folder)
+    raise EchoCheckpointError(f"{output_dir} holds no complete checkpoint to resume from. Start without resuming.")
 
 
 def rotate_checkpoints(newest: Path, limit: int | None, best: str | Path | None = None) -> None:
@@ -115,7 +129,7 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: str | Path | None 
 
     The newest, the last by its step and the best are kept. limit: None or 0 keeps all.
     """
-    sealed = [folder for folder in checkpoints_in(newest.parent) if (folder / SEAL).is_file()]
+    sealed = complete_checkpoints(newest.parent)
     kept = {newest.resolve(), sealed[-1].resolve()} | ({Path(best).resolve()} if best else set())
     surplus = len(sealed) - max(limit or len(sealed), len(kept))
     for folder in [folder for folder in sealed if folder.resolve() not in kept][: max(surplus, 0)]:
@@ -218,9 +232,6 @@ def _sound_seal(folder: Path) -> dict[str, Any]:
     for name, digest in seal["files"].items():
         if not (folder / name).is_file() or file_hash(folder / name) != digest:
             raise EchoCheckpointError(f"{folder / name} is missing or not what was saved.")
-    for path in folder.rglob("*"):  # weights that a loader could take in place of those that were saved
-        if path.suffix in LOADED and path.relative_to(folder).as_posix() not in seal["files"]:
-            raise EchoCheckpointError(f"{path} was not there when the checkpoint was written.")
     return seal
 
 
@@ -241,14 +252,16 @@ def _with_way_on(problem: str, damaged: Path) -> str:
     return f"{problem} There is no sound checkpoint beside it: start anew, in another output folder."
 
 
-def compare_configuration(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises EchoCheckpointError with the differences, if there are any."""
+def compare_configuration(
+    folder: Path, saved: dict[str, Any], current: dict[str, Any], name_of: Callable[[str], str] = str
+) -> None:
+    """Raises EchoCheckpointError with the differences, if there are any. name_of: what the user calls a key."""
     current = _plain(current)
     keys = saved.keys() | current.keys()
     if saved.get("base.sha256") == current.get("base.sha256"):  # the same base, wherever it lies now
         keys -= {"adapter.base_model_name_or_path"}
     differences = [
-        f"  {key}: checkpoint {saved.get(key)!r}, now {current.get(key)!r}"
+        f"  {name_of(key)}: checkpoint {saved.get(key)!r}, now {current.get(key)!r}"
         for key in sorted(keys)
         if saved.get(key) != current.get(key)
     ]

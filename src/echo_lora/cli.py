@@ -428,7 +428,10 @@ def bench(
         raise EchoError("\n".join(report.failures))
 
 
-@app.command(epilog="Example: echo-lora compare quick --workers 2 --minutes 30")
+@app.command(
+    epilog="Example, after `python scripts/pretrain_small.py --output runs/quick-lm --rows 20000 --steps 400`: "
+    "echo-lora compare quick --workers 2 --minutes 30"
+)
 def compare(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="YAML file, or name of a shipped study")],
     overrides: Annotated[

@@ -7,6 +7,7 @@ with the model that it stands for.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -134,7 +135,10 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_named_alike: b
     for what in adapter_problems(config, saved):
         raise EchoCheckpointError(f"{folder}: {what}. Don't use this adapter; save it again, or fetch it again.")
     try:
-        model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
+        with warnings.catch_warnings():  # of every key that does not fit: the first one is named below
+            for text in ("Found missing adapter keys", "Some weights of"):
+                warnings.filterwarnings("ignore", text, UserWarning)
+            model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
     except Exception as error:  # whatever PEFT's own code meets where none of the target modules is there, for example
         for what in missing_modules(config, saved):
             raise EchoCheckpointError(f"{folder}: {what}. Save the adapter again, or fetch it again.") from error

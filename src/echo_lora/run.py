@@ -51,6 +51,7 @@ from echo_lora.base_models import (
     load_tokenizer,
 )
 from echo_lora.checkpoint import (
+    complete_checkpoints,
     has_complete_checkpoint,
     last_complete_checkpoint,
     remove_unfinished,
@@ -72,6 +73,28 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 STARTED = "started.json"  # in checkpoints/, the recipe: the folder is a run's own, and may be tidied
+# What decides the result of a training, by the trainer's keys, and the recipe's keys for it.
+RECIPE_KEYS = {
+    "adapter.lora_alpha": "lora.alpha",
+    "adapter.lora_dropout": "lora.dropout",
+    "adapter.r": "lora.r",
+    "adapter.target_modules": "lora.target_modules",
+    "adapter.use_dora": "method",
+    "adapter.use_rslora": "method",
+    "base.attn_implementation": "attn_implementation",
+    "base.dtype": "dtype",
+    "base.quantization": "quantization",
+    "base.sha256": "model",
+    "data.sha256": "data",
+    "echo.routing_seed": "seeds.routing",
+    "training.batches": "training.batch_size, training.gradient_accumulation",
+    "training.data_seed": "seeds.data_order",
+    "training.lr_scheduler_type": "training.schedule",
+    "training.max_steps": "training.steps",
+    "training.num_train_epochs": "training.epochs",
+    "training.optim": "training.optimizer",
+    "training.seed": "seeds.initialisation",
+}
 SHOWN_METRICS = ("loss", "ce_off", "ce_on", "distillation", "ce_prompt", "routing_p", "eval_loss", "learning_rate")
 
 
@@ -253,6 +276,13 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     )
 
 
+def recipe_key(key: str) -> str:
+    """How a recipe calls what decides the result of a training, with the trainer's key, in whose terms values are."""
+    section, _, name = key.partition(".")
+    own = RECIPE_KEYS.get(key, f"echo_config.{name}" if section == "echo" else key)
+    return key if own == key else f"{own} ({key})"
+
+
 def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, dict[str, list[PreparedData]]]:
     """The tokenizer and the rows of data.train and data.validation, checked as far as that goes without weights.
 
@@ -311,11 +341,13 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
             f"the trainer can't be made: {error} Correct the recipe, or the environment variables of accelerate."
         ) from error
     trainer.remove_callback(PrinterCallback)
-    resumed_at = int(last_complete_checkpoint(checkpoints).name.rpartition("-")[2]) if resume else 0
+    trainer.name_of_key = recipe_key
+    last = last_complete_checkpoint(checkpoints) if resume else None
+    resumed_at = 0 if last is None else int(last.name.rpartition("-")[2])
     started, watch = time.perf_counter(), MemoryWatch()
     try:
-        with watch, _reading(last_complete_checkpoint(checkpoints) if resume else None, progress):
-            trainer.train(resume_from_checkpoint=resume or None)
+        with watch, _reading(last, progress):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except KeyboardInterrupt as error:
         state = trainer.state
         raise EchoInterrupt(f"Interrupted after step {state.global_step} of {state.max_steps}.") from error
@@ -403,7 +435,8 @@ def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
             raise EchoCheckpointError(
                 f"{output} holds a finished run; there is nothing to resume. Its adapter is in adapter/."
             )
-        last_complete_checkpoint(checkpoints)
+        if not has_complete_checkpoint(checkpoints):
+            last_complete_checkpoint(checkpoints)  # which says so
         return
     is_run = (checkpoints / STARTED).is_file() and not (output / RUN_FILE).exists()
     if is_run and not has_complete_checkpoint(checkpoints):  # killed before it had anything to resume from
@@ -435,10 +468,9 @@ def _tidy(output: Path, checkpoints: Path, is_new: bool) -> None:
 
 
 def _way_on(checkpoints: Path) -> str:
-    if not has_complete_checkpoint(checkpoints):
-        return "No checkpoint was complete yet: repeat the command to start again."
-    newest = last_complete_checkpoint(checkpoints)
-    return f"The newest complete checkpoint is {newest}: to go on from it, repeat the command with --resume."
+    if complete := complete_checkpoints(checkpoints):
+        return f"The newest complete checkpoint is {complete[-1]}: to go on from it, repeat the command with --resume."
+    return "No checkpoint was complete yet: repeat the command to start again."
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:

@@ -335,6 +335,7 @@ class EchoTrainerMixin(Trainer):
         self._meter = _Meter()
         self._rows_of_step: list[int] = []
         self.initial_adapter_hash: str | None = None
+        self.name_of_key: Callable[[str], str] = str  # what a refused resume calls a key of the configuration
         self._base: dict[str, Any] = {}
         self.add_callback(_Watch(self))
         refuse_parallelism(self.accelerator.state, has_echo=self._echo_model is not None)
@@ -658,7 +659,8 @@ class EchoTrainerMixin(Trainer):
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
         if resume_from_checkpoint:
             seal = read_seal(Path(resume_from_checkpoint))
-            compare_configuration(Path(resume_from_checkpoint), seal["configuration"], self.configuration())
+            current = self.configuration()
+            compare_configuration(Path(resume_from_checkpoint), seal["configuration"], current, self.name_of_key)
             self.initial_adapter_hash = seal["initial_adapter_sha256"]
             self._total_train_tokens = seal["num_tokens"]
             ended = self._already_ended(Path(resume_from_checkpoint))

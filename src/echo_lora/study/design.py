@@ -214,7 +214,13 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
 def _require_text(path: str, where: str) -> None:
     """Raises EchoConfigError if a file is not there, or holds no text."""
     if not os.path.isfile(path):
-        raise EchoConfigError(f"{where}: there is no such file. Correct the path.")
+        advice = "Correct the path."
+        if path == "runs/quick-lm/general.txt":  # of the shipped study `quick`
+            advice = (
+                "In a checkout of echo-lora, `make study-quick` makes it and runs the study; the file and the model "
+                "alone come from `python scripts/pretrain_small.py --output runs/quick-lm --rows 20000 --steps 400`."
+            )
+        raise EchoConfigError(f"{where}: there is no such file. {advice}")
     if os.path.getsize(path) > LARGEST_TEXT:
         raise EchoConfigError(f"{where}: it has more than {LARGEST_TEXT:,} bytes. Name a part of it.")
     try:
