@@ -30,7 +30,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(QUICK) $(TESTS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow $(TESTS)
+	$(BIN)/python -m pytest -n 2 -m slow $(TESTS)
 
 # The suite with the newest releases that pyproject.toml admits, and with the lowest, each in an environment of its own.
 # TESTS="tests/test_step.py tests/test_oracle.py" runs a part.

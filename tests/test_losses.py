@@ -58,7 +58,7 @@ def test_chunks_give_the_loss_and_gradient_of_autograd(states, routed, direction
     config = EchoConfig(distillation_direction=direction, distillation_weight=0.7)
     passes = [off, on] if routed else [off]
 
-    expected = chunk_terms([head(x) for x in passes], targets, config, config.distillation_weight)
+    expected = chunk_terms([head(x) for x in passes], targets, config)
     expected_gradients = torch.autograd.grad(expected.loss * 3, passes)
 
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * TinyHead.vocabulary)

@@ -43,6 +43,7 @@ class Terms(NamedTuple):
     ce_prompt: Tensor
 
 
+@torch.compiler.disable  # it finds gradients on its way, which torch.compile can't trace
 def loss_terms(
     off_Nd: Tensor,
     on_Nd: Tensor | None,
@@ -51,7 +52,6 @@ def loss_terms(
     head: Head | None = None,
     prompt: tuple[Tensor, Tensor] | None = None,
     *,
-    distillation_weight: float | None = None,
     answer_weight: float = 1.0,
 ) -> Terms:
     """Sums of all terms.
@@ -61,15 +61,14 @@ def loss_terms(
     parameters that need no gradient; None where the states are logits already, (N, V). With N = 0 every term is zero,
     and the loss is still connected to the states, so that no rank waits for a gradient. prompt: echo-off states (M, d)
     and targets (M,) of prompt tokens that are trained on too; they count in the loss, the entropy and `correct`.
-    distillation_weight: μ of this step, by default the configuration's. answer_weight: w, in the loss alone.
+    answer_weight: w, in the loss alone.
     """
-    weight = config.distillation_weight if distillation_weight is None else distillation_weight
-    terms = Terms(*_ChunkedTerms.apply(off_Nd, on_Nd, targets_N, config, head, weight))
+    terms = Terms(*_ChunkedTerms.apply(off_Nd, on_Nd, targets_N, config, head))
     if answer_weight != 1:
         terms = terms._replace(loss=answer_weight * terms.loss)
     if prompt is None:
         return terms
-    of_prompt = Terms(*_ChunkedTerms.apply(prompt[0], None, prompt[1], config, head, weight))
+    of_prompt = Terms(*_ChunkedTerms.apply(prompt[0], None, prompt[1], config, head))
     return terms._replace(
         loss=terms.loss + of_prompt.loss,
         entropy=terms.entropy + of_prompt.entropy,
@@ -89,7 +88,6 @@ class _ChunkedTerms(torch.autograd.Function):
         targets_N: Tensor,
         config: EchoConfig,
         head: Head | None,
-        distillation_weight: float,
     ) -> tuple[Tensor, ...]:
         states = [off_Nd] if on_Nd is None else [off_Nd, on_Nd]
         gradients = [torch.empty_like(x) for x in states] if any(ctx.needs_input_grad) else []
@@ -100,7 +98,7 @@ class _ChunkedTerms(torch.autograd.Function):
             with torch.set_grad_enabled(bool(gradients)):
                 leaves = [x[part].detach().requires_grad_(bool(gradients)) for x in states]
                 logits = [leaf if head is None else head(leaf) for leaf in leaves]  # (n, V) each
-                terms = chunk_terms(logits, targets_N[part], config, distillation_weight)
+                terms = chunk_terms(logits, targets_N[part], config)
             if gradients:
                 for gradient, found in zip(gradients, torch.autograd.grad(terms.loss, leaves), strict=True):
                     gradient[part] = found
@@ -115,10 +113,10 @@ class _ChunkedTerms(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # a loss scaled for float16 is beyond its range, and 1/N has no 8 bits
         of_off, *of_on = ((gradient.float() * grad_loss).to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return of_off, of_on[0] if of_on else None, None, None, None, None
+        return of_off, of_on[0] if of_on else None, None, None, None
 
 
-def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig, distillation_weight: float) -> Terms:
+def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) -> Terms:
     """Terms of some positions. logits_nV: [off] or [off, on], each (n, V)."""
     off = logits_nV[0].float()
     log_off = F.log_softmax(off, dim=-1)  # (n, V)
@@ -136,7 +134,7 @@ def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig, 
         is_followed = is_better(teacher, student, targets_n)  # (n,)
         teacher, student = teacher[is_followed], student[is_followed]
     kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)
-    return Terms(ce_off + ce_on + distillation_weight * kl, ce_off, ce_on, kl, entropy, correct, zero)
+    return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, entropy, correct, zero)
 
 
 @torch.no_grad()

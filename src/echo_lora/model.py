@@ -7,6 +7,7 @@ adapter disabled, it is the plain PEFT model. What `save_pretrained` writes is a
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import logging
@@ -278,14 +279,13 @@ class EchoModel(PeftModelForCausalLM):
             self._source_layers,
             self.echo,
             self._injector,
-            self.echo_config,
+            self._config_of_step(distillation_weight),
             rows,
             is_routed=is_routed,
             sharing=self._sharing if is_routed and shares_prefix else None,
             head=self._usable_head(base, rows),
             is_checkpointed=is_checkpointed,
             num_items=num_items_in_batch,
-            distillation_weight=distillation_weight,
             answer_weight=answer_weight,
             echo_only=self._echo_only(is_checkpointed) if is_routed else None,
             router_aux_loss_coef=_router_aux_loss_coef(base.config),
@@ -296,6 +296,12 @@ class EchoModel(PeftModelForCausalLM):
             if not (_is_compiled(base) or drops_layers):
                 self._injector.require_reached()
         return output
+
+    def _config_of_step(self, distillation_weight: float | None) -> EchoConfig:
+        """The configuration, with μ as it is in this step."""
+        if distillation_weight is None or distillation_weight == self.echo_config.distillation_weight:
+            return self.echo_config
+        return dataclasses.replace(self.echo_config, distillation_weight=distillation_weight)
 
     def _echo_only(self, is_checkpointed: bool) -> AbstractContextManager[None] | None:
         """What freezes all but the echo in the echo-on pass, where that is to train the echo networks alone."""

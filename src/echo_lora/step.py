@@ -219,7 +219,6 @@ def training_step(
     head: Head | None,
     is_checkpointed: bool = False,
     num_items: Tensor | int | None = None,
-    distillation_weight: float | None = None,
     answer_weight: float = 1.0,
     echo_only: AbstractContextManager | None = None,
     router_aux_loss_coef: float = 0.0,
@@ -229,7 +228,7 @@ def training_step(
     forward: the plain PEFT model. sharing: None runs the echo-on pass in full. head: None leaves the logits to the
     model, for all answer columns at once (all columns, where prompts are trained on). num_items: supervised tokens of
     the whole optimizer step, of prompts too where they are trained on; by default those of this batch.
-    distillation_weight: μ of this step. answer_weight: weight of the answer's losses beside CE(prompt). echo_only:
+    answer_weight: weight of the answer's losses beside CE(prompt). echo_only:
     freezes the adapter inside, for an echo-on pass that trains the echo networks alone. With `is_routed` false this is
     a plain LoRA step, with logits at predicting positions only.
     """
@@ -280,7 +279,6 @@ def training_step(
         config,
         head,
         prompt,
-        distillation_weight=distillation_weight,
         answer_weight=answer_weight * (config.routed_loss_scale if is_routed else 1.0),
     )
     count = max(tokens, 1) if num_items is None else torch.as_tensor(num_items, device=off_Nd.device)
