@@ -128,25 +128,27 @@ def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) 
     if len(logits_nV) == 1:
         return Terms(ce_off, ce_off, zero, zero, entropy, correct, zero)
     on = logits_nV[1].float()
-    ce_on = F.cross_entropy(on, targets_n, reduction="sum")
-    teacher, student = (on, off) if config.distillation_direction == "on_to_off" else (off, on)
+    log_on = F.log_softmax(on, dim=-1)  # (n, V)
+    ce_on = F.nll_loss(log_on, targets_n, reduction="sum")
+    passes = [(on, log_on), (off, log_off)]
+    if config.distillation_direction == "off_to_on":
+        passes.reverse()
+    (teacher, log_teacher), (student, log_student) = passes
     if config.distillation_tokens == "teacher_better":
-        is_followed = is_better(teacher, student, targets_n)  # (n,)
+        is_followed = is_better(log_teacher, log_student, targets_n)  # (n,)
         teacher, student = teacher[is_followed], student[is_followed]
     kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)
     return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, entropy, correct, zero)
 
 
 @torch.no_grad()
-def is_better(teacher_NV: Tensor, student_NV: Tensor, targets_N: Tensor) -> Tensor:
+def is_better(log_teacher_NV: Tensor, log_student_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Where the teacher gives the target a higher probability than the student does; (N,) bool, without gradient.
 
     Followed there only, a teacher that is worse than its student on average can't pull it away from the answer. [O]
     """
-    of_teacher, of_student = (
-        F.log_softmax(logits.float(), dim=-1).gather(1, targets_N[:, None]) for logits in (teacher_NV, student_NV)
-    )
-    return (of_teacher > of_student)[:, 0]
+    at = targets_N[:, None]
+    return (log_teacher_NV.gather(1, at) > log_student_NV.gather(1, at))[:, 0]
 
 
 def distillation(*, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:

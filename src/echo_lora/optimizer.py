@@ -65,12 +65,12 @@ def warming_up(optimizer: Any, model: EchoModel, step: int, total_steps: int) ->
     For the call of `optimizer.step()`; schedulers see the rates as they were. EchoTrainer and EchoCallback do this.
     """
     factor = echo_lr_factor(model.echo_config, step, total_steps)
+    if factor == 1:  # of most steps
+        yield
+        return
     of_echo = {id(p) for p in model.echo.parameters()}
-    rates = [
-        (group, group["lr"])
-        for group in optimizer.param_groups
-        if factor < 1 and group["params"] and {id(p) for p in group["params"]} <= of_echo
-    ]
+    own = [g for g in optimizer.param_groups if g["params"] and {id(p) for p in g["params"]} <= of_echo]
+    rates = [(group, group["lr"]) for group in own]
     for group, rate in rates:
         group["lr"] = rate * factor
     try:

@@ -380,7 +380,8 @@ class EchoTrainerMixin(Trainer):
                 f"answer_weight={self.answer_weight:g} needs to know which tokens are answers, but the batch has no "
                 f"{ANSWER}. Give rows with prompt and completion, and completion_only_loss=False."
             )
-        if echo is None or not echo.applies(inputs.get("labels")):
+        is_plain = echo is None or not echo.applies(inputs.get("labels"))
+        if is_plain:
             is_answer = inputs.pop(ANSWER, None)
             if self.answer_weight != 1 and self.model.training:
                 model = _Weighted(model, is_answer, self.answer_weight)
@@ -388,7 +389,7 @@ class EchoTrainerMixin(Trainer):
             items = num_items_in_batch if self._base_accepts_loss_kwargs else None
             return super().compute_loss(model, inputs, return_outputs, items)
         self._rows_of_step += [] if rows is None else rows.tolist()
-        if echo is None or not echo.applies(inputs.get("labels")):
+        if is_plain:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_loss({"loss": result[0] if return_outputs else result})
             return result
