@@ -20,10 +20,11 @@ import torch
 from peft import LoraConfig
 
 from echo_lora import EchoConfig, get_echo_model
-from echo_lora.base_models import PACKAGED, load_base_model, load_tokenizer
-from echo_lora.data import TokenizedRow, tokenize_row
-from echo_lora.export import adapter_hash
-from echo_lora.sources import reasoning_gym_splits
+from echo_lora.adapter.files import adapter_hash
+from echo_lora.data.generated import reasoning_gym_splits
+from echo_lora.data.tokenize import TokenizedRow, tokenize_row
+from echo_lora.models import load_base_model, load_tokenizer
+from echo_lora.packaged import PACKAGED
 
 TASKS = {
     "chain_sum": {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2},

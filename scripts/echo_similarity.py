@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from echo_lora import EchoConfig
-from echo_lora.base_models import PACKAGED, load_base_model, load_tokenizer
-from echo_lora.data import tokenize_row
-from echo_lora.echo import echo_representation
-from echo_lora.sources import reasoning_gym_splits
+from echo_lora.data.generated import reasoning_gym_splits
+from echo_lora.data.tokenize import tokenize_row
+from echo_lora.method.echo import echo_representation
+from echo_lora.models import load_base_model, load_tokenizer
+from echo_lora.packaged import PACKAGED
 
 
 def main() -> None:

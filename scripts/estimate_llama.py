@@ -16,8 +16,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from echo_lora import EchoConfig, get_echo_model
-from echo_lora.losses import CHUNK_ELEMENTS
-from echo_lora.plan import _kept_bytes, _prefix_bytes
+from echo_lora.method.losses import CHUNK_ELEMENTS
+from echo_lora.recipe.plan import _kept_bytes, _prefix_bytes
 
 SHAPES = {
     "LLaMA-7B": {"vocab_size": 32_000, "intermediate_size": 11_008},

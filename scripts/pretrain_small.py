@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from echo_lora.environment import commit, versions
-from echo_lora.export import new_folder
+from echo_lora.files import new_folder
 
 # Task: its share of the rows, and parameters that keep numbers small and answers short.
 TASKS: dict[str, tuple[int, dict[str, Any]]] = {

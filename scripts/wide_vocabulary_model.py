@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from echo_lora.base_models import PACKAGED, load_tokenizer
-from echo_lora.export import new_folder
+from echo_lora.files import new_folder
+from echo_lora.models import load_tokenizer
+from echo_lora.packaged import PACKAGED
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from echo_lora import EchoConfig, EchoModel, get_echo_model
-from echo_lora.step import AlignedRows, align_rows
+from echo_lora.method.alignment import AlignedRows, align_rows
 
 VOCAB = 61
 LAYERS = 4

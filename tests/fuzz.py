@@ -141,16 +141,16 @@ def _import_everything() -> None:
     import submitit
     import trl  # noqa: F401
 
+    import echo_lora.adapter.merge
     import echo_lora.bench
+    import echo_lora.benchmarks.local
     import echo_lora.cli
-    import echo_lora.demo
-    import echo_lora.import_data
-    import echo_lora.merge
-    import echo_lora.plan
-    import echo_lora.run
-    import echo_lora.scoring
+    import echo_lora.recipe.plan
+    import echo_lora.recipe.scoring
+    import echo_lora.recipe.train
     import echo_lora.study.compare
-    import echo_lora.study.report  # noqa: F401
+    import echo_lora.study.demo
+    import echo_lora.study.report.page  # noqa: F401
 
     del datasets, lm_eval, matplotlib, safetensors, submitit
 
@@ -170,9 +170,9 @@ def _make_template(folder: Path) -> None:
     import yaml
 
     from echo_lora.errors import EchoTrainingError
-    from echo_lora.recipe import load_recipe
-    from echo_lora.run import run
-    from echo_lora.sft import EchoSFTTrainer
+    from echo_lora.recipe.load import load_recipe
+    from echo_lora.recipe.train import run
+    from echo_lora.training.sft import EchoSFTTrainer
     from study_records import write_study
     from tiny_recipe import ROWS, tiny_document, tiny_folder, write_rows
 

@@ -321,7 +321,7 @@ def in_file(template: Path, key: str, text: str) -> Arrange:
 def recipe_keys(template: Path) -> list[Case]:
     commands = ("plan", "preview", "train", "eval", "bench")
     keys = keys_of_recipe(template)
-    from echo_lora.recipe import recipe_table
+    from echo_lora.recipe.table import recipe_table
 
     known = {key for key, *_ in recipe_table()}
     assert known <= keys.keys(), f"keys without a case: {known - keys.keys()}"

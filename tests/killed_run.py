@@ -8,9 +8,9 @@ from pathlib import Path
 
 import matplotlib.figure  # noqa: F401
 
-from echo_lora.checkpoint import has_complete_checkpoint
-from echo_lora.recipe import load_recipe
-from echo_lora.run import run
+from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.train import run
+from echo_lora.training.checkpoint import has_complete_checkpoint
 
 STEPS = 8
 

@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from architectures import lora_config, tiny_base, tiny_echo_model
 from echo_lora import EchoCallback, EchoSFTTrainer, EchoTrainer, get_echo_model, separate_echo
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoModelError
-from echo_lora.trainer import refuse_arguments, refuse_parallelism
+from echo_lora.training.support import refuse_arguments, refuse_parallelism
 from test_trainer import (
     DATASETS,
     ROUTED,
@@ -986,9 +986,12 @@ def test_sft_rows_with_masks_but_no_labels_are_refused_in_evaluation_too(tmp_pat
 def test_a_model_loaded_by_name_gets_all_that_sfttrainer_would_give_it(tmp_path, monkeypatch):
     base, tokenizer = sft_base()
     loaded, processors = [], []
-    monkeypatch.setattr("echo_lora.sft.create_model_from_path", lambda name, **given: loaded.append(given) or base)
     monkeypatch.setattr(
-        "echo_lora.sft.AutoProcessor.from_pretrained", lambda name, **given: processors.append(given) or tokenizer
+        "echo_lora.training.sft.create_model_from_path", lambda name, **given: loaded.append(given) or base
+    )
+    monkeypatch.setattr(
+        "echo_lora.training.sft.AutoProcessor.from_pretrained",
+        lambda name, **given: processors.append(given) or tokenizer,
     )
     trainer = EchoSFTTrainer(
         model="somebody/model",

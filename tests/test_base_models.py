@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_lora import base_models
-from echo_lora.base_models import PACKAGED, load_base_model, load_config, load_tokenizer, packaged_model
-from echo_lora.data import end_token_ids, tokenize_row
+from echo_lora import models as base_models
+from echo_lora.data.tokenize import end_token_ids, tokenize_row
 from echo_lora.errors import EchoModelError
+from echo_lora.models import load_base_model, load_config, load_tokenizer
+from echo_lora.packaged import PACKAGED, packaged_model
 from tiny import tiny_tokenizer
 
 needs_wheel = pytest.mark.skipif(

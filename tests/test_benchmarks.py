@@ -16,11 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import llm_adapters
-from echo_lora.data import prepare_rows
-from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
-from echo_lora.evaluate import EvalTask, TaskResult, programs, score
-from echo_lora.evaluate.answers import plain_number, process_code_unsandboxed, read_number
-from echo_lora.evaluate.benchmarks import (
+from echo_lora.benchmarks.hub import HUB
+from echo_lora.benchmarks.local import TASK_FILES, import_data
+from echo_lora.benchmarks.protocols import (
     BENCHMARKS,
     COMMONSENSE,
     RESPONSE,
@@ -33,11 +31,14 @@ from echo_lora.evaluate.benchmarks import (
     instruction_of,
     training_prompt,
 )
+from echo_lora.data.prepared import prepare_rows
+from echo_lora.data.sources import read_rows
+from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
+from echo_lora.evaluate import EvalTask, TaskResult, programs, score
+from echo_lora.evaluate.answers import plain_number, process_code_unsandboxed, read_number
 from echo_lora.evaluate.tasks import check_rows
-from echo_lora.import_data import HUB, TASK_FILES, import_data
-from echo_lora.recipe import load_recipe
-from echo_lora.run import run
-from echo_lora.sources import read_rows
+from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.train import run
 from test_cli import invoke
 from test_evaluate import Scripted, tokenizer  # noqa: F401  (a fixture)
 from tiny_recipe import tiny_recipe
@@ -264,7 +265,7 @@ def test_shipped_task_files_give_the_scores_of_llm_adapters(theirs, small, impor
 @pytest.mark.parametrize("task", COMMONSENSE)
 def test_a_real_model_is_scored_as_by_llm_adapters(task, raw, imported):
     """Three rows: each takes half a minute. One at a time on both sides: in float32 a batch can turn a close beam."""
-    from echo_lora.base_models import load_base_model, load_tokenizer
+    from echo_lora.models import load_base_model, load_tokenizer
 
     model, tok = load_base_model("packaged:smollm2-135m").eval(), load_tokenizer("packaged:smollm2-135m")
     predictions, marks = llm_adapters.evaluate(model, tok, task, raw[task]["test"][:3])

@@ -17,7 +17,8 @@ from echo_lora import __version__
 from echo_lora.cli import app
 from echo_lora.cli import path as parsed_path
 from echo_lora.errors import EchoConfigError
-from echo_lora.run import RunResult, run
+from echo_lora.recipe.record import RunResult
+from echo_lora.recipe.train import run
 from tiny_recipe import ROWS, tiny_folder, tiny_recipe, write_rows
 
 COMMANDS = ["train", "preview", "plan", "eval", "merge", "doctor", "demo", "bench", "compare", "report", "data"]
@@ -35,7 +36,7 @@ def invoke(*args: object, code: int = 0):
 def trained(tmp_path_factory) -> Path:
     """A folder with a recipe that has been trained."""
     folder = tmp_path_factory.mktemp("trained")
-    from echo_lora.recipe import load_recipe
+    from echo_lora.recipe.load import load_recipe
 
     run(load_recipe(tiny_recipe(folder)))
     return folder

@@ -8,8 +8,8 @@ from transformers import TrainingArguments
 
 from architectures import collate, random_row, tiny_echo_model
 from echo_lora import EchoConfig, EchoTrainer
+from echo_lora.adapter.export import save_verified
 from echo_lora.errors import EchoModelError
-from echo_lora.export import save_verified
 from test_oracle import gradients, mixed_rows
 
 ROUTING = [False, True, False, True]  # a graph of the first, plain step must not serve the second

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from echo_lora.config import EchoConfig
 from echo_lora.errors import EchoConfigError
+from echo_lora.method.config import EchoConfig
 
 
 @pytest.mark.parametrize(

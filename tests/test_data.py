@@ -12,18 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_lora.data import (
-    IGNORED,
-    TokenizedRow,
-    check_tokenized_dataset,
-    end_token_ids,
-    prepare_rows,
-    preview_segments,
-    render_prompt,
-    tokenize_row,
-)
+from echo_lora.data.check import check_tokenized_dataset
+from echo_lora.data.generated import reasoning_gym_rows, reasoning_gym_splits
+from echo_lora.data.prepared import prepare_rows
+from echo_lora.data.preview import preview_segments
+from echo_lora.data.sources import ROW, read_rows
+from echo_lora.data.tokenize import IGNORED, TokenizedRow, end_token_ids, render_prompt, tokenize_row
 from echo_lora.errors import EchoDataError
-from echo_lora.sources import ROW, read_rows, reasoning_gym_rows, reasoning_gym_splits
 from tiny import UNMARKED_CHAT_TEMPLATE, tiny_tokenizer
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"

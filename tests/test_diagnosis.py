@@ -8,10 +8,10 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from echo_lora import EchoConfig, get_echo_model
-from echo_lora.echo import echo_representation
 from echo_lora.errors import EchoModelError
-from echo_lora.inject import Injection
-from echo_lora.step import reading
+from echo_lora.method.echo import echo_representation
+from echo_lora.method.injection import Injection
+from echo_lora.method.step import reading
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [21, 22, 23]]
 ANSWERS = [[30, 31], [32, 33, 34], [35]]

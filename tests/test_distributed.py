@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import load_file
 
 import echo_lora
-from echo_lora.checkpoint import fill
 from echo_lora.errors import EchoCheckpointError, EchoConfigError
-from echo_lora.trainer import refuse_parallelism
+from echo_lora.training.checkpoint import fill
+from echo_lora.training.support import refuse_parallelism
 from test_trainer import echo_model, trainer_of
 
 SCRIPT = Path(__file__).parent / "distributed_run.py"

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from architectures import lora_config, tiny_base, tiny_echo_model
-from echo_lora import export
+from echo_lora.adapter import export
+from echo_lora.adapter.export import save_verified, verify_adapter
+from echo_lora.adapter.files import adapter_hash, read_adapter
 from echo_lora.errors import EchoCheckpointError
-from echo_lora.export import adapter_hash, new_folder, read_adapter, save_verified, verify_adapter
+from echo_lora.files import new_folder
 from tiny import tiny_tokenizer
 
 ADAPTER = "adapter_model.safetensors"

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_lora import sources
-from echo_lora.data import IGNORED, TokenizedRow, prepare_rows, render_prompt, tokenize_row
+from echo_lora.data import sources
+from echo_lora.data.forms import check_forms
+from echo_lora.data.prepared import prepare_rows
+from echo_lora.data.sources import ROW, RowFile, read_rows
+from echo_lora.data.tokenize import IGNORED, TokenizedRow, render_prompt, tokenize_row
 from echo_lora.errors import EchoDataError
-from echo_lora.forms import check_forms
-from echo_lora.sources import ROW, RowFile, read_rows
 from tiny import CHAT_TEMPLATE, UNMARKED_CHAT_TEMPLATE, tiny_tokenizer
 
 # Writes tools and calls as Qwen does, and content wherever it is.

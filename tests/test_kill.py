@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import killed_run
-from echo_lora.export import ADAPTER_FILE
+from echo_lora.adapter.files import ADAPTER_FILE
 from killed_run import STEPS
 from test_files import names
 from tiny_recipe import tiny_recipe

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from echo_lora import losses
-from echo_lora.config import EchoConfig
-from echo_lora.losses import chunk_terms, distillation, loss_terms
+from echo_lora.method import losses
+from echo_lora.method.config import EchoConfig
+from echo_lora.method.losses import chunk_terms, distillation, loss_terms
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from echo_lora import merge as merge_module
+from echo_lora.adapter import merge as merge_module
+from echo_lora.adapter.files import ADAPTER_FILE, CONFIG_FILE
+from echo_lora.adapter.inspection import inspect_adapter
+from echo_lora.adapter.merge import load_adapter, merge
 from echo_lora.errors import EchoCheckpointError, EchoModelError
-from echo_lora.export import ADAPTER_FILE, CONFIG_FILE, inspect_adapter
-from echo_lora.merge import load_adapter, merge
-from echo_lora.recipe import load_recipe
-from echo_lora.run import add_adapter
+from echo_lora.recipe.build import add_adapter
+from echo_lora.recipe.load import load_recipe
 from tiny import tiny_tokenizer
 from tiny_recipe import tiny_folder, tiny_recipe
 

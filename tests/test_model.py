@@ -17,9 +17,9 @@ from torch import nn
 
 from architectures import ARCHITECTURES, VOCAB, collate, lora_config, random_row, tiny_base, tiny_echo_model
 from echo_lora import EchoConfig, EchoModel, EchoOutput, get_echo_model
-from echo_lora.echo import EchoNetworks, Standardize, apply_control, echo_representation
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoModelError
-from echo_lora.step import reading
+from echo_lora.method.echo import EchoNetworks, Standardize, apply_control, echo_representation
+from echo_lora.method.step import reading
 
 
 def batch_of(*shapes, seed=0, side="right"):

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from architectures import ARCHITECTURES, VOCAB, Row, collate, lora_config, one_row, random_row, tiny_echo_model
-from echo_lora import EchoConfig, get_echo_model, losses
-from echo_lora.base_models import PACKAGED, load_base_model, packaged_model
+from echo_lora import EchoConfig, get_echo_model
+from echo_lora.method import losses
+from echo_lora.models import load_base_model
+from echo_lora.packaged import PACKAGED, packaged_model
 from oracle import oracle_step
 
 FP32 = 1e-5  # relative, the project's bound

@@ -32,8 +32,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from architectures import _LLAMA_LIKE, collate, lora_config, random_row, tiny_base
 from echo_lora import EchoConfig, get_echo_model, save_verified
+from echo_lora.adapter.export import verify_adapter
+from echo_lora.adapter.files import ADAPTER_FILE, compare_adapter, read_adapter
+from echo_lora.adapter.inspection import inspect_adapter
 from echo_lora.errors import EchoCheckpointError, EchoModelError
-from echo_lora.export import ADAPTER_FILE, compare_adapter, inspect_adapter, read_adapter, verify_adapter
 
 ROUTED = EchoConfig(source_layers=[1, 2], target_layers=[0, 1], routing_schedule="constant", bottleneck=8)
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -312,7 +314,7 @@ def test_modules_in_eval_mode_and_parameters_that_were_frozen_stay_so(tmp_path):
 
 def test_the_proof_copies_no_weight_of_the_base(monkeypatch, tmp_path):
     """On the meta side of things: each tensor of the copied base lies where the live one does."""
-    from echo_lora import export
+    from echo_lora.adapter import export
 
     model = trained("plain LoRA")
     live = {t.data_ptr() for t in [*model.get_base_model().parameters(), *model.get_base_model().buffers()]}

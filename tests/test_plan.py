@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-from echo_lora import run as run_module
-from echo_lora.data import tokenize_row
+from echo_lora.data.tokenize import tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoModelError
-from echo_lora.plan import _kept_bytes, plan, preview
-from echo_lora.recipe import load_recipe
-from echo_lora.run import add_adapter, run
+from echo_lora.recipe import train as run_module
+from echo_lora.recipe.build import add_adapter
+from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.plan import _kept_bytes, plan, preview
+from echo_lora.recipe.train import run
 from tiny import tiny_tokenizer
 from tiny_recipe import ROWS, tiny_recipe, write_rows
 

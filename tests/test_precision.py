@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from architectures import ARCHITECTURES, collate, lora_config, one_row, random_row, tiny_base, tiny_echo_model
-from echo_lora import EchoConfig, EchoTrainer, get_echo_model, inject, losses
-from echo_lora.prefix import PrefixRecorder
+from echo_lora import EchoConfig, EchoTrainer, get_echo_model
+from echo_lora.method import injection as inject
+from echo_lora.method import losses
+from echo_lora.method.prefix import PrefixRecorder
 from oracle import oracle_step
 from test_oracle import mixed_rows
 

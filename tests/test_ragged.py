@@ -16,7 +16,7 @@ import architectures
 from architectures import collate, lora_config, random_row, tiny_base, tiny_echo_model
 from echo_lora import EchoConfig, EchoSFTTrainer, EchoTrainer
 from echo_lora.errors import EchoDataError
-from echo_lora.step import align_rows
+from echo_lora.method.alignment import align_rows
 from test_oracle import assert_equals_oracle
 from tiny import tiny_tokenizer
 

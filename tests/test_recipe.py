@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from echo_lora.config import EchoConfig
 from echo_lora.errors import EchoConfigError
-from echo_lora.recipe import SHIPPED, load_recipe, recipe_of_run, recipe_table, shipped_recipes
+from echo_lora.method.config import EchoConfig
+from echo_lora.recipe.load import SHIPPED, load_recipe, recipe_of_run, shipped_recipes
+from echo_lora.recipe.table import recipe_table
 
 MINIMAL = """\
 model: ./base
@@ -318,7 +319,7 @@ def test_the_table_has_every_key_once_with_one_line_of_help():
 
 def test_reading_a_recipe_needs_neither_torch_nor_transformers():
     code = (
-        "import sys; from echo_lora.recipe import load_recipe; load_recipe('tiny');"
+        "import sys; from echo_lora.recipe.load import load_recipe; load_recipe('tiny');"
         "sys.exit(bool({'torch', 'transformers', 'peft', 'trl', 'lm_eval'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError, EchoDataError
-from echo_lora.study.drawing import STYLES, Axis, Panel, Rows, axis, style_of
-from echo_lora.study.layout import percent_text
 from echo_lora.study.looks import confidence_at
 from echo_lora.study.records import read_study
-from echo_lora.study.report import summary_lines, write_report
+from echo_lora.study.report.format import percent_text
+from echo_lora.study.report.page import summary_lines, write_report
+from echo_lora.study.report.plots import STYLES, Axis, Panel, Rows, axis, style_of
+from echo_lora.study.report.verdict import SIGN
 from echo_lora.study.statistics import VERDICTS, compare
-from echo_lora.study.verdict import SIGN
 from study_records import without_history, write_runs, write_study
 
 VOID = {"meta", "link", "br", "hr", "img"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from echo_lora.config import EchoConfig
-from echo_lora.routing import distillation_weight, echo_lr_factor, is_routed, routing_probability
+from echo_lora.method.config import EchoConfig
+from echo_lora.method.routing import distillation_weight, echo_lr_factor, is_routed, routing_probability
 
 
 def test_linear_schedule_starts_and_ends_where_told():

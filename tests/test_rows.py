@@ -13,13 +13,13 @@ import pytest
 from transformers import AutoConfig, GPT2Config, GPTJConfig, OPTConfig
 
 from echo_lora import cli
+from echo_lora.data.sources import ROW
 from echo_lora.errors import EchoConfigError, EchoDataError
-from echo_lora.plan import plan, preview
-from echo_lora.recipe import load_recipe
-from echo_lora.rows import evaluation_rows, join, prepare_part, source_rows
-from echo_lora.run import run
-from echo_lora.scoring import resolve
-from echo_lora.sources import ROW
+from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.plan import plan, preview
+from echo_lora.recipe.rows import evaluation_rows, join, prepare_part, source_rows
+from echo_lora.recipe.scoring import resolve
+from echo_lora.recipe.train import run
 from tiny import tiny_tokenizer
 from tiny_recipe import ROWS, tiny_recipe, write_rows
 
@@ -150,7 +150,7 @@ def test_the_form_of_all_rows_is_checked_before_a_tokenizer_is_loaded(tmp_path, 
     def fails(*args, **kwargs):
         raise AssertionError("a tokenizer was loaded")
 
-    monkeypatch.setattr("echo_lora.run.load_tokenizer", fails)
+    monkeypatch.setattr("echo_lora.recipe.train.load_tokenizer", fails)
     recipe = loaded(tmp_path, data={"train": "train.jsonl", "validation": "held.jsonl"})
     write_rows(tmp_path / "held.jsonl", [*ROWS, {"prompt": "a", "completion": "b", "input": "lost"}])
     for command in (plan, preview, run):
@@ -176,7 +176,7 @@ def test_questions_to_score_are_complete_too(tmp_path):
 
 
 def test_a_token_beyond_the_embedding_is_named_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("echo_lora.run.load_base_model", None)
+    monkeypatch.setattr("echo_lora.recipe.train.load_base_model", None)
     path = tiny_recipe(tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<extra-{i}>" for i in range(40)])
@@ -189,7 +189,7 @@ def test_a_token_beyond_the_embedding_is_named_before_the_model_is_loaded(tmp_pa
 
 @pytest.mark.parametrize("kind", [GPT2Config, OPTConfig, GPTJConfig])
 def test_a_row_beyond_a_table_of_positions_is_named_before_the_model_is_loaded(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("echo_lora.run.load_base_model", None)
+    monkeypatch.setattr("echo_lora.recipe.train.load_base_model", None)
     path = tiny_recipe(tmp_path)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 24}
     extra = {"rotary_dim": 8} if kind is GPTJConfig else {"word_embed_proj_dim": 32, "ffn_dim": 32}
@@ -252,9 +252,9 @@ def test_every_path_of_the_command_line_takes_a_tilde():
 
 READ = """
 import resource, sys
-from echo_lora.recipe import load_recipe
-from echo_lora.run import prepare
-from echo_lora.rows import join
+from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.build import prepare
+from echo_lora.recipe.rows import join
 recipe = load_recipe(sys.argv[1])
 scale = 1024 if sys.platform != "darwin" else 1
 import datasets, pyarrow.parquet

@@ -16,17 +16,19 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from echo_lora import checkpoint
-from echo_lora import run as run_module
-from echo_lora.base_models import PACKAGED
-from echo_lora.checkpoint import SEAL, begin_checkpoint, file_hash, last_complete_checkpoint
+from echo_lora.adapter.files import read_adapter, read_adapter_config
+from echo_lora.adapter.merge import merge
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoInterrupt, EchoModelError, EchoTrainingError
-from echo_lora.export import read_adapter, read_adapter_config
-from echo_lora.merge import merge
-from echo_lora.recipe import load_recipe, recipe_table
-from echo_lora.run import STARTED, RunResult, run
-from echo_lora.scoring import resolve
-from echo_lora.sft import EchoSFTTrainer
+from echo_lora.packaged import PACKAGED
+from echo_lora.recipe import train as run_module
+from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.record import STARTED, RunResult
+from echo_lora.recipe.scoring import resolve
+from echo_lora.recipe.table import recipe_table
+from echo_lora.recipe.train import run
+from echo_lora.training import checkpoint
+from echo_lora.training.checkpoint import SEAL, begin_checkpoint, file_hash, last_complete_checkpoint
+from echo_lora.training.sft import EchoSFTTrainer
 from test_files import held_by_another, mode, umask
 from tiny_recipe import tiny_recipe, write_rows
 

@@ -310,7 +310,7 @@ def test_rows_beyond_a_table_of_positions_are_refused_and_beyond_computed_ones_n
 
 def test_the_datasets_of_trl_are_tokenised_by_trl(tmp_path, monkeypatch):
     """Rows that hold nothing special keep TRL's own preparation."""
-    import echo_lora.sft as sft
+    import echo_lora.training.sft as sft
 
     monkeypatch.setattr(sft, "tokenize_row", None)
     for name, data in DATASETS.items():

@@ -15,18 +15,12 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
 from echo_lora.errors import EchoConfigError, EchoDataError
-from echo_lora.study import statistics, verdict
+from echo_lora.study import statistics
 from echo_lora.study.looks import boundaries, confidence_at
+from echo_lora.study.power import estimate_noise, power, simulate, smallest_detectable
 from echo_lora.study.records import StudyRecords
-from echo_lora.study.statistics import (
-    VERDICTS,
-    compare,
-    estimate_noise,
-    mcnemar_exact,
-    power,
-    simulate,
-    smallest_detectable,
-)
+from echo_lora.study.report import verdict
+from echo_lora.study.statistics import VERDICTS, compare, mcnemar_exact
 
 NOISE = {"accuracy": 0.6, "discordance": 0.15, "seed_sd": 0.01}
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from architectures import collate, lora_config, one_row, random_row, tiny_base, tiny_echo_model
-from echo_lora import EchoConfig, get_echo_model, step
+from echo_lora import EchoConfig, get_echo_model
 from echo_lora.errors import EchoDataError, EchoModelError
-from echo_lora.inject import Injection, decoder_layers
-from echo_lora.prefix import PrefixRecorder
-from echo_lora.step import align_rows, boundary_positions, injection_mask
+from echo_lora.method import step
+from echo_lora.method.alignment import align_rows, boundary_positions, injection_mask
+from echo_lora.method.injection import Injection, decoder_layers
+from echo_lora.method.prefix import PrefixRecorder
 
 
 def rows_of(*shapes, seed=0):

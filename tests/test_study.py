@@ -18,10 +18,9 @@ from typer.testing import CliRunner
 
 from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoTrainingError
-from echo_lora.sft import EchoSFTTrainer
 from echo_lora.study import compare as comparing
-from echo_lora.study import execute as executing
-from echo_lora.study.compare import Engine, choose, compare
+from echo_lora.study import run as executing
+from echo_lora.study.compare import choose, compare
 from echo_lora.study.design import (
     RunKey,
     confirmation_keys,
@@ -31,10 +30,12 @@ from echo_lora.study.design import (
     slurm_options,
     tuning_keys,
 )
-from echo_lora.study.execute import RECORD, execute, has_record, read_record, write_record
 from echo_lora.study.looks import confidence_at
 from echo_lora.study.records import RUNS_FILE, STUDY_FILE, read_study, write_archive
-from echo_lora.study.report import summary_lines, write_report
+from echo_lora.study.report.page import summary_lines, write_report
+from echo_lora.study.run import RECORD, execute, has_record, read_record, write_record
+from echo_lora.study.workers import Engine
+from echo_lora.training.sft import EchoSFTTrainer
 from tiny_recipe import ROWS, tiny_document, tiny_folder, write_rows
 
 TESTS = Path(__file__).parent

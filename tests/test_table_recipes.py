@@ -11,9 +11,9 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from echo_lora.plan import Plan, plan
-from echo_lora.recipe import SHIPPED, load_recipe
-from echo_lora.rows import evaluation_rows
+from echo_lora.recipe.load import SHIPPED, load_recipe
+from echo_lora.recipe.plan import Plan, plan
+from echo_lora.recipe.rows import evaluation_rows
 from tiny import tiny_tokenizer
 
 TASKS = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")

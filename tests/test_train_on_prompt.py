@@ -13,12 +13,13 @@ from transformers import Trainer, TrainerCallback
 
 from architectures import Row, collate, lora_config, random_row, tiny_base
 from echo_lora import EchoCallback, EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
-from echo_lora.data import check_tokenized_dataset, prepare_rows
+from echo_lora.data.check import check_tokenized_dataset
+from echo_lora.data.prepared import prepare_rows
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
-from echo_lora.plan import plan, preview
-from echo_lora.recipe import load_recipe
-from echo_lora.run import run
-from echo_lora.trainer import _RowCollator
+from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.plan import plan, preview
+from echo_lora.recipe.train import run
+from echo_lora.training.collator import _RowCollator
 from test_trainer import DATASETS, ROUTED, adapter_of, arguments, collator, sft_arguments, sft_trainer
 from tiny import tiny_tokenizer
 from tiny_recipe import ROWS, tiny_recipe

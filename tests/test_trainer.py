@@ -16,12 +16,12 @@ from trl import SFTConfig, SFTTrainer
 
 from architectures import VOCAB, collate, lora_config, random_row, tiny_base
 from echo_lora import EchoCallback, EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
-from echo_lora.checkpoint import read_seal
+from echo_lora.adapter.files import adapter_hash
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoModelError, EchoTrainingError
-from echo_lora.export import adapter_hash
-from echo_lora.optimizer import separate_echo
-from echo_lora.routing import is_routed
-from echo_lora.trainer import refuse_deepspeed
+from echo_lora.method.routing import is_routed
+from echo_lora.training.checkpoint import read_seal
+from echo_lora.training.optimizer import separate_echo
+from echo_lora.training.support import refuse_deepspeed
 from tiny import tiny_tokenizer
 
 ROUTED = EchoConfig(source_layers=[2], target_layers=[0, 1], bottleneck=8, echo_lr_multiplier=1.0)

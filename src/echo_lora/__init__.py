@@ -12,16 +12,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "EchoConfig": "config",
+    "EchoConfig": "method.config",
     "EchoError": "errors",
-    "EchoModel": "model",
-    "get_echo_model": "model",
-    "EchoOutput": "step",
-    "EchoTrainer": "trainer",
-    "EchoSFTTrainer": "sft",
-    "EchoCallback": "trainer",
-    "save_verified": "export",
-    "separate_echo": "optimizer",
+    "EchoModel": "method.model",
+    "get_echo_model": "method.model",
+    "EchoOutput": "method.step",
+    "EchoTrainer": "training.trainer",
+    "EchoSFTTrainer": "training.sft",
+    "EchoCallback": "training.callback",
+    "save_verified": "adapter.export",
+    "separate_echo": "training.optimizer",
 }
 
 __all__ = sorted(_HOME)

@@ -20,14 +20,14 @@ import typer
 from typer.core import TyperGroup
 
 from echo_lora import __version__
+from echo_lora.data.sources import expanded
 from echo_lora.environment import require_place
 from echo_lora.errors import EchoError, shortened
-from echo_lora.sources import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from echo_lora.data import Segment
+    from echo_lora.data.preview import Segment
 
 MOST = 1_000_000_000  # of what can be counted: more is a slip
 STYLES = {"prompt": "none", "boundary": "black on yellow", "answer": "green", "ignored": "dim"}
@@ -115,13 +115,13 @@ def train(
     traceback: TracebackOption = False,
 ) -> None:
     """Train the recipe's adapter. It is read back and proved before it gets its name."""
-    from echo_lora.recipe import load_recipe
+    from echo_lora.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     if not resume:
         require_place(loaded.output)
     with _starting():
-        from echo_lora.run import run
+        from echo_lora.recipe.train import run
 
     result = run(loaded, resume=resume)
     _print_pairs(
@@ -147,11 +147,11 @@ def preview(
     traceback: TracebackOption = False,
 ) -> None:
     """Show training rows token by token. Prompt, boundary, answer and ignored tokens are told apart."""
-    from echo_lora.recipe import load_recipe
+    from echo_lora.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     with _starting():
-        from echo_lora.plan import preview as preview_recipe
+        from echo_lora.recipe.plan import preview as preview_recipe
 
     shown = preview_recipe(loaded, rows)
     console = _console()
@@ -168,12 +168,12 @@ def preview(
 @app.command(epilog="Example: echo-lora plan tiny --set method=dora")
 def plan(recipe: RecipeArgument, overrides: SetOption = None, traceback: TracebackOption = False) -> None:
     """Show what training would do. A dry run: layers, parameters, steps, estimates of memory and cost; no weights."""
-    from echo_lora.recipe import load_recipe
+    from echo_lora.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     with _starting():
-        from echo_lora.inject import listed
-        from echo_lora.plan import plan as plan_recipe
+        from echo_lora.method.injection import listed
+        from echo_lora.recipe.plan import plan as plan_recipe
 
     planned = plan_recipe(loaded)
     memory = planned.memory
@@ -240,7 +240,7 @@ def evaluate(
         require_place(output, is_file=True)
     with _starting():
         from echo_lora.files import locked
-        from echo_lora.scoring import resolve, score_recipe, write_scores
+        from echo_lora.recipe.scoring import resolve, score_recipe, write_scores
 
     trusted = ["trust_remote_code=true"] if trust_remote_code else []
     recipe, found = resolve(target, [*(overrides or ()), *trusted], adapter)
@@ -299,7 +299,7 @@ def merge(
     """Merge an adapter into its base. Logits are compared before anything is written."""
     require_place(output)
     with _starting():
-        from echo_lora.merge import merge as merge_adapter
+        from echo_lora.adapter.merge import merge as merge_adapter
 
     done = merge_adapter(adapter, output, base=base, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code)
     allowed = (
@@ -324,7 +324,7 @@ def doctor(
 
     report = None
     if adapter is not None:
-        from echo_lora.export import inspect_adapter
+        from echo_lora.adapter.inspection import inspect_adapter
 
         report = inspect_adapter(adapter)
     _print_pairs(versions())
@@ -360,7 +360,7 @@ def demo(
     """Train LoRA and Echo-LoRA on the same rows, score both and the base."""
     require_place(output)
     with _starting():
-        from echo_lora.demo import run_demo
+        from echo_lora.study.demo import run_demo
 
     lines = run_demo(output)
     tasks = [result.task for result in lines[0].results]
@@ -459,9 +459,9 @@ def compare(
     require_place(loaded.output)
     options = None if slurm is None else slurm_options(slurm)
     with _starting():
-        from echo_lora.study.compare import Engine
         from echo_lora.study.compare import compare as compare_arms
-        from echo_lora.study.report import summary_lines, write_report
+        from echo_lora.study.report.page import summary_lines, write_report
+        from echo_lora.study.workers import Engine
 
     command = shlex.join(["echo-lora", *sys.argv[1:]])
     engine = Engine(workers, None if options is None else "slurm", options)
@@ -502,7 +502,7 @@ def import_(
         raise typer.BadParameter("give SOURCE and OUTPUT, or --hub and OUTPUT")
     require_place(output or source)
     with _starting():
-        from echo_lora.import_data import import_data
+        from echo_lora.benchmarks.local import import_data
 
     report = import_data(None if hub else source, output or source, tasks=task or (), hold_out=hold_out)
     _print_table(
@@ -526,7 +526,7 @@ def report(
 ) -> None:
     """Write the report of a study from its records: report.html, one page to look at, and report.md."""
     with _starting():
-        from echo_lora.study.report import summary_lines, write_report
+        from echo_lora.study.report.page import summary_lines, write_report
 
     page = write_report(folder)
     typer.echo("\n".join(summary_lines(folder)))

@@ -13,6 +13,13 @@ A message says what is wrong, where (file and line, row, layer name, field), and
 carries the values. Wrong use of the command line is reported by typer with exit status 2.
 """
 
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+
+from pydantic import ValidationError
+
 LONGEST_LINE, MOST_LINES = 1000, 12  # of a message
 
 
@@ -60,3 +67,19 @@ class EchoTrainingError(EchoError, RuntimeError):
 
 class EchoInterrupt(KeyboardInterrupt):
     """The user's Ctrl-C; the message names the step, the newest checkpoint and how to go on."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """What pydantic found first: the place, the value, and what it must be."""
+    problem = error.errors()[0]
+    place, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    message = re.sub(r"^(Input|String|List|Value|Tuple|Dictionary) should", "must", message)
+    return f"{place} = {problem['input']!r} {message}" if place else message
+
+
+def nearest(key: str, names: list[str]) -> str:
+    """ " Did you mean …?" with the nearest of `names`, or the list of them."""
+    match = get_close_matches(key, names, n=1)
+    return f" Did you mean {match[0]!r}?" if match else f" Known: {', '.join(sorted(names))}."

@@ -28,17 +28,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from echo_lora.base_models import load_base_model, load_config
-from echo_lora.data import TokenizedRow
-from echo_lora.echo import echo_representation
+from echo_lora.data.tokenize import TokenizedRow
 from echo_lora.errors import EchoConfigError
-from echo_lora.inject import Injection
-from echo_lora.model import EchoModel
-from echo_lora.rows import prepare_part
-from echo_lora.run import add_adapter, training_arguments
-from echo_lora.schema import Recipe
-from echo_lora.sft import EchoSFTTrainer
-from echo_lora.step import EchoOutput, boundary_positions, injection_mask
+from echo_lora.method.alignment import boundary_positions, injection_mask
+from echo_lora.method.echo import echo_representation
+from echo_lora.method.injection import Injection
+from echo_lora.method.model import EchoModel
+from echo_lora.method.step import EchoOutput
+from echo_lora.models import load_base_model, load_config
+from echo_lora.recipe.build import add_adapter, training_arguments
+from echo_lora.recipe.rows import prepare_part
+from echo_lora.recipe.schema import Recipe
+from echo_lora.training.sft import EchoSFTTrainer
 
 MOST_TOKENS = 100_000_000  # of a step: more is a slip
 

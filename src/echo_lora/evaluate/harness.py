@@ -18,15 +18,7 @@ from typing import TYPE_CHECKING, Any
 from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
 from echo_lora.evaluate.answers import UNREADABLE, macro_accuracy
 from echo_lora.evaluate.programs import confinement
-from echo_lora.evaluate.tasks import (
-    FILTER,
-    METRIC,
-    TASK_VERSION,
-    EvalTask,
-    check_rows,
-    location,
-    write_task,
-)
+from echo_lora.evaluate.tasks import FILTER, METRIC, TASK_VERSION, EvalTask, check_rows, location, write_task
 
 if TYPE_CHECKING:
     from peft import PeftModel

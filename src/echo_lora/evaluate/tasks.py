@@ -27,8 +27,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from echo_lora.config import nearest
-from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.errors import EchoConfigError, EchoDataError, nearest
 from echo_lora.evaluate.answers import (
     FIRST_LINE,
     UNREADABLE,

@@ -11,66 +11,34 @@ same numbers as one that was not.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.util import find_spec
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from echo_lora.environment import processor, versions
-from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoInterrupt
-from echo_lora.files import write_file
+from echo_lora.errors import EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.progress import progress_console
-from echo_lora.rows import source_rows
+from echo_lora.recipe.rows import source_rows
 from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
-from echo_lora.study.execute import COMMIT, RECORD, execute, has_record, read_record, write_record
-from echo_lora.study.layout import count_of
+from echo_lora.study.folder import KNOWN, _done, _gathered, _write_json
 from echo_lora.study.looks import confidence_at
-from echo_lora.study.records import (
-    RUNS_FILE,
-    STUDY_FILE,
-    correct_by_task,
-    problem_of_run,
-    read_about,
-    read_runs,
-    read_study,
-    run_accuracy,
-    write_archive,
-)
-from echo_lora.study.statistics import estimate_noise, power
-from echo_lora.study.verdict import difference_of, is_decided
+from echo_lora.study.power import estimate_noise, power
+from echo_lora.study.records import STUDY_FILE, correct_by_task, read_about, read_study, run_accuracy
+from echo_lora.study.report.format import count_of
+from echo_lora.study.report.verdict import difference_of, is_decided
+from echo_lora.study.run import COMMIT, RECORD, has_record, write_record
+from echo_lora.study.workers import Engine, _do
 
-KNOWN = ("runs", RUNS_FILE)  # what a study's folder may hold before its file is written
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
 # differ, and standard deviation between seeds. [O]
 ASSUMED = {"accuracy": 0.5, "discordance": 0.15, "seed_sd": 0.01}
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Where runs are done.
-
-    workers: processes on this machine. cluster: name of a cluster of submitit ("slurm"), which then gets the runs as
-    job arrays with these `options`; None: this machine.
-    """
-
-    workers: int = 1
-    cluster: Literal["slurm", "local", "debug"] | None = None
-    options: dict[str, Any] | None = None
 
 
 def compare(
@@ -276,201 +244,3 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
         **noise,
     )
     return found.to_dict() | {"source": source}
-
-
-def _done(study: Study, key: RunKey) -> dict[str, Any]:
-    record = read_record(study, key)
-    if record is None:
-        raise EchoError(f"the run {key} has no record in {study.output}. Call compare again to have it done.")
-    return record
-
-
-def _gather(study: Study, about: dict[str, Any]) -> None:
-    """Write the study's file, and the records there are in one."""
-    _write_json(Path(study.output) / STUDY_FILE, about)
-    keys = tuning_keys(study) + (confirmation_keys(study, about["chosen"]) if "chosen" in about else [])
-    records = [record for key in keys if (record := read_record(study, key)) is not None]
-    _check_pairing(records)
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_archive(Path(study.output) / RUNS_FILE, text)
-
-
-def _check_pairing(records: Iterable[dict[str, Any]]) -> None:
-    """Runs that are compared began alike and answered the same questions. Raises EchoError.
-
-    In a seed, adapters of one kind started from the same weights; arms with one `data` section saw the same rows; all
-    were asked the same questions; the base knew the general text equally well.
-    """
-    first: dict[str, tuple[dict[str, Any], Any]] = {}
-    for record in records:
-        if "diverged" in record:
-            continue
-        recipe, general = record["recipe"], record["general"] or {}
-        alike = {
-            "start from the same adapter": (
-                [record["seed"], recipe["method"], recipe["model"], recipe["lora"]],
-                record["initial_adapter_sha256"],
-            ),
-            "train on the same rows": ([recipe["data"], recipe["model"]], record["data_sha256"]),
-            "answer the same questions": ([record["stage"]], record["questions_sha256"]),
-            "have the same base": ([recipe["model"]], f"{general.get('before', 0.0):.4f}"),
-        }
-        for what, (group, value) in alike.items():
-            other, expected = first.setdefault(json.dumps([what, group], sort_keys=True), (record, value))
-            if value != expected:
-                raise EchoError(
-                    f"arms {other['arm']} (seed {other['seed']}) and {record['arm']} (seed {record['seed']}) did not "
-                    f"{what}, so they are not paired. Has something changed between their runs? Remove the older ones "
-                    "and compare again."
-                )
-
-
-def _gathered(study: Study) -> list[tuple[RunKey, dict[str, Any]]]:
-    """Runs that are known from the gathered records alone, as after a clone.
-
-    A record names its run, and the run its folder: names that are none of the design's are not turned into paths.
-    Raises EchoDataError for such a record, and for one that is not a run's.
-    """
-    path = Path(study.output) / RUNS_FILE
-    rates = [dict(zip(study.arms, chosen, strict=True)) for chosen in zip(*map(study.rates, study.arms), strict=True)]
-    keys = [*tuning_keys(study), *(key for chosen in rates for key in confirmation_keys(study, chosen))]
-    found = []
-    for number, record in read_runs(path):
-        problem = problem_of_run(record)
-        key = None if problem else next((key for key in keys if asdict(key).items() <= record.items()), None)
-        if key is None:
-            raise EchoDataError(
-                f"{path}:{number}: {problem or 'it is the record of none of the runs of this study'}. Remove the line, "
-                "or choose another output."
-            )
-        found.append((key, record))
-    return found
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    write_file(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
-
-
-# -------------------------------------------------------------------- the runs
-
-
-def _do(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Engine, ends: float | None) -> bool:
-    """Do the runs that have no record yet; False if time was up before that. Raises EchoError if some failed.
-
-    All records are gathered after each run, so that a report of what there is can be made at any time.
-    """
-    _gather(study, about)
-    left = [key for key in keys if not has_record(study, key)]
-    if not left:
-        return True
-    console = progress_console()
-    console.print(f"{len(keys) - len(left)} of {len(keys)} {keys[0].stage} runs are done", markup=False)
-    started, done, failed = time.monotonic(), 0, []
-    runs = _on_cluster(study, left, engine) if engine.cluster else _on_this_machine(study, left, engine, ends)
-    for key, error in runs:
-        done += 1
-        seconds = time.monotonic() - started
-        state = "done" if error is None else "FAILED"
-        console.print(f"{done}/{len(left)}  {key}  {state}  {seconds:.0f} s", markup=False)
-        _gather(study, about)
-        if error is not None:
-            failed.append(f"{key}: {error}\n  log: {Path(study.output) / key.folder / 'log.txt'}")
-    if failed:
-        raise EchoError(
-            f"{len(failed)} of {len(left)} runs failed. Mend the cause and compare again.\n" + "\n".join(failed)
-        )
-    return done == len(left)
-
-
-def _on_this_machine(
-    study: Study, keys: list[RunKey], engine: Engine, ends: float | None
-) -> Iterator[tuple[RunKey, str | None]]:
-    """Runs in worker processes; each run that ended, and its error. A run that another process holds comes last."""
-    own = os.environ.get("OMP_NUM_THREADS") or None
-    threads = int(own or max(1, (os.cpu_count() or 1) // engine.workers))
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
-    pool = ProcessPoolExecutor(
-        engine.workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(threads,)
-    )
-    try:
-        waiting, held = list(reversed(keys)), list[RunKey]()
-        running: dict[Future, RunKey] = {}
-        while waiting or held or running:
-            is_over = ends is not None and time.monotonic() > ends
-            while not is_over and (waiting or held) and len(running) < engine.workers:
-                key, wait_for_it = (waiting.pop(), False) if waiting else (held.pop(), True)
-                running[pool.submit(_logged, study, key, wait_for_it)] = key
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                key = running.pop(future)
-                if (error := future.result()) == HELD:
-                    held.append(key)
-                else:
-                    yield key, error
-    except BrokenProcessPool as error:
-        raise EchoError(
-            "a worker process was killed, perhaps for lack of memory. Lower --workers, then compare again: finished "
-            "runs are kept."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if own is None:
-            del os.environ["OMP_NUM_THREADS"]
-
-
-HELD = "held"
-
-
-def _logged(study: Study, key: RunKey, wait_for_it: bool) -> str | None:
-    """`execute`, with all it prints in the run's log; None, its error, or HELD."""
-    folder = Path(study.output) / key.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            return None if execute(study, key, wait=wait_for_it) else HELD
-        except Exception as error:  # one run must not end the others; compare reports it
-            import traceback
-
-            traceback.print_exc()
-            return str(error) or repr(error)
-
-
-def _start_worker(threads: int) -> None:
-    """A worker's settings. It ends when its parent is killed: it would wait for work for ever."""
-    import torch
-
-    torch.set_num_threads(threads)
-
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # what is complete on disk stays so at any moment
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _on_cluster(study: Study, keys: list[RunKey], engine: Engine) -> Iterator[tuple[RunKey, str | None]]:
-    """Runs as a job array of submitit; the study's folder must be one that all machines see."""
-    try:
-        import submitit
-    except ImportError as error:
-        raise EchoConfigError('runs on a cluster need submitit. Run: pip install "echo-lora[cluster]"') from error
-    try:
-        executor = submitit.AutoExecutor(folder=Path(study.output) / "jobs", cluster=engine.cluster)
-        executor.update_parameters(**(engine.options or {}))
-        jobs = executor.map_array(_logged, [study] * len(keys), keys, [False] * len(keys))
-    except (NameError, ValueError, TypeError) as error:
-        raise EchoConfigError(f"submitit refuses the options {engine.options}: {error}") from error
-    except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
-        raise EchoError(f"the runs could not be submitted: {error}. Mend it and compare again.") from error
-    for key, job in zip(keys, jobs, strict=True):
-        try:
-            found = job.result()
-            yield key, "another process is at it; compare again when it has ended" if found == HELD else found
-        except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
-            yield key, f"its job failed: {error}"

@@ -19,11 +19,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from echo_lora.config import nearest
-from echo_lora.errors import EchoConfigError
-from echo_lora.recipe import find_yaml, is_in, load_recipe, names_in, parse_yaml, shipped_recipes, validated
-from echo_lora.schema import LARGEST_RATE, LARGEST_SEED, Name, Recipe, Section
-from echo_lora.sources import expanded
+from echo_lora.data.sources import expanded
+from echo_lora.errors import EchoConfigError, nearest
+from echo_lora.recipe.load import load_recipe, shipped_recipes, validated
+from echo_lora.recipe.schema import LARGEST_RATE, LARGEST_SEED, Name, Recipe, Section
+from echo_lora.recipe.yaml_file import find_yaml, is_in, names_in, parse_yaml
 
 SHIPPED = Path(__file__).parent.parent / "studies"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"

@@ -23,8 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from echo_lora.config import first_problem
-from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.errors import EchoConfigError, EchoDataError, first_problem
 from echo_lora.files import write_file
 from echo_lora.study.looks import problem_of_looks
 

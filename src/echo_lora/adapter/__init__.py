@@ -1,0 +1,4 @@
+"""A trained adapter as files: save and prove, inspect, merge, describe.
+
+Nothing here trains.
+"""

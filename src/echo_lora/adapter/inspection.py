@@ -1,0 +1,159 @@
+"""What an adapter's folder holds, and what would keep PEFT from loading it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftType, TaskType
+from torch import Tensor
+
+from echo_lora.adapter.files import CONFIG_FILE, read_adapter, read_adapter_config
+from echo_lora.method.variants import changes_base
+
+
+def adapter_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Why the tensors of an adapter file are not those of its configuration, or not to be used."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            yield f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers"
+        elif not tensor.isfinite().all():
+            yield f"{name} holds values that are not finite"
+    foreign = sorted(name for name in tensors if not name.startswith("base_model.model."))
+    if foreign:
+        yield f"{foreign[0]} is not a key of PEFT ({len(foreign)} such keys)"
+    if config.get("task_type") not in (None, TaskType.CAUSAL_LM, TaskType.FEATURE_EXTRACTION):
+        yield f"task_type = {config['task_type']} is not that of a language model, {TaskType.CAUSAL_LM.value}"
+    if config["peft_type"] != PeftType.LORA:
+        if any(".lora_A." in name for name in tensors):
+            yield f"the weights are those of LoRA, but peft_type = {config['peft_type']}"
+        return
+    modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    if not modules:
+        yield "it has no weights of LoRA"
+    if config["lora_alpha"] == 0:
+        yield "lora_alpha = 0: the adapter changes nothing"
+    for module in sorted(modules):
+        yield from _module_problems(config, tensors, module)
+
+
+def missing_modules(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What the configuration says is trained beside LoRA and has no weights: PEFT fails on a base that has it."""
+    names = config.get("modules_to_save")
+    for name in names if isinstance(names, list) else []:
+        if not any(f".{name}." in key for key in tensors):
+            yield f"modules_to_save names {name}, but there are no weights of it"
+    if config.get("trainable_token_indices") and not any("trainable_tokens" in key for key in tensors):
+        yield f"trainable_token_indices = {config['trainable_token_indices']}, but there are no weights of tokens"
+
+
+def _module_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor], module: str) -> Iterator[str]:
+    own = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.lora_")}
+    named = module.removeprefix("base_model.model.")
+    try:
+        ranks = [rank for name, rank in (config.get("rank_pattern") or {}).items() if _is_named(named, name)]
+        targets = config.get("target_modules")
+        if isinstance(targets, str) and targets != "all-linear" and not re.fullmatch(targets, named):
+            yield f"{named} has weights, but target_modules = {targets!r} does not name it"
+    except re.error as error:
+        yield f"a pattern in {CONFIG_FILE} is no regular expression: {error}"
+        return
+    if isinstance(targets, list) and not any(named == name or named.endswith(f".{name}") for name in targets):
+        yield f"{named} has weights, but target_modules = {targets} does not name it"
+    A, B = own.get("lora_A.weight"), own.get("lora_B.weight")
+    if (A is None) != (B is None):
+        yield f"{named} has no {'lora_A' if A is None else 'lora_B'}"
+    elif A is not None and B is not None:
+        rank = (ranks or [config["r"]])[0]
+        if A.dim() < 2 or B.dim() != A.dim() or (A.shape[0], B.shape[1]) != (rank, rank) or not A.numel() * B.numel():
+            shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+            yield f"{named} has lora_A and lora_B of the shapes {shapes}, which are not those of rank {rank}"
+        has_magnitude = any("magnitude" in name for name in own)
+        if has_magnitude != bool(config.get("use_dora")):
+            has = "a magnitude" if has_magnitude else "no magnitude"
+            yield f"{named} has {has} of DoRA, but use_dora = {config.get('use_dora', False)}"
+        if ("lora_B.bias" in own) != bool(config.get("lora_bias")):
+            has = "a bias" if "lora_B.bias" in own else "no bias"
+            yield f"{named} has {has} of lora_B, but lora_bias = {config.get('lora_bias', False)}"
+
+
+def _is_named(module: str, pattern: str) -> bool:
+    """Whether PEFT takes an entry of rank_pattern for this module."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What an adapter folder holds."""
+
+    folder: Path
+    method: str
+    rank: int
+    alpha: float
+    base: str | None
+    modules: list[str]  # the ends of the names of the changed modules
+    layers: int  # number of changed modules
+    parameters: int
+    dtypes: list[str]
+    files: list[str]
+    has_chat_template: bool
+    problems: list[str]  # why it should not be used; empty for a sound one
+    readers: list[str]  # who can load it
+
+
+def inspect_adapter(folder: str | Path) -> AdapterReport:
+    """Look into an adapter folder without a model. Raises EchoCheckpointError if it is none, or corrupted."""
+    folder = Path(folder)
+    config, tensors = read_adapter_config(folder), read_adapter(folder)
+    is_lora = config["peft_type"] == PeftType.LORA
+    method = (
+        config["peft_type"].lower()
+        if not is_lora
+        else "dora"
+        if config.get("use_dora")
+        else "rslora"
+        if config.get("use_rslora")
+        else "lora"
+    )
+    changed = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
+    lora_B = [tensor for name, tensor in tensors.items() if ".lora_B" in name]
+    problems = [*adapter_problems(config, tensors), *missing_modules(config, tensors)]
+    if lora_B and not any(tensor.any() for tensor in lora_B):
+        problems.append("every lora_B is zero: the adapter changes nothing")
+    if not problems:
+        problems += _refused_by_peft(folder)
+    readers = ["PEFT: peft.PeftModel.from_pretrained", "transformers: model.load_adapter"]
+    if changed_by := changes_base(config):
+        readers = [f"PEFT, which changes the base's weights as it loads ({changed_by}); no server: save it as_lora"]
+    elif method == "dora":
+        readers.append("servers without DoRA (such as vLLM): merge it first, with `echo-lora merge`")
+    else:
+        readers.append("servers that read PEFT's LoRA folders; any other after `echo-lora merge`")
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return AdapterReport(
+        folder=folder,
+        method=method,
+        rank=config.get("r", 0),
+        alpha=config.get("lora_alpha", 0),
+        base=config.get("base_model_name_or_path"),
+        modules=sorted({name.rpartition(".")[2] for name in changed}),
+        layers=len(changed),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+        files=files,
+        has_chat_template="chat_template.jinja" in files,
+        problems=problems,
+        readers=[] if problems else readers,
+    )
+
+
+def _refused_by_peft(folder: Path) -> list[str]:
+    """What PEFT objects to in the configuration of a folder. It raises whatever its own code happens to raise."""
+    try:
+        PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        return [f"PEFT does not take {CONFIG_FILE}: {type(error).__name__}: {error}"]
+    return []

@@ -1,0 +1,295 @@
+"""Checks of tokenised rows: answers, lengths, token numbers."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from echo_lora.data.forms import row_number
+from echo_lora.data.sources import ROW, where_is
+from echo_lora.data.tokenize import ANSWER, IGNORED, TokenizedRow
+from echo_lora.errors import EchoDataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_logger = logging.getLogger(__name__)
+
+
+Overlength = Literal["error", "drop", "truncate_prompt"]
+
+
+# ----------------------------------------------------------------------------------------------- checking
+
+
+class Lengths(NamedTuple):
+    """The spread of a number of tokens."""
+
+    shortest: int
+    median: float
+    longest: int
+
+    def __str__(self) -> str:
+        return f"{self.shortest} to {self.longest}, median {self.median:g}"
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What the checks found. Lengths are those of the rows that were kept, after shortening."""
+
+    kept: int
+    dropped_rows: list[int]  # numbers of the rows that `max_length` excludes
+    answerless: int  # of these, the rows whose first `max_length` tokens hold no answer token
+    truncated: int
+    without_end_token: int
+    merged_boundary: int
+    prompt_tokens: Lengths
+    answer_tokens: Lengths
+    answer_tokens_total: int
+    tokens_total: int
+    untrained: dict[str, list[int]]  # what rows hold and are not trained on: the rows
+
+    @property
+    def dropped(self) -> int:
+        return len(self.dropped_rows)
+
+
+def refuse_unfit_tokens(
+    dataset: Dataset, source: str, *, vocabulary: int, positions: int | None, has_table: Callable[[], bool]
+) -> None:
+    """Tokens that the model has no embedding for, and rows longer than it has positions for.
+
+    vocabulary: rows of the model's embedding. positions: the longest row that the model was made for, if it says so.
+    has_table: whether positions are looked up in a table, beyond whose end there is nothing; asked only where it
+    matters. Raises EchoDataError, which names the row. Where positions are computed a longer row is a warning.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = dataset.features.arrow_schema.field("input_ids").type
+    if not (pa.types.is_nested(kind) and pa.types.is_integer(kind.value_type)):
+        return  # what a collator of the user's own makes tokens of
+    columns = [name for name in ("input_ids", ROW) if name in dataset.column_names]
+    rows: Any = dataset.select_columns(columns)
+    start, is_warned = 0, positions is None
+    for batch in rows.with_format("arrow").iter(1000):  # whole columns at a time: rows as Python's lists are slow
+        ids = batch["input_ids"]
+        span = pc.min_max(pc.list_flatten(ids)).as_py()
+        longest = pc.max(pc.list_value_length(ids)).as_py() or 0
+        is_unknown = span["min"] is not None and not 0 <= span["min"] <= span["max"] < vocabulary
+        is_long = positions is not None and longest > positions and not is_warned
+        for place, example in enumerate(batch.to_pylist() if is_unknown or is_long else []):
+            where, length = where_is(source, row_number(example, start + place)), len(example["input_ids"])
+            for token in example["input_ids"]:
+                if not 0 <= token < vocabulary:
+                    raise EchoDataError(
+                        f"{where} has the token id {token}, but the model's embedding has rows for 0 to "
+                        f"{vocabulary - 1}. Use the model's own tokenizer, or resize the embedding first."
+                    )
+            if is_warned or positions is None or length <= positions:
+                continue
+            if has_table():
+                raise EchoDataError(
+                    f"{where} has {length} tokens, but the model has embeddings for {positions} positions. "
+                    f"Set max_length to at most {positions}, and on_overlength, or shorten the row."
+                )
+            _logger.warning("%s has %d tokens, more than the %d that the model was made for.", where, length, positions)
+            is_warned = True
+        start += len(batch)
+
+
+def check_tokenized_dataset(
+    dataset: Dataset,
+    *,
+    max_length: int | None,
+    on_overlength: Overlength,
+    end_token_ids: set[int],
+    source: str,
+    bos_token_id: int | None = None,
+) -> tuple[Dataset, RowCounts]:
+    """The checks of `prepare_rows` on a dataset that has `input_ids` and `labels`, and maybe the column ROW.
+
+    A column `completion_mask` says which labels are answer tokens. Other columns are kept. bos_token_id: the token that
+    stays first when a prompt is shortened.
+    """
+    check = _Check(max_length, on_overlength, end_token_ids, bos_token_id, source)
+    columns = [name for name in ("input_ids", "labels", ANSWER, ROW) if name in dataset.column_names]
+    kept = [
+        index
+        for index, example in enumerate(dataset.select_columns(columns).with_format(None))
+        if check(_tokenized(example, index)) is not None
+    ]
+    counts = check.finish()
+    if counts.dropped:
+        dataset = dataset.select(kept)
+    if counts.truncated:
+        options = {"max_length": max_length, "bos": bos_token_id}
+        dataset = dataset.map(_shorten_example, fn_kwargs=options, desc="Shortening prompts")
+    return dataset, counts
+
+
+@dataclass
+class _Check:
+    """One pass over the rows of one source."""
+
+    max_length: int | None
+    on_overlength: Overlength
+    end_ids: set[int]
+    bos: int | None
+    source: str
+    dropped: list[int] = field(default_factory=list)
+    answerless: int = 0
+    truncated: int = 0
+    prompt_lengths: array[int] = field(default_factory=lambda: array("q"))
+    answer_lengths: array[int] = field(default_factory=lambda: array("q"))
+    tokens: int = 0
+    endless: list[int] = field(default_factory=list)  # rows whose answer has no end token
+    merged: list[int] = field(default_factory=list)  # rows whose prompt ends within a token of the answer
+    untrained: dict[str, list[int]] = field(default_factory=dict)
+    overlong: TokenizedRow | None = None  # the first one
+    overlong_count: int = 0
+    longest: int = 0
+
+    def __call__(self, row: TokenizedRow) -> TokenizedRow | None:
+        """The row to train on; None for one that is dropped or will be reported by `finish`."""
+        where, start, length = where_is(self.source, row.row), row.answer_start, len(row.labels)
+        if start == length:
+            raise EchoDataError(
+                f"{where} has no answer token: all of its {length} labels are {IGNORED}. "
+                "Give it an answer, or remove it."
+            )
+        if start == 0:
+            if row.merged_tokens:
+                raise EchoDataError(
+                    f"{where} has no boundary: the tokenizer joins the end of the prompt and the start of the answer "
+                    "into one token, so that no token is the prompt's alone. Put a space or a line break between the "
+                    "two, or use the chat form."
+                )
+            raise EchoDataError(
+                f"{where} has no boundary: its answer starts at the first token. Put a prompt before it; if there is "
+                "one, its end and the start of the answer are one token: put a space or a line break between the two."
+            )
+        if self.max_length is not None and length > self.max_length:
+            if self.on_overlength == "drop":
+                self.dropped.append(row.row)
+                self.answerless += start >= self.max_length
+                return None
+            if self.on_overlength == "error" or length - start >= self.max_length:
+                self.overlong = self.overlong or row
+                self.overlong_count += 1
+                self.longest = max(self.longest, length)
+                return None
+            row = _shorten(row, self.max_length, self.bos)
+            self.truncated += 1
+        answer = [label for label in row.labels if label != IGNORED]
+        self.tokens += len(row.labels)
+        self.prompt_lengths.append(row.answer_start)
+        self.answer_lengths.append(len(answer))
+        if self.end_ids.isdisjoint(answer[-2:]):  # a chat template may write a newline after its end of turn
+            self.endless.append(row.row)
+        if row.merged_tokens:
+            self.merged.append(row.row)
+        for what in row.untrained:
+            self.untrained.setdefault(what, []).append(row.row)
+        return row
+
+    def finish(self) -> RowCounts:
+        if self.overlong is not None:
+            raise EchoDataError(self._overlength_message())
+        if not self.answer_lengths:
+            raise EchoDataError(
+                f"{self.source}: no row is left: {len(self.dropped)} were dropped as longer than max_length = "
+                f"{self.max_length}. Raise max_length, or give other rows."
+            )
+        for problem, rows in {
+            "ends its answer without an end-of-sequence or end-of-turn token": self.endless,
+            "shares the last token of its prompt with its answer: the boundary lies before it": self.merged,
+            **{f"has {what}: not trained on": rows for what, rows in self.untrained.items()},
+        }.items():
+            if rows:
+                _logger.warning("%s %s (%d such rows).", where_is(self.source, rows[0]), problem, len(rows))
+        return RowCounts(
+            kept=len(self.answer_lengths),
+            dropped_rows=self.dropped,
+            answerless=self.answerless,
+            truncated=self.truncated,
+            without_end_token=len(self.endless),
+            merged_boundary=len(self.merged),
+            prompt_tokens=_lengths(self.prompt_lengths),
+            answer_tokens=_lengths(self.answer_lengths),
+            answer_tokens_total=sum(self.answer_lengths),
+            tokens_total=self.tokens,
+            untrained=self.untrained,
+        )
+
+    def _overlength_message(self) -> str:
+        row, limit = self.overlong, self.max_length
+        assert row is not None
+        assert limit is not None
+        where, start, length = where_is(self.source, row.row), row.answer_start, len(row.labels)
+        if self.on_overlength == "truncate_prompt":
+            problem = f"can't be shortened to its answer: that has {length - start} tokens"
+            remedy = 'set on_overlength to "drop"'
+        else:
+            keeps = "no answer token" if start >= limit else "only a part of its answer"
+            problem = f"keeps {keeps}: the prompt has {start} tokens, the answer {length - start}"
+            remedy = 'set on_overlength to "truncate_prompt" or "drop"'
+        return (
+            f"{where} {problem}, and max_length is {limit} ({self.overlong_count} such rows).\n"
+            f"Raise max_length to {self.longest}, or {remedy}."
+        )
+
+
+def _shorten(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRow:
+    """Drop the oldest prompt tokens of a row whose answer leaves room for at least one of them."""
+    keep = _kept_columns(row, max_length, bos)
+    return replace(row, input_ids=keep(row.input_ids), labels=keep(row.labels))
+
+
+def _kept_columns(row: TokenizedRow, max_length: int, bos: int | None) -> Callable[[list[int]], list[int]]:
+    room = max_length - (len(row.labels) - row.answer_start)
+    head = 1 if room > 1 and row.input_ids[0] == bos else 0
+    cut = len(row.labels) - max_length + head
+    return lambda values: values[:head] + values[cut:]
+
+
+def _shorten_example(example: dict[str, Any], max_length: int, bos: int | None) -> dict[str, Any]:
+    if len(example["labels"]) <= max_length:
+        return example
+    keep = _kept_columns(TokenizedRow(example["input_ids"], _answer_labels(example)), max_length, bos)
+    names = [name for name in ("input_ids", "labels", ANSWER) if name in example]
+    return example | {name: keep(example[name]) for name in names}
+
+
+def _tokenized(example: dict[str, Any], index: int) -> TokenizedRow:
+    return TokenizedRow(example["input_ids"], _answer_labels(example), row_number(example, index))
+
+
+def _answer_labels(example: dict[str, Any]) -> list[int]:
+    mask = example.get(ANSWER)
+    if mask is None:
+        return example["labels"]
+    return [label if is_answer else IGNORED for label, is_answer in zip(example["labels"], mask, strict=True)]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers as `3, 7-9`."""
+    ends = [i for i, number in enumerate(numbers) if numbers[i + 1 : i + 2] != [number + 1]]
+    starts = [0, *(i + 1 for i in ends[:-1])]
+    runs = [(numbers[start], numbers[end]) for start, end in zip(starts, ends, strict=True)]
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _lengths(lengths: Sequence[int]) -> Lengths:
+    return Lengths(min(lengths), median(lengths), max(lengths))
+
+
+def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The beginning-of-sequence token, where the tokenizer puts it before every text."""
+    is_first = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id if is_first else None

@@ -1,0 +1,289 @@
+"""Injection: adding δ to the LoRA modules of the target layers.                       (equation 4)
+
+    lora_input:  y = W0 x + s·B A (dropout(x) + a_t δ_m)          a forward pre-hook on `lora_A[adapter]`
+    output:      y = (module output) + a_t δ_m                    a forward hook on the LoRA module
+
+`lora_A[adapter]` is the one place that LoRA, DoRA, rsLoRA and quantised bases all pass through. The hooks stay
+registered and do nothing unless a pass is `injecting`. a_t is 1 at the positions named by `injection_mask`.
+
+With gradient checkpointing the layers run again during backward, when no pass is under way any more:
+`Injector.checkpoint_contexts` lets each recomputation see what its forward saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import BlockDiagonalLinear
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from echo_lora.errors import EchoModelError
+from echo_lora.method.checkpointing import Setting
+
+# PEFT's variants of LoRA that run the module lora_A, as LoRA without a variant does; others compute with its weights.
+RUNS_LORA_A = ("DoraLinearVariant", "KasaLinearVariant", "MiCALinearVariant", "BdLoraLinearVariant")
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What one pass adds: δ (B, width) by module name, and where: mask (B, T) bool."""
+
+    deltas: dict[str, Tensor]
+    mask: Tensor
+
+
+def decoder_layers(base_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: the outermost ModuleList of length `num_hidden_layers`.
+
+    Raises EchoModelError if the model has none.
+    """
+    found = outermost_lists(base_model)
+    if not found:
+        depth = base_model.config.get_text_config().num_hidden_layers
+        raise EchoModelError(
+            f"{type(base_model).__name__} holds no list of {depth} decoder layers, so source and target layers "
+            "can't be found. The echo needs a decoder-only language model of transformers."
+        )
+    return found[0]
+
+
+def outermost_lists(base_model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """Names and lists of length `num_hidden_layers` that lie least deep; one, if its items are the decoder layers."""
+    length = base_model.config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == length
+    ]
+    depth = min((name.count(".") for name, _ in found), default=0)
+    return [(name, module) for name, module in found if name.count(".") == depth]
+
+
+def target_modules(
+    base_model: PreTrainedModel, target_layers: list[int], adapter: str, site: str
+) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+    """The LoRA modules of the target layers that the echo enters, and those that keep their LoRA without it, with why.
+
+    Both by their full name in the base model. The echo enters linear modules that see each token of each row once, in
+    its place. Raises EchoModelError if a target layer holds none, or if the low-rank branch of one has no input where
+    site `lora_input` could add the echo.
+    """
+    for name, module in base_model.named_modules():
+        base_layer = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if isinstance(base_layer, nn.Linear) and type(base_layer).__name__.endswith("Router"):
+            raise EchoModelError(
+                f"{name} is a router that gives several tensors, and PEFT can't run it as the linear layer that it "
+                f"takes it for. Leave it out: LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])."
+            )
+    prefix, layers = decoder_layers(base_model)
+    found: dict[str, LoraLayer] = {}
+    without: dict[str, str] = {}
+    for index in target_layers:
+        layer, name = layers[index], f"{prefix}.{index}"
+        adapted = {
+            f"{name}.{path}": (module, _why_without_echo(layer, path, module, adapter))
+            for path, module in layer.named_modules()
+            if isinstance(module, LoraLayer) and adapter in (*module.lora_A, *module.lora_embedding_A)
+        }
+        in_layer = {path: module for path, (module, why) in adapted.items() if why is None}
+        left_out = {path: why for path, (_, why) in adapted.items() if why is not None}
+        if not in_layer:
+            but = f" ({listed(left_out)})" if left_out else ""
+            raise EchoModelError(
+                f"target layer {index} ({name}) holds no LoRA linear module of adapter {adapter!r} that the echo could "
+                f"enter{but}. Widen LoraConfig.target_modules or layers_to_transform, or choose other target_layers."
+            )
+        found |= in_layer
+        without |= left_out
+    if site == "lora_input":
+        for name, module in found.items():
+            variant = module.lora_variant.get(adapter)
+            kind = getattr(variant, "__name__", type(variant).__name__)
+            if variant is not None and kind not in RUNS_LORA_A:
+                raise EchoModelError(
+                    f"{name} is adapted by PEFT's {kind}, which reads the weights of lora_A and never runs it: an echo "
+                    "at its input could not learn. Use injection_site='output'."
+                )
+    return found, without
+
+
+def unmatched_targets(model: PeftModel, given: Any, adapter: str) -> list[str]:
+    """The names in LoraConfig.target_modules that no module with an adapter has at its end.
+
+    given: target_modules before the adapter was made. One text is a pattern or `all-linear`, which PEFT refuses if it
+    matches nothing. Names that PEFT replaces, as those of experts that transformers holds in one tensor, are not meant.
+    """
+    names = model.peft_config[adapter].target_modules
+    if given is None or isinstance(given, str) or names is None or isinstance(names, str):
+        return []
+    adapted = model.base_model.targeted_module_names
+    ends = set(given).intersection(names)
+    return sorted(end for end in ends if not any(f".{name}".endswith(f".{end}") for name in adapted))
+
+
+def _why_without_echo(layer: nn.Module, path: str, module: LoraLayer, adapter: str) -> str | None:
+    """Why the echo can't enter a LoRA module, found by its type and its path in the layer; None if it can."""
+    if isinstance(module, ParamWrapper):
+        return "adapts a parameter, such as those of experts and routers"
+    if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], (nn.Linear, BlockDiagonalLinear)):
+        return f"adapts a layer of type {type(module.get_base_layer()).__name__}, which is not linear"
+    if isinstance(module, MultiheadAttention):
+        return "adapts an attention as a whole"
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        if "expert" in parts[end - 1] and isinstance(layer.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return "belongs to one of several experts, which sees some tokens only"
+    if any(part in ("encoder_attn", "crossattention") for part in parts):
+        return "attends to an encoder, of which there is none"
+    if parts[-1] == "kv_b_proj":  # multi-head latent attention
+        return "expands cached states of all tokens, the prefix's too"
+    return None
+
+
+def listed(reasons: dict[str, str]) -> str:
+    """Modules by reason, as text; of many with one reason, the first."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        by_reason.setdefault(why, []).append(name)
+    return "; ".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} {why}" for why, names in by_reason.items()
+    )
+
+
+class Injector:
+    """Owns the hooks on the target modules and the injection under way, if any."""
+
+    def __init__(self, modules: dict[str, LoraLayer], adapter: str, site: str) -> None:
+        self.adapter = adapter
+        self.modules = modules
+        self.current: Injection | None = None
+        self._hooked: dict[str, nn.Module] = {}  # lora_A of each module, at site lora_input
+        self._reached: set[str] = set()
+        for name, module in modules.items():
+            # bound methods and partials, not closures: a deep copy of the model copies its hooks with it
+            if site == "lora_input":
+                self._hooked[name] = module.lora_A[adapter]
+                self._hooked[name].register_forward_pre_hook(partial(self._add_to_input, name))
+            else:
+                module.register_forward_hook(partial(self._add_to_output, name))
+
+    def follow(self, base_model: nn.Module) -> None:
+        """Move to the lora_A that a module has now: PEFT replaces it where EVA changes the rank.
+
+        Raises EchoModelError for a module that has left the model, as one whose rank EVA makes 0.
+        """
+        module: Any  # for the checker, a module found by isinstance has no attributes of its class
+        for name, module in self.modules.items():
+            lora_A = module.lora_A
+            if base_model.get_submodule(name) is not module or self.adapter not in lora_A:
+                raise EchoModelError(
+                    f"{name} lost its adapter {self.adapter!r} after the echo was attached to it, so its echo can't "
+                    "learn. Keep the adapter; with EVA use EvaConfig(rho=1.0), which moves no rank between modules."
+                )
+            if name in self._hooked and self._hooked[name] is not lora_A[self.adapter]:
+                self._hooked[name] = lora_A[self.adapter]
+                self._hooked[name].register_forward_pre_hook(partial(self._add_to_input, name))
+
+    def require_reached(self) -> None:
+        """Raises EchoModelError if injecting passes have run some modules and left out others, which never learn."""
+        missing = [name for name in self.modules if name not in self._reached]
+        if missing and self._reached:  # compiled code does not tell
+            raise EchoModelError(
+                f"{missing[0]} was not run in the echo-on pass ({len(missing)} such modules), so its echo can't learn. "
+                "Leave it out of LoraConfig.target_modules, or choose other target_layers."
+            )
+
+    @staticmethod
+    def widths(modules: dict[str, LoraLayer], site: str) -> dict[str, int]:
+        """Number of features that δ needs for each module at this site."""
+        return {n: m.in_features if site == "lora_input" else m.out_features for n, m in modules.items()}
+
+    def injecting(self, injection: Injection | None) -> AbstractContextManager[None]:
+        """Add this to every forward inside; None adds nothing."""
+        return Setting(self, injection)
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """`context_fn` of torch's checkpoint: the recomputation injects what the forward injected."""
+        return self.injecting(self.current), self.injecting(self.current)
+
+    @contextmanager
+    def measuring(self) -> Iterator[list[Tensor]]:
+        """Collect how much of the low-rank branch's output the echo makes up, in every injecting pass inside.
+
+        Gives ‖echo's part‖ / ‖whole output of the branch, echo included‖, a mean over the injected positions, for each
+        target module: scalars, float32. The branch is what the module adds to the base layer. For a diagnosis in
+        eval mode: it runs the modules twice.
+        """
+        shares: list[Tensor] = []
+        handles = [module.register_forward_hook(self._share_hook(module, shares)) for module in self.modules.values()]
+        try:
+            yield shares
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _share_hook(self, layer: LoraLayer, shares: list[Tensor]) -> Any:
+        @torch.no_grad()
+        def measure(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.current is None:
+                return
+            is_injected = self.current.mask.to(output.device).reshape(output.shape[:-1])
+            with self.injecting(None):
+                own = output - layer.forward(*args)
+            branch = output - layer.base_layer(*args)
+            share = own[is_injected].norm(dim=-1) / branch[is_injected].norm(dim=-1).clamp(min=1e-12)  # (N,)
+            shares.append(share.float().mean())
+
+        return measure
+
+    def _reach(self, name: str) -> None:
+        if not torch.compiler.is_compiling():
+            self._reached.add(name)
+
+    def _add_to_input(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.current is None or _is_weight_probe(args[0]):
+            return None
+        self._reach(name)
+        return (_add(args[0], self.current, name), *args[1:])
+
+    def _add_to_output(self, name: str, layer: LoraLayer, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if self.current is None or self.adapter not in layer.active_adapters:
+            return None
+        self._reach(name)
+        return _add(output, self.current, name)
+
+
+def _is_weight_probe(x: Tensor) -> bool:
+    """Whether x is the identity matrix that DoRA sends through lora_A to learn the weight's norm.
+
+    Only a square matrix is compared, so that ordinary (B, T, d) inputs cost nothing.
+    """
+    return x.dim() == 2 and x.shape[0] == x.shape[1] and torch.equal(x, torch.eye(len(x)).to(x))
+
+
+def _add(x: Tensor, injection: Injection, name: str) -> Tensor:
+    """x + a_t δ_m, for x of shape (B, T, width), or (B·T, width) in layers that flatten their rows."""
+    if not isinstance(x, Tensor):
+        raise EchoModelError(
+            f"{name} gives a {type(x).__name__}, not a tensor of (rows, tokens, width), as routers of experts do: "
+            "there is nothing to add the echo to. Leave this module out of LoraConfig.target_modules."
+        )
+    mask_BT = injection.mask
+    if x.shape[:-1] not in (mask_BT.shape, mask_BT.flatten().shape):
+        raise EchoModelError(
+            f"{name} sees an input of shape {tuple(x.shape)} where the batch has {tuple(mask_BT.shape)} "
+            "(rows, tokens): the layer regroups tokens, and the echo can't tell which row each belongs to. "
+            "Leave this module out of LoraConfig.target_modules."
+        )
+    delta = injection.deltas[name].to(x.device, x.dtype)  # (B, width)
+    added = torch.where(mask_BT.to(x.device)[..., None], delta[:, None, :], 0)  # (B, T, width)
+    return x + added.reshape(x.shape)

@@ -1,0 +1,106 @@
+"""The model's output layer, applied to the hidden states of supervised positions only.   [O]
+
+    logits = softcap( scale · W h )
+
+`loss_terms` calls it for one chunk of positions at a time, so that no tensor of all positions and the whole vocabulary
+ever exists. What a model does to the result of its output layer is read from its configuration and then compared with
+the model's own logits, not taken on trust: a model that does something else keeps its own logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+PROBED_LOGITS = (1.0, 100.0)
+
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # what configurations call a factor of logits
+
+
+@contextmanager
+def without_trace(device: torch.device) -> Iterator[None]:
+    """Run the model inside without gradient, and leave the random numbers of the CPU and of this device as they were.
+
+    Autocast keeps weights that it has cast. That of torch 2.9 keeps those without gradient too, and gives them to the
+    training pass that follows, from which the adapter would then learn nothing.
+    """
+    devices = [device] if device.type != "cpu" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+class Head:
+    """The output layer of a causal language model as a function from hidden states (…, d) to logits (…, V)."""
+
+    def __init__(self, base_model: PreTrainedModel) -> None:
+        config = base_model.config.get_text_config()
+        self.linear: nn.Module = base_model.get_output_embeddings()
+        self.vocabulary: int = config.vocab_size
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        factors = [value for name in FACTORS if (value := getattr(config, name, None)) is not None]
+        if getattr(config, "logits_scaling", None) is not None:
+            factors.append(1 / config.logits_scaling)
+        self.scale = factors[0] if factors else None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.linear(hidden)
+        if self.scale is not None:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.to(hidden.device)
+
+    @property
+    def is_trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.linear.parameters())
+
+    @contextmanager
+    def intercepting(self, replacement: Tensor | None = None) -> Iterator[list[Tensor]]:
+        """Collect what the model sends to its output layer, which then works on the first column only.
+
+        replacement: works on these states instead.
+        """
+        states: list[Tensor] = []
+
+        def intercept(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            states.append(args[0])  # (B, A, d)
+            return (args[0][:, :1].detach() if replacement is None else replacement, *args[1:])
+
+        handle = self.linear.register_forward_pre_hook(intercept)
+        try:
+            yield states
+        finally:
+            handle.remove()
+
+    def why_not(self, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor | None) -> str | None:
+        """Why this is not what the model computes; None if it is.
+
+        Compares both on random states, once with logits of about 1 and once of about 100, which a soft cap would bend.
+        What the tokens are does not matter then, and logits that happen to be zero hide no factor.
+        input_ids, position_ids: (1, T), run without gradient; the random number generators are left as they were.
+        """
+        with without_trace(input_ids.device):
+            with self.intercepting() as states:
+                forward(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            if len(states) != 1 or states[0].dim() != 3:
+                return f"the output layer {type(self.linear).__name__} was not called once with (rows, tokens, d)"
+            x = torch.randn(states[0].shape, generator=torch.Generator().manual_seed(0)).to(states[0])
+            largest = self.linear(x).abs().max()
+            for size in PROBED_LOGITS:
+                with self.intercepting(x * (size / largest)) as states:
+                    theirs = forward(
+                        input_ids=input_ids, position_ids=position_ids, use_cache=False
+                    ).logits  # (1, T, V)
+                ours = self(x * (size / largest)).to(theirs.device)
+                bound = 8 * torch.finfo(x.dtype).eps * ours.float().abs().max()
+                if ours.shape != theirs.shape or not ((ours.float() - theirs.float()).abs() <= bound).all():
+                    return "the model does more to its logits than its configuration tells"
+        return None

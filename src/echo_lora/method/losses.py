@@ -1,0 +1,161 @@
+"""The loss terms, over the positions that predict answer tokens, a chunk of positions at a time.   (equation 7)
+
+    CE(off)        cross-entropy of the echo-off pass: the model that is deployed
+    CE(on)         cross-entropy of the echo-on pass
+    distillation   τ² · KL(teacher ‖ student), the teacher without gradient; at all positions, or at those where the
+                   teacher gives the target a higher probability (`distillation_tokens`)                    [O]
+    CE(prompt)     where prompts are trained on: that of the echo-off pass at all other tokens              [O]
+
+Every term is a sum over tokens; the step divides it by the number of supervised tokens of the whole optimizer step,
+so that any split of a step into micro-batches gives the same gradient.
+
+All terms of a chunk are computed from its hidden states, and so is their gradient, in the same breath: what remains is
+a gradient as large as the hidden states, and neither logits nor the output layer are needed again in backward. The
+result does not depend on the chunk size.
+
+Shapes: `N` supervised positions, `n` of a chunk, `M` that predict prompt tokens, `d` hidden width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from echo_lora.method.config import EchoConfig
+from echo_lora.method.lm_head import Head
+
+CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; about ten of them exist at one time, 32 MiB each in float32
+
+
+class Terms(NamedTuple):
+    """Sums over the supervised positions; float32 scalars. Only `loss` carries gradient."""
+
+    loss: Tensor  # w · (CE(off) + CE(on) + μ · distillation) + CE(prompt)
+    ce_off: Tensor
+    ce_on: Tensor
+    distillation: Tensor
+    entropy: Tensor  # of the echo-off distribution, in nats
+    correct: Tensor  # positions where the echo-off argmax is the target
+    ce_prompt: Tensor
+
+
+@torch.compiler.disable  # it finds gradients on its way, which torch.compile can't trace
+def loss_terms(
+    off_Nd: Tensor,
+    on_Nd: Tensor | None,
+    targets_N: Tensor,
+    config: EchoConfig,
+    head: Head | None = None,
+    prompt: tuple[Tensor, Tensor] | None = None,
+    *,
+    answer_weight: float = 1.0,
+) -> Terms:
+    """Sums of all terms.
+
+    off_Nd, on_Nd: (N, d) hidden states of any float dtype; on_Nd is None in a step that is not routed, whose CE(on)
+    and distillation are zero. targets_N: (N,) int64, all of them supervised. head: makes logits (n, V) of them, with
+    parameters that need no gradient; None where the states are logits already, (N, V). With N = 0 every term is zero,
+    and the loss is still connected to the states, so that no rank waits for a gradient. prompt: echo-off states (M, d)
+    and targets (M,) of prompt tokens that are trained on too; they count in the loss, the entropy and `correct`.
+    answer_weight: w, in the loss alone.
+    """
+    terms = Terms(*_ChunkedTerms.apply(off_Nd, on_Nd, targets_N, config, head))
+    if answer_weight != 1:
+        terms = terms._replace(loss=answer_weight * terms.loss)
+    if prompt is None:
+        return terms
+    of_prompt = Terms(*_ChunkedTerms.apply(prompt[0], None, prompt[1], config, head))
+    return terms._replace(
+        loss=terms.loss + of_prompt.loss,
+        entropy=terms.entropy + of_prompt.entropy,
+        correct=terms.correct + of_prompt.correct,
+        ce_prompt=of_prompt.ce_off,
+    )
+
+
+class _ChunkedTerms(torch.autograd.Function):
+    """The gradient of the loss is found in forward, chunk by chunk; backward only scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        off_Nd: Tensor,
+        on_Nd: Tensor | None,
+        targets_N: Tensor,
+        config: EchoConfig,
+        head: Head | None,
+    ) -> tuple[Tensor, ...]:
+        states = [off_Nd] if on_Nd is None else [off_Nd, on_Nd]
+        gradients = [torch.empty_like(x) for x in states] if any(ctx.needs_input_grad) else []
+        sums = torch.zeros(len(Terms._fields), device=off_Nd.device)
+        chunk = max(1, CHUNK_ELEMENTS // (off_Nd.shape[-1] if head is None else head.vocabulary))
+        for start in range(0, len(targets_N), chunk):
+            part = slice(start, start + chunk)
+            with torch.set_grad_enabled(bool(gradients)):
+                leaves = [x[part].detach().requires_grad_(bool(gradients)) for x in states]
+                logits = [leaf if head is None else head(leaf) for leaf in leaves]  # (n, V) each
+                terms = chunk_terms(logits, targets_N[part], config)
+            if gradients:
+                for gradient, found in zip(gradients, torch.autograd.grad(terms.loss, leaves), strict=True):
+                    gradient[part] = found
+            sums += torch.stack(terms).detach()
+        ctx.save_for_backward(*gradients)
+        loss, *others = (total.clone() for total in sums)
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    @once_differentiable  # the gradient holds no graph: a second derivative is an error, not a wrong number
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # a loss scaled for float16 is beyond its range, and 1/N has no 8 bits
+        of_off, *of_on = ((gradient.float() * grad_loss).to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return of_off, of_on[0] if of_on else None, None, None, None
+
+
+def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) -> Terms:
+    """Terms of some positions. logits_nV: [off] or [off, on], each (n, V)."""
+    off = logits_nV[0].float()
+    log_off = F.log_softmax(off, dim=-1)  # (n, V)
+    ce_off = F.nll_loss(log_off, targets_n, reduction="sum")
+    with torch.no_grad():
+        entropy = -(log_off.exp() * log_off).sum()
+        correct = (off.argmax(-1) == targets_n).sum().float()
+    zero = ce_off.new_zeros(())
+    if len(logits_nV) == 1:
+        return Terms(ce_off, ce_off, zero, zero, entropy, correct, zero)
+    on = logits_nV[1].float()
+    log_on = F.log_softmax(on, dim=-1)  # (n, V)
+    ce_on = F.nll_loss(log_on, targets_n, reduction="sum")
+    passes = [(on, log_on), (off, log_off)]
+    if config.distillation_direction == "off_to_on":
+        passes.reverse()
+    (teacher, log_teacher), (student, log_student) = passes
+    if config.distillation_tokens == "teacher_better":
+        is_followed = is_better(log_teacher, log_student, targets_n)  # (n,)
+        teacher, student = teacher[is_followed], student[is_followed]
+    kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)
+    return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, entropy, correct, zero)
+
+
+@torch.no_grad()
+def is_better(log_teacher_NV: Tensor, log_student_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Where the teacher gives the target a higher probability than the student does; (N,) bool, without gradient.
+
+    Followed there only, a teacher that is worse than its student on average can't pull it away from the answer. [O]
+    """
+    at = targets_N[:, None]
+    return (log_teacher_NV.gather(1, at) > log_student_NV.gather(1, at))[:, 0]
+
+
+def distillation(*, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:
+    """τ² · Σ_N KL(teacher ‖ student) at temperature τ; (N, V) logits in, a float32 scalar out.
+
+    τ² keeps the gradient's size independent of τ. Gradient flows to the student only.
+    """
+    teacher = F.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)  # stop-gradient: the teacher leads
+    student = F.log_softmax(student_NV.float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)

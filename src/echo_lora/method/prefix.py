@@ -1,0 +1,135 @@
+"""The prefix's keys and values: recorded by the echo-off pass, attended to by the echo-on pass.   [O]
+
+They stay in the autograd graph of the echo-off pass, so that the echo-on pass sends its gradient through them.
+
+Under gradient checkpointing transformers takes the cache away from its layers, for a layer that runs again in
+backward would append its states a second time. A cache of ours gives the same answer however often it is asked, so
+hooks hand it to the attention modules themselves, in the forward and in each recomputation. What a checkpointed layer
+records is part of the graph although nothing inside the layer is stored: backward recomputes the layer when the
+gradient of its keys and values, or of its output, arrives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, cat, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from echo_lora.errors import EchoModelError
+from echo_lora.method.checkpointing import Setting
+
+# One thing, as models and attentions name it; `cache` since transformers 5.24.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """What this function calls its key-value cache; None if it takes none."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+class PrefixRecorder(Cache):
+    """What the echo-off pass is given: it keeps each layer's first columns and changes nothing."""
+
+    def __init__(self, columns: int, depth: int, *, is_checkpointed: bool) -> None:
+        super().__init__(layers=[_RecordingLayer(columns, is_checkpointed) for _ in range(depth)])
+
+    def prefix(self, *, is_detached: bool = False) -> Cache:
+        """The recorded prefix, for the echo-on pass; the recorder lets go of it and records no more.
+
+        is_detached: no gradient flows back into the echo-off pass.
+        Raises EchoModelError if a layer recorded nothing: it keeps its states elsewhere.
+        """
+        missing = [index for index, layer in enumerate(self.layers) if layer.recorded is None]
+        if missing:
+            raise EchoModelError(
+                f"{len(missing)} of {len(self.layers)} layers, the first of them layer {missing[0]}, gave their keys "
+                "and values to no cache, so the prefix can't be shared. Set echo_step='full'."
+            )
+        return Cache(layers=[layer.handed_over(is_detached) for layer in self.layers])
+
+
+class _RecordingLayer(DynamicLayer):
+    def __init__(self, columns: int, is_checkpointed: bool) -> None:
+        super().__init__()
+        self.columns, self.is_checkpointed, self.is_over = columns, is_checkpointed, False
+        self.recorded: list[Tensor] | None = None  # keys and values, each (B, heads, P-1, width)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_over:
+            prefix = [states[..., : self.columns, :] for states in (key_states, value_states)]
+            # a view would keep the whole row's states alive, which checkpointing is there to drop
+            self.recorded = [states.clone() for states in prefix] if self.is_checkpointed else prefix
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def handed_over(self, is_detached: bool) -> _PrefixLayer:
+        assert self.recorded is not None
+        layer = _PrefixLayer(*(states.detach() if is_detached else states for states in self.recorded))
+        self.recorded, self.is_over = None, True
+        return layer
+
+
+class _PrefixLayer(DynamicLayer):
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return cat([self.keys, key_states], dim=-2), cat([self.values, value_states], dim=-2)
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[-2]
+
+
+class PrefixSharing:
+    """Owns the hooks that hand the cache of the pass under way to the attention modules."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.current: Cache | None = None
+        self.depth = len(layers)
+        self.why_not: str | None = None
+        self.handles: list[RemovableHandle] = []
+        for layer in layers:
+            named = [(m, cache_argument(m.forward)) for m in layer.modules() if m is not layer]
+            found = [(module, name) for module, name in named if name is not None]
+            if len(found) != 1:
+                self.why_not = f"{type(layer).__name__} holds {len(found)} modules that take a key-value cache, not one"
+                continue
+            module, name = found[0]
+            self.handles += [
+                layer.register_forward_pre_hook(self._take_away, with_kwargs=True),
+                # bound methods and partials, not closures: a deep copy of the model copies its hooks with it
+                module.register_forward_pre_hook(partial(self._hand_over, name), with_kwargs=True),
+            ]
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self.handles:
+            handle.remove()
+
+    def using(self, cache: Cache | None) -> AbstractContextManager[None]:
+        """Give this cache to every attention inside; None leaves them as they are."""
+        return Setting(self, cache)
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """`context_fn` of torch's checkpoint: the recomputation uses the cache that the forward used."""
+        return self.using(self.current), self.using(self.current)
+
+    def _take_away(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Outside a checkpoint, whose warning about the cache would not be true."""
+        if self.current is None:
+            return None
+        return args, {key: None if key in CACHE_NAMES else value for key, value in kwargs.items()}
+
+    def _hand_over(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return None if self.current is None else (args, kwargs | {name: self.current})

@@ -1,0 +1,176 @@
+"""Recipe → objects: LoRA configuration, model with adapter, training arguments, rows."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import set_seed
+from trl import SFTConfig
+
+from echo_lora.data.check import refuse_unfit_tokens
+from echo_lora.data.prepared import PreparedData
+from echo_lora.errors import EchoConfigError, EchoError, EchoModelError, nearest
+from echo_lora.method.injection import unmatched_targets
+from echo_lora.method.model import EchoModel, get_echo_model
+from echo_lora.models import empty_model, has_position_table, load_config, load_tokenizer
+from echo_lora.recipe.rows import check_rows, prepare_part
+from echo_lora.recipe.schema import Recipe
+
+# What decides the result of a training, by the trainer's keys, and the recipe's keys for it.
+RECIPE_KEYS = {
+    "adapter.lora_alpha": "lora.alpha",
+    "adapter.lora_dropout": "lora.dropout",
+    "adapter.r": "lora.r",
+    "adapter.target_modules": "lora.target_modules",
+    "adapter.use_dora": "method",
+    "adapter.use_rslora": "method",
+    "base.attn_implementation": "attn_implementation",
+    "base.dtype": "dtype",
+    "base.quantization": "quantization",
+    "base.sha256": "model",
+    "data.sha256": "data",
+    "echo.routing_seed": "seeds.routing",
+    "training.batches": "training.batch_size, training.gradient_accumulation",
+    "training.data_seed": "seeds.data_order",
+    "training.lr_scheduler_type": "training.schedule",
+    "training.max_steps": "training.steps",
+    "training.num_train_epochs": "training.epochs",
+    "training.optim": "training.optimizer",
+    "training.seed": "seeds.initialisation",
+}
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Raises EchoConfigError if the recipe asks for a package that is not installed."""
+    needs: dict[str, str] = {f"training.report_to = {name}": name for name in recipe.training.report_to}
+    if "8bit" in recipe.training.optimizer:
+        needs[f"training.optimizer = {recipe.training.optimizer}"] = "bitsandbytes"
+    for key, package in needs.items():
+        if find_spec(package) is None:
+            raise EchoConfigError(f"{key} needs the package {package}. Run `pip install {package}`, or leave it out.")
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    """The PEFT configuration of the recipe's adapter."""
+    return LoraConfig(
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=recipe.lora.target_modules,
+        use_dora=recipe.method == "dora",
+        use_rslora=recipe.method == "rslora",
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
+    """The base with the recipe's adapter, freshly initialised, and with the echo if the recipe wants it.
+
+    Raises EchoModelError if the base can't carry it.
+    """
+    set_seed(recipe.seeds.initialisation)
+    width = getattr(base.config.get_text_config(), "hidden_size", None)
+    if width is not None and recipe.lora.r > width:
+        raise EchoModelError(
+            f"lora.r = {recipe.lora.r} is above the width of {recipe.model}, {width}, and no update has a higher rank. "
+            "Lower it."
+        )
+    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    config = lora_config(recipe)
+    try:
+        if recipe.echo:
+            model: PeftModel = get_echo_model(base, config, recipe.build_echo_config())
+        else:
+            model = get_peft_model(base, config)
+    except (ValueError, re.error) as error:  # PEFT's, for modules that are not there or can't carry an adapter
+        if isinstance(error, EchoError):
+            raise
+        raise EchoModelError(
+            f"lora.target_modules = {recipe.lora.target_modules} does not fit {recipe.model}: {error} "
+            "Name linear modules of this model, or use all-linear."
+        ) from error
+    if unmatched := unmatched_targets(model, recipe.lora.target_modules, "default"):
+        ends = {name.rpartition(".")[2] for name in (*linear, *model.base_model.targeted_module_names)}
+        raise EchoModelError(
+            f"lora.target_modules names {unmatched[0]!r}, and no module of {recipe.model} that gets an adapter has a "
+            f"name that ends so.{nearest(unmatched[0], sorted(ends))} Correct it, or leave it out."
+        )
+    return model
+
+
+def parameter_counts(model: PeftModel) -> tuple[int, int]:
+    """Trainable parameters of the adapter, and of the echo."""
+    echo = sum(p.numel() for p in model.echo.parameters()) if isinstance(model, EchoModel) else 0
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) - echo, echo
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
+    """The recipe's `training` in the words of transformers and TRL, whose own defaults differ."""
+    training = recipe.training
+    # with a warm-up of 0 steps this is the constant schedule
+    schedule = "constant_with_warmup" if training.schedule == "constant" else training.schedule
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        num_train_epochs=training.epochs if training.epochs is not None else 1.0,
+        max_steps=training.steps if training.steps is not None else -1,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optimizer,
+        activation_checkpointing=training.gradient_checkpointing,
+        bf16=training.bf16,
+        save_steps=training.save_every,
+        save_total_limit=training.keep_checkpoints,
+        logging_steps=training.log_every,
+        logging_first_step=True,
+        eval_strategy="no" if training.evaluate_every is None else "steps",
+        eval_steps=training.evaluate_every,
+        report_to=training.report_to or "none",
+        seed=recipe.seeds.initialisation,
+        data_seed=recipe.seeds.data_order,
+        max_length=None,  # rows are checked before they come here
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,  # _Progress shows what there is to see
+    )
+
+
+def recipe_key(key: str) -> str:
+    """How a recipe calls what decides the result of a training, with the trainer's key, in whose terms values are."""
+    section, _, name = key.partition(".")
+    own = RECIPE_KEYS.get(key, f"echo_config.{name}" if section == "echo" else key)
+    return key if own == key else f"{own} ({key})"
+
+
+def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, dict[str, list[PreparedData]]]:
+    """The tokenizer and the rows of data.train and data.validation, checked as far as that goes without weights.
+
+    What takes longer comes later: the form of all rows, their tokens, then what the model has embeddings for.
+    Raises EchoDataError.
+    """
+    check_rows(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    prepared = {part: prepare_part(recipe, tokenizer, part) for part in ("train", "validation")}
+    config = load_config(recipe.model, recipe.trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    for data in (data for part in prepared.values() for data in part):
+        refuse_unfit_tokens(
+            data.dataset,
+            data.source,
+            vocabulary=config.vocab_size,
+            positions=positions,
+            has_table=lambda: has_position_table(
+                empty_model(recipe.model, trust_remote_code=recipe.trust_remote_code), positions or 0
+            ),
+        )
+    return tokenizer, prepared

@@ -1,0 +1,204 @@
+"""Reading a recipe: one YAML file that shows a whole run.
+
+`load_recipe` reads it, `recipe_table` lists its keys (of `schema.py`) for the documentation. What a recipe does not
+say keeps its default; a key it should not say is an error that names file, line and key.
+
+Paths of rows in a recipe start at the recipe's folder; those of a shipped recipe, of `--set`, and `output`, at the
+working directory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from echo_lora.data.sources import expanded
+from echo_lora.errors import EchoConfigError, nearest
+from echo_lora.recipe.schema import PARTS, Recipe, Section
+from echo_lora.recipe.yaml_file import DEEPEST, _parsed, find_yaml, is_in, names_in, parse_yaml
+
+SHIPPED = Path(__file__).parent.parent / "recipes"
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, or of the name of one that is shipped with the package.
+
+    overrides: `key.path=value`, the value in YAML, as in `training.steps=20`. Raises EchoConfigError, which
+    names file, line and key.
+    """
+    path = find_yaml(str(source), SHIPPED, "recipe")
+    tree, document = parse_yaml(path)
+    if not is_in(path, SHIPPED):  # the user's rows are not in the package
+        _rebase(document, path.parent)
+    document.setdefault("output", f"runs/{path.stem}")
+    return validated(Recipe, document, str(source), tree, overrides)
+
+
+def recipe_of_run(record: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that the `run.json` of a finished run holds, as it was then. Raises EchoConfigError.
+
+    It may be somebody else's, so it does not decide whether code of the model is run: only `overrides` do.
+    """
+    try:
+        document = json.loads(Path(record).read_text(encoding="utf-8"))["recipe"]
+        if not isinstance(document, dict):
+            raise TypeError(f"its recipe is a {type(document).__name__}, not an object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EchoConfigError(f"{record} holds no recipe: {error!r}. Name a recipe instead.") from error
+    document.pop("trust_remote_code", None)
+    return validated(Recipe, document, str(record), None, overrides)
+
+
+def validated(
+    kind: type[AnySection], document: dict[str, Any], source: str, tree: yaml.Node | None, overrides: Sequence[str] = ()
+) -> AnySection:
+    """The document as a section of this kind, some keys overridden. Raises EchoConfigError with file, line and key."""
+    changed = {}
+    for text in overrides:
+        keys, value = _override(text)
+        _set(document, keys, value, text)
+        changed[tuple(keys)] = text
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise EchoConfigError(_explain(kind, error, document, source, tree, changed)) from None
+
+
+def shipped_recipes() -> list[str]:
+    """Names that `load_recipe` takes without a file."""
+    return names_in(SHIPPED)
+
+
+def _rebase(document: dict[str, Any], folder: Path) -> None:
+    """Let the file's relative paths of rows and of the model start at the file's folder."""
+
+    def rebased(value: Any) -> Any:
+        if isinstance(value, list):
+            return [rebased(item) for item in value]
+        if isinstance(value, dict):
+            return value | {"file": rebased(value["file"])} if isinstance(value.get("file"), str) else value
+        return str(folder / expanded(value)) if isinstance(value, str) and value.strip() else value
+
+    model, data, evaluation = (document.get(key) for key in ("model", "data", "evaluation"))
+    if isinstance(model, str) and model.startswith("."):
+        document["model"] = str((folder / model).absolute())  # "./base" must not become the hub id "base"
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    for holder, keys in ((data, PARTS), *((task, ("data",)) for task in (tasks if isinstance(tasks, list) else []))):
+        for key in keys:
+            if isinstance(holder, dict) and key in holder:
+                holder[key] = rebased(holder[key])
+
+
+def _override(text: str) -> tuple[list[str], Any]:
+    key, is_given, value = text.partition("=")
+    keys = key.strip().split(".")
+    if not is_given or not all(key.isprintable() and key for key in keys) or len(keys) > DEEPEST:
+        raise EchoConfigError(f"--set {text}: write it as key=value, for example --set training.steps=20.")
+    try:
+        return keys, _parsed(value)[1]
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise EchoConfigError(f"--set {text}: the value is not YAML: {problem}. Correct it, or quote it.") from error
+
+
+def _set(document: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        section = document.get(key) or {}
+        if not isinstance(section, dict):
+            raise EchoConfigError(f"--set {text}: {'.'.join(keys[: depth + 1])} is not a section. Set it as a whole.")
+        document[key] = dict(section)  # a copy: YAML's anchors make one section stand in two places
+        document = document[key]
+    document[keys[-1]] = value
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def _explain(
+    kind: type[Section],
+    error: ValidationError,
+    document: Any,
+    source: str,
+    tree: yaml.Node | None,
+    changed: dict[tuple[str, ...], str],
+) -> str:
+    """One line per wrong key: where it stands, which it is, what is wrong, what is allowed."""
+    problems: dict[tuple[Any, ...], list[str]] = {}
+    for problem in error.errors():
+        path = _written_path(problem["loc"], document)
+        shown = ".".join(map(str, path))
+        value = "null" if problem["input"] is None else repr(problem["input"])
+        message = re.sub(r"^(Input|String|List) should", "must", problem["msg"].removeprefix("Value error, "))
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key {shown}.{nearest(str(path[-1]), _keys(kind, problem['loc'][:-1]))}"
+        elif problem["type"] == "missing":
+            message = f"the key {'.'.join([shown, str(problem['loc'][-1])]).lstrip('.')} is missing. Add it."
+        elif problem["type"] == "bool_type":
+            message = f"{shown} = {value} must be true or false."
+        elif problem["type"] == "value_error":
+            message = f"{shown + ': ' if shown else ''}{message.rstrip('.')}."
+        else:
+            message = f"{shown} = {value} {message}."
+            if value == "null" and problem["type"] == "string_type":
+                message += ' YAML reads ~ and an empty value as null: quote it, as in "~", to mean the text.'
+        problems.setdefault(path, []).append(message)
+    lines = []
+    for path, messages in problems.items():
+        lines.append(f"{_where(path, source, tree, changed)}: {' '.join(dict.fromkeys(messages))}")
+    return "\n".join(lines)
+
+
+def _written_path(loc: tuple[Any, ...], document: Any) -> tuple[Any, ...]:
+    """The location as the user wrote it: without pydantic's names of types, and of lists that we made."""
+    path = []
+    for part in loc:
+        is_there = isinstance(document, dict) and part in document
+        is_item = isinstance(document, list) and isinstance(part, int) and part < len(document)
+        if is_there or is_item:
+            path.append(part)
+            document = document[part]
+    return tuple(path)
+
+
+def _where(path: tuple[Any, ...], source: str, tree: yaml.Node | None, changed: dict[tuple[str, ...], str]) -> str:
+    for keys, text in changed.items():
+        if keys == path[: len(keys)]:
+            return f"--set {text}"
+    below = "".join(f", --set {text}" for keys, text in changed.items() if keys[: len(path)] == path)
+    if tree is None:
+        return source + below
+    line = tree.start_mark.line
+    for part in path:
+        if isinstance(tree, yaml.MappingNode):
+            found = [(key, value) for key, value in tree.value if key.value == part]
+            if not found:  # then the section consists of what --set gave
+                return below.removeprefix(", ") or source
+            line, tree = found[0][0].start_mark.line, found[0][1]
+        elif isinstance(tree, yaml.SequenceNode) and part < len(tree.value):
+            tree = tree.value[part]
+            line = tree.start_mark.line
+    return f"{source}:{line + 1}{below}" if path else source
+
+
+def _keys(kind: type[Section], loc: tuple[Any, ...]) -> list[str]:
+    """The keys that are known at a location."""
+    model: Any = kind
+    for part in loc:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section(annotation: Any) -> Any:
+    """The section inside an annotation such as `list[Source] | None`; None if there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section, get_args(annotation))), None)

@@ -1,0 +1,261 @@
+"""What a recipe would do, without doing it: its rows as the model will see them, and a dry run.
+
+The dry run builds the model on torch's meta device, where tensors have shapes but no numbers: it needs neither the
+weights nor their memory, and still counts parameters, and the bytes that autograd would keep, on the real modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from echo_lora.data.prepared import PreparedData
+from echo_lora.data.preview import Segment, preview_segments
+from echo_lora.environment import peak_memory
+from echo_lora.errors import EchoModelError
+from echo_lora.method.config import EchoConfig
+from echo_lora.method.injection import decoder_layers
+from echo_lora.method.losses import CHUNK_ELEMENTS
+from echo_lora.method.model import EchoModel
+from echo_lora.method.routing import routing_probability
+from echo_lora.method.sharing import why_full
+from echo_lora.models import empty_model
+from echo_lora.progress import stage
+from echo_lora.recipe.build import add_adapter, parameter_counts, prepare, require_packages
+from echo_lora.recipe.schema import Recipe
+
+# Bytes per trainable parameter: float32 weight and gradient, and Adam's two moments or what stands for them.
+STATE_BYTES = {"adamw_bnb_8bit": 10, "paged_adamw_8bit": 10, "adafactor": 9, "sgd": 8}
+
+ADAM_BYTES = 16
+
+QUANTISED_SHARE = {"4bit": 0.55 / 4, "8bit": 1.05 / 4}  # of the float32 bytes, with the scales
+
+NAMED_ROWS = 20  # dropped rows that are named on a screen; run.json names each one
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of training, an estimate: kernels' workspaces and fragmentation are not counted."""
+
+    base: int  # the base's weights
+    states: int  # adapter and echo: weights, gradients, optimizer
+    activations: int | None  # what autograd keeps of the longest batch; None where the model can't tell
+    process: int  # Python and its libraries, on a CPU
+
+    @property
+    def total(self) -> int:
+        return self.base + self.states + (self.activations or 0) + self.process
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `train` would do."""
+
+    model: str
+    method: str
+    echo_kind: str | None  # None without the echo
+    source_layers: list[str]
+    target_layers: dict[str, list[str]]  # the modules in each that receive the echo
+    without_echo: dict[str, str]  # those that keep their LoRA without it, and why
+    base_parameters: int
+    deployed_parameters: int  # of the adapter: what is saved
+    echo_parameters: int  # trained beside it and thrown away
+    rows: list[str]
+    steps: int
+    mean_routing: float  # p̄, over the planned steps
+    why_full: str | None  # why the echo-on pass does not share its prefix, if it does not
+    cost: float  # arithmetic relative to the same adapter without the echo
+    memory: Memory
+
+    @property
+    def trainable_parameters(self) -> int:
+        return self.deployed_parameters + self.echo_parameters
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Rows as segments of prompt, boundary, answer and ignored tokens, with the statistics of all rows."""
+
+    rows: list[tuple[str, list[Segment]]]  # where it comes from, and its tokens
+    summary: list[str]
+
+
+def preview(recipe: Recipe, count: int = 3) -> Preview:
+    """The first `count` training rows of each source. Raises EchoDataError for a row that can't be trained on."""
+    with stage("Reading rows", line=False):
+        tokenizer, parts = prepare(recipe)
+    prepared = parts["train"]
+    return Preview(
+        rows=[
+            (f"{data.source}: row {row.row}", preview_segments(row, tokenizer))
+            for data in prepared
+            for row in data.rows[:count]
+        ],
+        summary=[line for data in prepared for line in data.summary(named=NAMED_ROWS)],
+    )
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The dry run. Raises what training would raise before its first step."""
+    require_packages(recipe)
+    with stage("Reading rows", line=False):
+        prepared = prepare(recipe)[1]["train"]
+    base, model = _on_meta(recipe)
+    config = recipe.build_echo_config()
+    sources, targets = _named_layers(base, model, config) if isinstance(model, EchoModel) else ([], {})
+    steps = _steps(recipe, sum(len(data.rows) for data in prepared))
+    # both schedules are straight lines
+    mean_routing = (routing_probability(config, 0, steps) + routing_probability(config, steps - 1, steps)) / 2
+    reason = "echo_config.echo_step is full" if config.echo_step == "full" else why_full(base)
+    if reason is None and isinstance(model, EchoModel):
+        reason = model._sharing.why_not
+    if recipe.echo and config.echo_step == "shared_prefix" and reason is not None:
+        raise EchoModelError(f"echo_config.echo_step = shared_prefix is impossible: {reason}. Use auto.")
+    deployed, echo = parameter_counts(model)
+    return Plan(
+        model=recipe.model,
+        method=recipe.method,
+        echo_kind=config.echo_kind if recipe.echo else None,
+        source_layers=sources,
+        target_layers=targets,
+        without_echo=model.without_echo if isinstance(model, EchoModel) else {},
+        base_parameters=_base_parameters(model),
+        deployed_parameters=deployed,
+        echo_parameters=echo,
+        rows=[line for data in prepared for line in data.summary(named=NAMED_ROWS)],
+        steps=steps,
+        mean_routing=mean_routing,
+        why_full=reason if recipe.echo else None,
+        cost=_cost(prepared, mean_routing, reason is None) if recipe.echo else 1.0,
+        memory=_memory(recipe, model, prepared, shares_prefix=reason is None),
+    )
+
+
+def _on_meta(recipe: Recipe) -> tuple[PreTrainedModel, PeftModel]:
+    base = empty_model(recipe.model, recipe.dtype, recipe.attn_implementation, recipe.trust_remote_code)
+    with torch.device("meta"):
+        model = add_adapter(recipe, base)
+    model.train()
+    if recipe.training.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+        model.enable_input_require_grads()
+    return base, model
+
+
+def _named_layers(
+    base: PreTrainedModel, model: EchoModel, config: EchoConfig
+) -> tuple[list[str], dict[str, list[str]]]:
+    prefix, layers = decoder_layers(base)
+    sources = [f"{prefix}.{index}" for index in config.resolve_source_layers(len(layers))]
+    targets: dict[str, list[str]] = {}
+    for index in config.resolve_target_layers(len(layers)):
+        layer = f"{prefix}.{index}"
+        names = [name for name in model._injector.modules if name.startswith(f"{layer}.")]
+        targets[layer] = [name.removeprefix(f"{layer}.") for name in names]
+    return sources, targets
+
+
+def _base_parameters(model: PeftModel) -> int:
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def _steps(recipe: Recipe, rows: int) -> int:
+    training = recipe.training
+    if training.steps is not None:
+        return training.steps
+    batches = math.ceil(rows / training.batch_size)
+    epochs = 1.0 if training.epochs is None else training.epochs
+    return math.ceil(epochs * math.ceil(batches / training.gradient_accumulation))
+
+
+def _cost(prepared: list[PreparedData], mean_routing: float, shares_prefix: bool) -> float:
+    """(P + (1 + p̄)·A) / (P + A) with a shared prefix, 1 + p̄ with two full passes. [O]"""
+    if not shares_prefix:
+        return 1 + mean_routing
+    P = sum(row.answer_start for data in prepared for row in data.rows)
+    A = sum(len(row.labels) - row.answer_start for data in prepared for row in data.rows)
+    return (P + (1 + mean_routing) * A) / (P + A)
+
+
+def _memory(recipe: Recipe, model: PeftModel, prepared: list[PreparedData], shares_prefix: bool) -> Memory:
+    rows = [row for data in prepared for row in data.rows]
+    P = max(row.answer_start for row in rows)
+    A = max(len(row.labels) - row.answer_start for row in rows)
+    B = min(recipe.training.batch_size, len(rows))
+    passes = (1 + A / (P + A) if shares_prefix else 2.0) if recipe.echo else 1.0
+    scored = P + A if recipe.data.train_on_prompt else A  # columns with logits, in the echo-off pass
+    kept = _kept_bytes(model, B, P + A, scored)
+    if kept is not None:
+        # about ten float32 tensors of a chunk's logits exist at one time
+        logits = 10 * 4 * min(B * scored * model.get_input_embeddings().num_embeddings, CHUNK_ELEMENTS)
+        prefix = _prefix_bytes(model.get_base_model(), B, P) if recipe.echo and shares_prefix else 0
+        kept = int(passes * kept + prefix + logits)
+    share = QUANTISED_SHARE.get(recipe.quantization or "")
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    base = sum(p.numel() * (p.element_size() if share is None else 4 * share) for p in frozen)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Memory(
+        base=int(base),
+        states=trained * STATE_BYTES.get(recipe.training.optimizer, ADAM_BYTES),
+        activations=kept,
+        process=0 if torch.cuda.is_available() else peak_memory(),
+    )
+
+
+def _prefix_bytes(base: PreTrainedModel, B: int, P: int) -> int:
+    """Bytes that the prefix's keys and values take beside what the passes keep.
+
+    Without checkpointing the echo-on pass keeps them joined to its own, for each query head; with checkpointing they
+    and, in backward, their gradients are kept for each key head.
+    """
+    config = base.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if base.is_activation_checkpointing:
+        heads = 2 * (getattr(config, "num_key_value_heads", None) or heads)
+    return 2 * B * P * heads * width * base.dtype.itemsize * config.num_hidden_layers
+
+
+def _kept_bytes(model: PeftModel, B: int, T: int, A: int) -> int | None:
+    """Bytes that autograd keeps of one forward; with checkpointing also those of one layer that is run again."""
+    base = model.get_base_model()
+    kept = _saved_bytes(lambda: _forward(base, B, T, A), model)
+    if kept is None or not base.is_activation_checkpointing:
+        return kept
+    base.activation_checkpointing_disable()
+    everything = _saved_bytes(lambda: _forward(base, B, T, A), model)
+    base.activation_checkpointing_enable()
+    return None if everything is None else kept + everything // len(decoder_layers(base)[1])
+
+
+def _forward(base: PreTrainedModel, B: int, T: int, A: int) -> None:
+    ids = torch.zeros(B, T, dtype=torch.long, device="meta")
+    # a mask of four dimensions is taken as it is; any other would be looked into, and there is nothing to see
+    mask = torch.ones(B, 1, T, T, dtype=torch.bool, device="meta")
+    base(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=A)
+
+
+def _saved_bytes(forward: Callable[[], None], model: PeftModel) -> int | None:
+    """Bytes of the tensors that are kept for backward, weights aside; None if the model looks into its tensors."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}  # the tensor stays alive, so that its storage's address stays its own
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            forward()
+    except (RuntimeError, NotImplementedError, ValueError):  # mixtures of experts route by value, for example
+        return None
+    return sum(size for size, _ in kept.values())

@@ -1,0 +1,138 @@
+"""What a run leaves in its folder, and who may write there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from echo_lora.errors import EchoCheckpointError
+from echo_lora.files import refuse_existing, remove_empty, remove_files, remove_leftovers
+from echo_lora.training.checkpoint import (
+    complete_checkpoints,
+    has_complete_checkpoint,
+    last_complete_checkpoint,
+    remove_unfinished,
+)
+
+logger = logging.getLogger(__name__)
+
+
+RUN_FILE = "run.json"
+
+STARTED = "started.json"  # in checkpoints/, the recipe: the folder is a run's own, and may be tidied
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run is; `run.json` holds the same fields."""
+
+    output: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    rows: list[str]  # what was trained on, as lines
+    steps: int
+    resumed_at: int  # the step that this process started from; 0 for a run in one piece
+    seconds: float  # of training, in this process
+    peak_memory: int  # bytes: of the process on a CPU, of torch's tensors on a GPU
+    deployed_parameters: int  # of the adapter
+    echo_parameters: int  # trained beside it and thrown away
+    data_sha256: str  # of the training rows, tokenised
+    initial_adapter_sha256: str
+    adapter_sha256: str
+    final: dict[str, float]  # the last value of every metric
+    history: list[dict[str, float]]
+
+    @property
+    def adapter(self) -> Path:
+        return Path(self.output) / "adapter"
+
+    @classmethod
+    def read(cls, output: str | Path) -> RunResult:
+        """The result of a finished run. Raises EchoCheckpointError if the folder holds none."""
+        path = Path(output) / RUN_FILE
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**fields | {"output": str(output)})  # the folder may have been moved
+        except (OSError, ValueError, TypeError) as error:
+            raise EchoCheckpointError(
+                f"{path} is not the record of a finished run: {error}. Name the output folder of `echo-lora train`."
+            ) from error
+
+
+def plot_losses(history: list[dict[str, float]], path: Path) -> None:
+    """Draw the losses, and the routing probability on an axis of its own, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    has_echo = any("ce_off" in entry for entry in history)
+    terms = ("ce_off", "ce_on", "distillation", "ce_prompt", "eval_loss")
+    for name in terms if has_echo else ("loss", "eval_loss"):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "")
+    axes.set(xlabel="optimizer step", ylabel="nats per supervised token")
+    if has_echo:
+        points = [(entry["step"], entry["routing_p"]) for entry in history if "routing_p" in entry]
+        right = axes.twinx()
+        right.plot(*zip(*points, strict=True), color="0.7", linestyle="--")
+        right.set(ylabel="routing_p (dashed)", ylim=(0, 1.05))
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
+    """Make the output folder this run's own.
+
+    Raises EchoCheckpointError if it is not free, or holds nothing to resume.
+    """
+    if resume:
+        if os.path.exists(output / RUN_FILE):
+            raise EchoCheckpointError(
+                f"{output} holds a finished run; there is nothing to resume. Its adapter is in adapter/."
+            )
+        if not has_complete_checkpoint(checkpoints):
+            last_complete_checkpoint(checkpoints)  # which says so
+        return
+    is_run = (checkpoints / STARTED).is_file() and not (output / RUN_FILE).exists()
+    if is_run and not has_complete_checkpoint(checkpoints):  # killed before it had anything to resume from
+        remove_unfinished(checkpoints)
+        return
+    try:
+        refuse_existing(output)
+    except EchoCheckpointError as error:
+        hint = "To go on with its training, resume (--resume). " if is_run else ""
+        raise EchoCheckpointError(f"{error} {hint}The recipe's key is output.") from None
+
+
+def _tidy(output: Path, checkpoints: Path, is_new: bool) -> None:
+    """Remove what an interruption left of this run: all that is unfinished, and folders of ours without more.
+
+    What can't be removed is told and left: an error here would hide the one that ended the run.
+    """
+    try:
+        for name in (output / "adapter", output / "loss.png", output / RUN_FILE, checkpoints / STARTED):
+            remove_leftovers(name)
+        remove_unfinished(checkpoints)
+        own = [STARTED, "README.md"]  # the second is TRL's
+        if checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= set(own):
+            remove_files(checkpoints, own)
+        if is_new:
+            remove_empty(output)
+    except OSError as error:
+        logger.warning("%s could not be tidied: %s", output, error)
+
+
+def _way_on(checkpoints: Path) -> str:
+    if complete := complete_checkpoints(checkpoints):
+        return f"The newest complete checkpoint is {complete[-1]}: to go on from it, repeat the command with --resume."
+    return "No checkpoint was complete yet: repeat the command to start again."
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if isinstance(value, (int, float))}

@@ -1,0 +1,160 @@
+"""From the sources of a recipe to rows: raw, tokenised for training, rendered for scoring."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from echo_lora.data.forms import check_forms, is_learned, row_number, texts_of
+from echo_lora.data.generated import reasoning_gym_splits
+from echo_lora.data.prepared import PreparedData, prepare_rows
+from echo_lora.data.sources import ROW, RowFile, where_is
+from echo_lora.data.tokenize import end_token_ids, render_prompt
+from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.evaluate.tasks import EvalTask
+from echo_lora.recipe.schema import PARTS, EvaluationTask, Recipe, Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+Row = dict[str, Any]
+
+
+def source_rows(recipe: Recipe, source: Source, part: str) -> RowFile | list[Row]:
+    """The raw rows of one source of `data.train`, `data.validation` or `data.test`.
+
+    Parts that name the same task with the same seed and parameters share no question, and the test rows depend on
+    neither the number of training rows nor on other sources. Raises EchoDataError.
+    """
+    if source.file is not None:
+        return RowFile(Path(source.file), recipe.data.columns, source.part, recipe.data.limit)
+    sizes = dict.fromkeys(PARTS, 1)  # every part has its place, so that adding one moves no row of another
+    for name, other in _all_sources(recipe):
+        if other.rows_key == source.rows_key:
+            sizes[name] = max(sizes[name], other.count or 1)
+    params = json.dumps(source.params or {})
+    splits = _generated(str(source.task), source.seed or 0, params, tuple(sizes.values()))
+    return splits[part][: source.count][: recipe.data.limit]
+
+
+def check_rows(recipe: Recipe) -> None:
+    """Check the form of every row to train on, without a tokenizer. Raises EchoDataError with file and line."""
+    for part in ("train", "validation"):
+        for source in getattr(recipe.data, part) or []:
+            if source.file is not None:  # those of a task are our own
+                rows = source_rows(recipe, source, part)
+                check_forms(rows, source.file, recipe.data.ignore_columns, chat=recipe.data.chat)
+
+
+def prepare_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: str) -> list[PreparedData]:
+    """The tokenised and checked rows of each source of a part; none if the recipe does not give the part."""
+    return [
+        prepare_rows(
+            source_rows(recipe, source, part),
+            tokenizer,
+            max_length=recipe.data.max_length,
+            on_overlength=recipe.data.on_overlength,
+            chat=recipe.data.chat,
+            train_on_prompt=recipe.data.train_on_prompt,
+            ignore_columns=recipe.data.ignore_columns,
+            source=source.file or source.name,
+        )
+        for source in getattr(recipe.data, part) or []
+    ]
+
+
+def join(prepared: list[PreparedData]) -> Dataset:
+    """One dataset of all sources; with several, its rows are numbered through all of them."""
+    from datasets import concatenate_datasets
+
+    if len(prepared) == 1:
+        return prepared[0].dataset
+    whole = concatenate_datasets([data.dataset.remove_columns(ROW) for data in prepared])
+    return whole.add_column(ROW, np.arange(len(whole)))
+
+
+def evaluation_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: Literal["validation", "test"] = "test"
+) -> list[tuple[EvalTask, list[Row]]]:
+    """Tasks and their rows for `evaluate.score`.
+
+    Without `evaluation.tasks` each source of `data.test` is a task that generates an answer. Tasks without a stop
+    of their own end where the model's turns end. part: `validation` takes the rows of `data.validation` instead.
+    Raises EchoConfigError if there is nothing to score.
+    """
+    tasks = recipe.evaluation.tasks or _default_tasks(recipe, part)
+    ends = tokenizer.convert_ids_to_tokens(sorted(end_token_ids(tokenizer)))
+    scored = []
+    for task in tasks:
+        if task.data and recipe.evaluation.tasks and part != "test":
+            raise EchoConfigError(
+                f"evaluation task {task.name!r} has test rows of its own, so it can't be scored on data.{part}."
+            )
+        sources = task.data or getattr(recipe.data, part)
+        if not sources:
+            raise EchoConfigError(f"evaluation task {task.name!r} has no rows. Give it data, or give data.{part}.")
+        rendered = []
+        for source in sources:
+            where, rows = source.file or source.name, source_rows(recipe, source, part)
+            check_forms(rows, where, recipe.data.ignore_columns, chat=recipe.data.chat, is_scored=True)
+            for index, row in enumerate(rows):
+                place = where_is(where, row_number(row, index))
+                rendered.append(_scored(task, row, tokenizer, recipe.data.chat, place))
+        files = ", ".join(source.file or source.name for source in sources)
+        stop = task.stop or (ends if task.kind != "choice" else [])
+        scored.append((task.build(file=files, stop=stop), rendered))
+    return scored
+
+
+def _all_sources(recipe: Recipe) -> list[tuple[str, Source]]:
+    """Every source with its part; rows that only a task of the evaluation names count as test rows."""
+    sources = [(part, source) for part in PARTS for source in getattr(recipe.data, part) or []]
+    return sources + [("test", source) for task in recipe.evaluation.tasks for source in task.data or []]
+
+
+@cache
+def _generated(task: str, seed: int, params: str, sizes: tuple[int, ...]) -> dict[str, list[Row]]:
+    """The splits of a task; params in JSON, sizes in the order of PARTS."""
+    return reasoning_gym_splits(task, dict(zip(PARTS, sizes, strict=True)), seed, json.loads(params))
+
+
+def _default_tasks(recipe: Recipe, part: str) -> list[EvaluationTask]:
+    sources: list[Source] = getattr(recipe.data, part) or []
+    if not sources:
+        raise EchoConfigError(f"the recipe has nothing to score. Give data.{part}, or evaluation.tasks with data.")
+    names: list[str] = []
+    for source in sources:
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(source.name).stem)
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return [EvaluationTask(name=name, data=[source.model_dump()]) for name, source in zip(names, sources, strict=True)]
+
+
+def _scored(
+    task: EvaluationTask, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: bool, where: str
+) -> Row:
+    """A row as its kind of task wants it: the prompt rendered, and what is right."""
+    rendered = {"prompt": render_prompt(row, tokenizer, chat, where)}
+    if task.kind in ("generate", "number"):
+        rendered["answer"] = _answer(row, where)
+    names = {"choice": ("choices", "label"), "code": ("test", "entry_point")}.get(task.kind, ())
+    return rendered | {name: row[name] for name in (*names, "group") if row.get(name) is not None}
+
+
+def _answer(row: Mapping[str, Any], where: str) -> str:
+    turns = row.get("messages") or row.get("completion")
+    if row.get("answer") is not None:
+        return row["answer"]
+    if isinstance(turns, list):  # the prompt ends at the first answer
+        turns = next(("".join(texts_of(turn)) or None for turn in turns if is_learned(turn)), None)
+    if not isinstance(turns, str):
+        present = ", ".join(name for name in row if name != ROW)
+        raise EchoDataError(f"{where} has no answer to compare with. Present: {present}. Give it a completion.")
+    return turns

@@ -1,0 +1,146 @@
+"""From a recipe to scores: its base, its adapter, or both on its evaluation tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from echo_lora.adapter.export import probe_ids
+from echo_lora.adapter.files import CONFIG_FILE
+from echo_lora.adapter.merge import load_adapter
+from echo_lora.benchmarks.protocols import commonsense_average
+from echo_lora.data.sources import expanded
+from echo_lora.environment import versions
+from echo_lora.errors import EchoCheckpointError, EchoModelError
+from echo_lora.evaluate import TaskResult, score
+from echo_lora.evaluate.harness import require_permission
+from echo_lora.evaluate.programs import described
+from echo_lora.evaluate.tasks import check_rows
+from echo_lora.files import refuse_locked, write_file
+from echo_lora.models import load_base_model, load_tokenizer
+from echo_lora.progress import progress_console, stage
+from echo_lora.recipe.load import load_recipe, recipe_of_run
+from echo_lora.recipe.record import RUN_FILE
+from echo_lora.recipe.rows import evaluation_rows
+from echo_lora.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model got right."""
+
+    model: Literal["base", "adapter"]
+    adapter: str | None  # its folder
+    results: list[TaskResult]
+
+    @property
+    def commonsense_average(self) -> float | None:
+        """The unweighted mean of LLM-Adapters' eight accuracies, if all were scored under their names."""
+        return commonsense_average({result.task: result.accuracy for result in self.results})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "adapter": self.adapter,
+            "commonsense_average": self.commonsense_average,
+            "results": [result.to_dict() for result in self.results],
+        }
+
+
+def resolve(
+    target: str, overrides: Sequence[str] = (), adapter: str | Path | None = None
+) -> tuple[Recipe, Path | None]:
+    """The recipe and the adapter that `eval` means.
+
+    target: a recipe (its adapter is the one of its output folder, if it has been trained), the output folder of a
+    run, or an adapter folder inside one. What a run's folder says about remote code does not count. Raises
+    EchoConfigError, or EchoCheckpointError, also while another process trains into the folder.
+    """
+    folder = expanded(target)
+    if not os.path.isdir(folder):
+        recipe = load_recipe(target, overrides)
+        trained = Path(recipe.output) / "adapter"
+        if adapter is None:  # which a run that is not over has not written yet
+            refuse_locked(recipe.output)
+        return recipe, Path(adapter) if adapter is not None else trained if trained.is_dir() else None
+    is_adapter = (folder / CONFIG_FILE).is_file()
+    run = folder.resolve().parent if is_adapter else folder
+    refuse_locked(run)
+    if not (run / RUN_FILE).is_file():
+        raise EchoCheckpointError(
+            f"{folder} has no {RUN_FILE} {'beside' if is_adapter else 'in'} it, so nothing says what to score it on. "
+            "Name a recipe, and the adapter with --adapter."
+        )
+    own = folder if is_adapter else folder / "adapter"
+    return recipe_of_run(run / RUN_FILE, overrides), Path(adapter) if adapter is not None else own
+
+
+def score_recipe(
+    recipe: Recipe,
+    adapter: Path | None,
+    *,
+    with_base: bool,
+    run_generated_code: bool = False,
+    allow_unsandboxed: bool = False,
+) -> list[Scores]:
+    """Score the adapter on the recipe's evaluation tasks, the base before it if asked for or if there is no adapter.
+
+    run_generated_code, allow_unsandboxed: as of `score`. Raises EchoConfigError if a task needs them and they are
+    not given, EchoCheckpointError if the adapter does not fit the recipe's model.
+    """
+    require_permission([task.build() for task in recipe.evaluation.tasks], run_generated_code, allow_unsandboxed)
+    if any(task.kind == "code" for task in recipe.evaluation.tasks):
+        progress_console().print(f"Generated code runs {described(allow_unsandboxed)}")
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    options: dict[str, Any] = {
+        "batch_size": recipe.evaluation.batch_size,
+        "run_generated_code": run_generated_code,
+        "allow_unsandboxed": allow_unsandboxed,
+    }
+    with stage("Rendering the rows of the evaluation"):
+        tasks = evaluation_rows(recipe, tokenizer)
+        for task, rows in tasks:
+            check_rows(task, rows)  # before the model is loaded
+    with stage(f"Loading {recipe.model}"):
+        base: Any = load_base_model(
+            recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
+        )
+        model = base.eval() if adapter is None else load_adapter(base, adapter, is_named_alike=True)
+        _require_numbers(model, recipe.model if adapter is None else str(adapter))
+    scores = []
+    if adapter is None or with_base:
+        with stage("Scoring the base", bar=False), nullcontext() if adapter is None else model.disable_adapter():
+            scores.append(Scores("base", None, score(model, tokenizer, tasks, **options)))
+    if adapter is not None:
+        with stage("Scoring the adapter", bar=False):
+            results = score(model, tokenizer, tasks, **options)
+        scores.append(Scores("adapter", str(adapter), results))
+    return scores
+
+
+def _require_numbers(model: Any, name: str) -> None:
+    """Raises EchoModelError for a model whose logits are not finite: what it generates means nothing."""
+    with torch.no_grad():
+        logits = model(input_ids=probe_ids(model)).logits
+    if not logits.isfinite().all():
+        raise EchoModelError(
+            f"{name} gives logits that are not finite. Are its weights damaged, or did its training diverge? Score "
+            "another one, or another dtype."
+        )
+
+
+def write_scores(recipe: Recipe, scores: list[Scores], path: str | Path) -> None:
+    """Write recipe, versions and scores with every prediction as JSON.
+
+    Raises EchoCheckpointError if the disk refuses.
+    """
+    record = {"recipe": recipe.to_dict(), "versions": versions(), "models": [one.to_dict() for one in scores]}
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    write_file(Path(path), lambda file: file.write_text(text, encoding="utf-8"))

@@ -1,0 +1,244 @@
+"""From a recipe to a trained adapter and the folder that proves where it came from.
+
+    output/
+      adapter/       the plain PEFT adapter, tokenizer with chat template, model card
+      checkpoints/   what `resume` goes on from
+      loss.png       the losses over the steps
+      run.json       recipe, versions, seeds, metrics; written last, so that it stands for a finished run
+
+The adapter's initial weights depend on `seeds.initialisation` and the adapter's shape alone: with and without
+the echo they are the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from echo_lora.adapter.card import model_card
+from echo_lora.adapter.export import save_verified
+from echo_lora.adapter.files import adapter_hash
+from echo_lora.environment import MemoryWatch, versions
+from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt
+from echo_lora.files import locked, write_file
+from echo_lora.models import canonical, load_base_model
+from echo_lora.progress import progress_console, stage
+from echo_lora.recipe.build import (
+    add_adapter,
+    parameter_counts,
+    prepare,
+    recipe_key,
+    require_packages,
+    training_arguments,
+)
+from echo_lora.recipe.record import RUN_FILE, STARTED, RunResult, _claim, _numbers, _tidy, _way_on, plot_losses
+from echo_lora.recipe.rows import join
+from echo_lora.recipe.schema import Recipe
+from echo_lora.training.checkpoint import last_complete_checkpoint
+from echo_lora.training.sft import EchoSFTTrainer
+
+SHOWN_METRICS = ("loss", "ce_off", "ce_on", "distillation", "ce_prompt", "routing_p", "eval_loss", "learning_rate")
+
+
+def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
+    """Train the recipe's adapter and write its output folder.
+
+    resume: go on from the newest complete checkpoint in the output folder; the recipe must be the same.
+    Raises an EchoError, and then leaves nothing behind but complete checkpoints; EchoInterrupt at a Ctrl-C. Files in
+    the folder that are not the run's own stay.
+    """
+    if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
+        raise EchoConfigError(
+            f"a recipe trains in one process, but WORLD_SIZE = {os.environ['WORLD_SIZE']}. Use EchoSFTTrainer in a "
+            "script, or unset the variable."
+        )
+    require_packages(recipe)
+    recipe = recipe.model_copy(update={"model": canonical(recipe.model)})
+    output = Path(recipe.output)
+    checkpoints = output / "checkpoints"
+    with locked(output):
+        is_new = not output.exists()
+        _claim(output, checkpoints, resume)
+        try:
+            return _run(recipe, output, checkpoints, resume)
+        except KeyboardInterrupt as error:
+            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {_way_on(checkpoints)}") from error
+        finally:
+            _tidy(output, checkpoints, is_new)
+
+
+def _run(recipe: Recipe, output: Path, checkpoints: Path, resume: bool) -> RunResult:
+    if not resume:
+        started = json.dumps(recipe.to_dict(), indent=2)
+        write_file(checkpoints / STARTED, lambda path: path.write_text(started, encoding="utf-8"))
+    result, model, tokenizer = train(recipe, checkpoints, resume=resume)
+    with stage("Saving the adapter and reading it back"):
+        card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
+        save_verified(model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True)
+        write_file(output / "loss.png", lambda path: plot_losses(result.history, path))
+        record = json.dumps(dataclasses.asdict(result), indent=2)
+        write_file(output / RUN_FILE, lambda path: path.write_text(record, encoding="utf-8"))
+    return result
+
+
+def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult, PeftModel, Any]:
+    """Train the recipe's adapter, with checkpoints in this folder; the result, the trained model and its tokenizer.
+
+    The model has its echo networks still. Raises an EchoError.
+    """
+    with stage(f"Reading rows with the tokenizer of {recipe.model}"):
+        tokenizer, prepared = prepare(recipe)
+    with stage(f"Loading {recipe.model}"):
+        base = load_base_model(
+            recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
+        )
+    model = add_adapter(recipe, base)
+    try:
+        arguments = training_arguments(recipe, checkpoints)
+    except (ValueError, ImportError) as error:  # bf16 on hardware without it, for example
+        raise EchoConfigError(f"transformers refuses the recipe's training: {error} Correct the key.") from error
+    progress = _Progress()
+    try:
+        trainer = EchoSFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=join(prepared["train"]),
+            eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
+            processing_class=tokenizer,
+            callbacks=[progress],
+            answer_weight=recipe.training.answer_weight,
+        )
+    except (ValueError, ImportError) as error:  # of accelerate, which reads its settings from the environment
+        if isinstance(error, EchoError):
+            raise
+        raise EchoConfigError(
+            f"the trainer can't be made: {error} Correct the recipe, or the environment variables of accelerate."
+        ) from error
+    trainer.remove_callback(PrinterCallback)
+    trainer.name_of_key = recipe_key
+    last = last_complete_checkpoint(checkpoints) if resume else None
+    resumed_at = 0 if last is None else int(last.name.rpartition("-")[2])
+    started, watch = time.perf_counter(), MemoryWatch()
+    try:
+        with watch, _reading(last, progress):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except KeyboardInterrupt as error:
+        state = trainer.state
+        raise EchoInterrupt(f"Interrupted after step {state.global_step} of {state.max_steps}.") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's file writer reports a full disk as a RuntimeError that names its source file
+        if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
+            raise
+        raise EchoCheckpointError(
+            f"{checkpoints} could not be written at step {trainer.state.global_step}: {error}. Free some space, then "
+            "resume; complete checkpoints are kept."
+        ) from error
+    finally:
+        progress.close()
+    seconds = time.perf_counter() - started
+    history = [_numbers(entry) for entry in trainer.state.log_history]
+    deployed, echo = parameter_counts(model)
+    assert trainer.initial_adapter_hash is not None
+    result = RunResult(
+        output=str(checkpoints.parent),
+        recipe=recipe.to_dict(),
+        versions=versions(),
+        device=str(model.device),
+        rows=[line for data in prepared["train"] for line in data.summary()],
+        steps=trainer.state.global_step,
+        resumed_at=resumed_at,
+        seconds=seconds,
+        peak_memory=watch.peak,
+        deployed_parameters=deployed,
+        echo_parameters=echo,
+        data_sha256=trainer.configuration()["data.sha256"],
+        initial_adapter_sha256=trainer.initial_adapter_hash,
+        adapter_sha256=adapter_hash(model, model.active_adapters[0]),
+        final={name: value for entry in history for name, value in entry.items() if not name.startswith("train_")},
+        history=history,
+    )
+    return result, model, tokenizer
+
+
+@contextmanager
+def _reading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
+    """Errors before the first step are those of reading the checkpoint, whatever torch and transformers raise.
+
+    Raises EchoCheckpointError for a checkpoint that is whole and can't be gone on from.
+    """
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or progress.has_begun or isinstance(error, EchoError):
+            raise
+        raise EchoCheckpointError(
+            f"{checkpoint} can't be resumed from: {type(error).__name__}: {error}. Remove it, then resume: an earlier "
+            "checkpoint is taken, if there is one."
+        ) from error
+
+
+class _Progress(TrainerCallback):
+    """Steps and metrics of a training run."""
+
+    def __init__(self) -> None:
+        self.console = progress_console()
+        self.bar: Progress | None = None
+        self.started = 0.0
+        self.has_begun = False  # a step, so that the checkpoint has been read
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.has_begun = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = time.perf_counter()
+        if self.console.is_terminal:
+            columns = (TextColumn("Training"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(
+                *columns, TextColumn("{task.description}"), console=self.console, transient=True, refresh_per_second=4
+            )
+            self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if logs and name in logs]
+        if not shown or (logs and "train_runtime" in logs):
+            return
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], description=" ".join(shown[:3]))
+        else:
+            seconds = time.perf_counter() - self.started
+            line = f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  {seconds:.0f} s"
+            self.console.print(line, markup=False)
+
+    def close(self) -> None:
+        """Remove the bar; also after an error, which no event of the trainer tells of."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,100 @@
+"""The demonstration: base, LoRA and Echo-LoRA on the same rows, from the same initial adapter, in one table.
+
+Each arm is `echo-lora train demo` in a process of its own, so that its peak memory is its own. What has been trained
+already is not trained again; an arm that was interrupted is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy.stats import binomtest
+
+from echo_lora.adapter.files import ADAPTER_FILE
+from echo_lora.errors import EchoError, EchoInterrupt
+from echo_lora.evaluate import TaskResult
+from echo_lora.files import write_file
+from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.record import RUN_FILE, RunResult
+from echo_lora.recipe.scoring import score_recipe
+from echo_lora.training.checkpoint import has_complete_checkpoint
+
+RECIPE = "demo"
+
+ARMS = {"LoRA": ("lora", "echo=false"), "Echo-LoRA": ("echo-lora", "echo=true")}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    name: str
+    results: list[TaskResult]
+    run: RunResult | None  # None for the base
+
+    @property
+    def overall(self) -> tuple[float, float, float]:
+        """Share of right answers over all tasks, with its 95 % Wilson interval."""
+        correct, total = sum(r.correct for r in self.results), sum(r.total for r in self.results)
+        interval = binomtest(correct, total).proportion_ci(method="wilson")
+        return correct / total, interval.low, interval.high
+
+    @property
+    def adapter_bytes(self) -> int:
+        return 0 if self.run is None else (self.run.adapter / ADAPTER_FILE).stat().st_size
+
+
+def run_demo(output: str | Path) -> list[Line]:
+    """Train both arms where needed, score them and the base on held-out rows, and write `scores.json`.
+
+    Raises an EchoError if an arm fails, or if the arms did not start from the same adapter.
+    """
+    output = Path(output)
+    try:
+        return _run_demo(output)
+    except KeyboardInterrupt as error:
+        raise EchoInterrupt(f"Interrupted. Repeat the command: what is complete in {output} is kept.") from error
+
+
+def _run_demo(output: Path) -> list[Line]:
+    runs = {name: _trained(output / folder, setting) for name, (folder, setting) in ARMS.items()}
+    if len({run.initial_adapter_sha256 for run in runs.values()}) != 1:
+        raise EchoError(
+            f"the arms in {output} did not start from the same initial adapter, so they can't be compared. "
+            "Remove the folder and run the demonstration again."
+        )
+    lines: list[Line] = []
+    for name, run in runs.items():
+        recipe = load_recipe(RECIPE, [f"output={run.output}"])
+        scores = score_recipe(recipe, run.adapter, with_base=not lines)
+        if not lines:
+            lines.append(Line("base", scores[0].results, None))
+        lines.append(Line(name, scores[-1].results, run))
+    record = [{"model": line.name, "results": [r.to_dict() for r in line.results]} for line in lines]
+    write_file(output / "scores.json", lambda path: path.write_text(json.dumps(record, indent=2), encoding="utf-8"))
+    return lines
+
+
+def _trained(folder: Path, setting: str) -> RunResult:
+    if not os.path.isfile(folder / RUN_FILE):
+        command = [
+            sys.executable,
+            "-m",
+            "echo_lora.cli",
+            "train",
+            RECIPE,
+            "--set",
+            setting,
+            "--set",
+            f"output={folder}",
+        ]
+        if has_complete_checkpoint(folder / "checkpoints"):
+            command.append("--resume")
+        if subprocess.run(command).returncode:
+            raise EchoError(f"training {folder} failed; the reason stands above. What was complete is kept.")
+    return RunResult.read(folder)

@@ -1,0 +1,1 @@
+"""The page of a study: verdict, results, curves, figures, in HTML and Markdown."""

@@ -1,0 +1,286 @@
+"""The sections of a report that show how training went: learning rates, losses, and what the echo did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from echo_lora.study.records import Record, StudyRecords, mean_of, results, run_accuracy
+from echo_lora.study.report.format import (
+    Figure,
+    Section,
+    Table,
+    arm_style,
+    legend,
+    listed,
+    number_text,
+    percent,
+    points_text,
+    short_label,
+)
+from echo_lora.study.report.plots import Axis, Panel, Rows, Style, axis, log_axis
+
+POINTS = 60  # most points of a drawn curve; longer ones are averaged
+
+
+STEPS = 6  # steps of a curve that its table shows
+
+
+def learning_rates(study: StudyRecords) -> Section:
+    """What tuning found, and what was chosen."""
+    title = "Choice of the learning rate"
+    on_accuracy = study.tunes_on_accuracy
+    diverged = [run for arm in study.arms for runs in study.tuning(arm).values() for run in runs if "diverged" in run]
+    curves = {
+        arm: {
+            rate: mean_of([_tuned_on(run, on_accuracy) for run in runs])
+            for rate, runs in study.tuning(arm).items()
+            if not any("diverged" in run for run in runs)
+        }
+        for arm in study.arms
+    }
+    curves = {arm: curve for arm, curve in curves.items() if curve}
+    if not curves:
+        rates = {f"{rate:g}" for rates in study.about["learning_rates"].values() for rate in rates}
+        return Section("rates", title, [f"There was nothing to choose: the study gives {', '.join(sorted(rates))}."])
+    scale = 100 if on_accuracy else 1
+    what = "accuracy on validation questions" if on_accuracy else "loss on validation rows"
+    x = log_axis(rate for curve in curves.values() for rate in curve)
+    y = axis(scale * value for curve in curves.values() for value in curve.values())
+    labels = [short_label(study, arm) for arm in curves]
+    panel = Panel(
+        "rates",
+        f"{what[0].upper()}{what[1:]}",
+        f"{what} of each arm by learning rate; the chosen rate has a ring.",
+        x,
+        y,
+        unit="%" if on_accuracy else "nats per token",
+        x_label="learning rate",
+        height=290,
+        labels=labels,
+    )
+    rows = []
+    for arm, curve in curves.items():
+        panel.line(
+            [(rate, scale * value) for rate, value in curve.items()], arm_style(study, arm), short_label(study, arm)
+        )
+        chosen = (study.chosen or {}).get(arm)
+        if chosen in curve:
+            panel.ring(chosen, scale * curve[chosen], arm_style(study, arm))
+        for rate, value in curve.items():
+            shown = percent(value) if on_accuracy else number_text(value)
+            rows.append([study.label(arm), f"{rate:g}", shown, "chosen" if rate == chosen else ""])
+    seeds = study.about["tuning_seeds"]
+    better = "higher" if on_accuracy else "lower"
+    caption = (
+        f"Every arm tried the same number of learning rates on validation data only, where {better} is better; a ring "
+        "marks the one it was then confirmed with."
+    )
+    text = [f"Means over tuning seed{'s' * (len(seeds) != 1)} {listed(seeds)}."]
+    if study.chosen is None:
+        text.append("The tuning is not over: no rate has been chosen.")
+    edge = [a for a, c in curves.items() if (study.chosen or {}).get(a) in (min(c), max(c)) and len(c) > 1]
+    warnings = []
+    if edge:
+        warnings.append(
+            f"The rate chosen for {listed(study.label(arm) for arm in edge)} is the lowest or the highest tried: a "
+            "better one may lie beyond."
+        )
+    items = [
+        f"{study.label(run['arm'])}, learning rate {run['learning_rate']:g}, seed {run['seed']}: training diverged"
+        for run in diverged
+    ]
+    table = Table(f"{what[0].upper()}{what[1:]}, by learning rate", ["arm", "learning rate", what, ""], rows)
+    figure = Figure(caption, [panel.svg()], table, legend(study, curves))
+    return Section("rates", title, text, warnings, [figure], items=items)
+
+
+def _tuned_on(run: Record, on_accuracy: bool) -> float:
+    if on_accuracy:
+        return run_accuracy(run)
+    losses = [entry["eval_loss"] for entry in run["history"] if "eval_loss" in entry]
+    return losses[-1] if losses else math.nan
+
+
+def losses(study: StudyRecords) -> Section:
+    """Losses of the runs that count, in training and on validation rows, and the distillation."""
+    parts = [
+        (
+            "Loss in training",
+            "cross-entropy of the answers, echo off",
+            lambda e: e.get("ce_off", e.get("loss") if "ce_on" not in e else None),
+        ),
+        ("Loss on validation rows", "cross-entropy of the answers, echo off", lambda e: e.get("eval_loss")),
+        ("Distillation", "how far the plain path is from the path with echo", lambda e: e.get("distillation")),
+    ]
+    caption = (
+        "How training went: lower means that the model finds the right answers more likely. Lines are means over the "
+        "seeds, the shade around them reaches from the lowest to the highest seed."
+    )
+    text = []
+    if study.about.get("recipe", {}).get("data", {}).get("train_on_prompt"):
+        text.append(
+            "This study trains on prompts too. The training loss of arms with echo is that of answers alone, so it is "
+            "not comparable with that of arms without; the loss on validation rows is."
+        )
+    return _curves_section(study, "losses", "Losses", parts, "nats per token", caption, text)
+
+
+def teaching(study: StudyRecords) -> Section:
+    """CE(on) - CE(off): whether the echo has anything to teach."""
+    parts = [
+        ("CE(on) − CE(off) in training", "below 0 the echo helps", _difference("ce_on", "ce_off")),
+        ("CE(on) − CE(off) on validation rows", "below 0 the echo helps", _difference("eval_ce_on", "eval_ce_off")),
+    ]
+    caption = (
+        "Below the line at 0 the model answers better with the echo than without: then there is something to distil. "
+        "At 0 or above, the distillation has nothing to teach."
+    )
+    text = [
+        "In training CE(on) is a mean over routed steps, CE(off) over all steps, so the first panel is the noisier one."
+    ]
+    return _curves_section(
+        study, "teaching", "Does the echo know more?", parts, "nats per token", caption, text, zero=True
+    )
+
+
+def echo_strength(study: StudyRecords) -> Section:
+    """Gate, norm and share of the echo."""
+    parts = [
+        ("Gate", "mean, between 0 and 1", lambda e: e.get("gate_mean")),
+        ("Norm of the echo", "mean over the target modules", lambda e: e.get("echo_norm")),
+        ("Share of the echo", "in the low-rank branch, validation", lambda e: e.get("eval_echo_share")),
+    ]
+    caption = (
+        "How strongly the echo speaks: how far its gate is open, how large it is, and how much of the adapter's "
+        "low-rank branch it makes up. Near 0, it does nothing."
+    )
+    return _curves_section(study, "echo", "Strength of the echo", parts, "", caption, [])
+
+
+def _curves_section(
+    study: StudyRecords,
+    name: str,
+    title: str,
+    parts: Sequence[tuple[str, str, Callable[[dict[str, Any]], float | None]]],
+    unit: str,
+    caption: str,
+    text: list[str],
+    *,
+    zero: bool = False,
+) -> Section:
+    """A panel for each quantity that any run has logged; its table has the values at a few steps."""
+    panels, rows, drawn = [], [], dict[str, None]()
+    for i, (head, explained, read) in enumerate(parts):
+        curves = {arm: curve for arm in study.arms if len(curve := _curve(study, arm, read)) > 0}
+        if not curves:
+            continue
+        drawn.update((arm, None) for arm in curves)
+        x = axis([step for curve in curves.values() for step, *_ in curve], include=(0,), count=4)
+        x = Axis(0, x.high, [tick for tick in x.ticks if tick[0] >= 0])
+        y = axis([v for curve in curves.values() for _, *three in curve for v in three], include=(0,) if zero else ())
+        panel = Panel(
+            f"{name}-{i}",
+            head,
+            f"{head}, {explained}, over the steps of training: {listed(study.label(arm) for arm in curves)}.",
+            x,
+            y,
+            unit=f"{explained}{', ' if unit else ''}{unit}" if len(explained) < 30 else unit or explained,
+            x_label="step",
+            labels=[short_label(study, arm) for arm in curves],
+        )
+        if zero:
+            panel.level(0)
+        for arm, curve in curves.items():
+            steps, _, low, high = zip(*curve, strict=True)
+            panel.band(steps, low, high, arm_style(study, arm))
+        for arm, curve in curves.items():
+            is_short = len(curve) <= 8
+            points = [(step, mean) for step, mean, *_ in curve]
+            panel.line(points, arm_style(study, arm), short_label(study, arm), markers=is_short)
+            for step, mean, low, high in _some(curve):
+                rows.append(
+                    [head, study.label(arm), f"{step:.0f}", number_text(mean), number_text(low), number_text(high)]
+                )
+        panels.append(panel.svg())
+    if not panels:
+        reason = "no arm with an echo has logged it" if name != "losses" else "no confirmation run has logged any"
+        return Section(name, title, [f"Nothing to show: {reason}."])
+    table = Table(f"{title}: mean over seeds", ["quantity", "arm", "step", "mean", "lowest", "highest"], rows)
+    return Section(name, title, text, figures=[Figure(caption, panels, table, legend(study, drawn))])
+
+
+def _curve(
+    study: StudyRecords, arm: str, read: Callable[[dict[str, Any]], float | None]
+) -> list[tuple[float, float, float, float]]:
+    """(step, mean, lowest, highest) over the seeds of an arm's confirmation runs, at most POINTS of them."""
+    at: dict[int, list[float]] = {}
+    for run in study.confirmation(arm).values():
+        for entry in run["history"]:
+            value = read(entry)
+            if value is not None and math.isfinite(value) and "step" in entry:
+                at.setdefault(entry["step"], []).append(value)
+    curve = [(float(s), float(np.mean(v)), min(v), max(v)) for s, v in sorted(at.items())]
+    if len(curve) <= POINTS:
+        return curve
+    return [
+        (
+            float(np.mean([c[0] for c in part])),
+            float(np.mean([c[1] for c in part])),
+            min(c[2] for c in part),
+            max(c[3] for c in part),
+        )
+        for part in (curve[i * len(curve) // POINTS : (i + 1) * len(curve) // POINTS] for i in range(POINTS))
+    ]
+
+
+def _some(curve: list[Any]) -> list[Any]:
+    """The first, the last, and a few between."""
+    if len(curve) <= STEPS:
+        return curve
+    return [curve[round(i * (len(curve) - 1) / (STEPS - 1))] for i in range(STEPS)]
+
+
+def _difference(first: str, second: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda e: e[first] - e[second] if first in e and second in e else None
+
+
+def ceiling(study: StudyRecords) -> Section:
+    """Exact answers with the echo off and on."""
+    title = "What the echo itself could do"
+    means: list[tuple[str, str, float, float]] = []
+    for arm in study.arms:
+        runs = study.confirmation(arm).values()
+        kept = [run for run in runs if results(run, echo=True)]
+        if kept:
+            off, on = (mean_of(run_accuracy(run, echo=echo) for run in kept) for echo in (False, True))
+            means.append((arm, f"{study.part}, generated", off, on))
+    if not means:
+        return Section("ceiling", title, ["Not measured: no run was scored with its echo kept on."])
+    panel = Rows(
+        "ceiling",
+        "Echo off and on",
+        "Share of exact answers without the echo (hollow mark) and with it (filled mark).",
+        axis([100 * value for _, _, off, on in means for value in (off, on)]),
+        len(means),
+        x_label="exact answers, %",
+    )
+    rows = []
+    for arm, how, off, on in means:
+        color = arm_style(study, arm).color
+        numbers = f"{percent(off)} → {percent(on)}"
+        ends = (100 * min(off, on), 100 * max(off, on))
+        hollow, filled = Style("circle", "", color, False), Style("circle", "", color)
+        panel.add(f"{study.label(arm)}: {how}", numbers, [100 * off, 100 * on], hollow, interval=ends, last=filled)
+        rows.append([study.label(arm), how, percent(off), percent(on), points_text(on - off)])
+    caption = (
+        "Hollow: as deployed, without the echo. Filled: with the echo kept on, which no deployed adapter can do. The "
+        "gap is what better distillation could still win; the filled mark is the ceiling of this echo."
+    )
+    text = ["Means over the seeds."]
+    head = ["arm", "how", "echo off", "echo on", "difference"]
+    figure = Figure(caption, [panel.svg()], Table("Exact answers without and with the echo", head, rows))
+    return Section("ceiling", title, text, figures=[figure])

@@ -1,0 +1,238 @@
+"""The report of a study: one page that carries its figures inside, and its twin in Markdown, with the same numbers.
+
+Both are made from one list of sections, so neither can say what the other does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from echo_lora.errors import EchoCheckpointError
+from echo_lora.files import write_file
+from echo_lora.study.records import STUDY_FILE, StudyRecords, read_study
+from echo_lora.study.report import curves as training
+from echo_lora.study.report import results as outcome
+from echo_lora.study.report.format import Section, Table, count_of, listed
+from echo_lora.study.report.verdict import (
+    SIGN,
+    Difference,
+    declared_differences,
+    difference_of,
+    look_text,
+    meaning_of,
+    missing_runs,
+    not_worse_text,
+    notices,
+    sentence_of,
+)
+
+HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the templates show."""
+
+    title: str
+    question: str
+    verdict: str  # the word
+    sign: str
+    sentence: str
+    meaning: str
+    notices: list[str]  # what must not be missed: runs that are missing, arms that are not paired
+    sections: list[Section]
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.html and report.md into a study's folder; gives the path of the former.
+
+    A folder of several studies gets a report in each of theirs, and one of their verdicts. The same records give the
+    same bytes. Raises EchoConfigError or EchoDataError if the folder is not a study's (`read_study`),
+    EchoCheckpointError if the disk refuses.
+    """
+    sections = []
+    for one in _studies_in(folder) or [Path(folder)]:
+        study = read_study(one)
+        declared = declared_differences(study)
+        path = _write(_report(study, declared), study.folder)
+        sections.append(_section_of_several(study, declared))
+    return path if one == Path(folder) else _write(_report_of_several(sections), Path(folder))
+
+
+def _studies_in(folder: str | Path) -> list[Path]:
+    """The folders of studies inside one that is none itself."""
+    folder = Path(folder)
+    if os.path.exists(folder / STUDY_FILE) or not os.path.isdir(folder):
+        return []
+    return sorted(path.parent for path in folder.glob(f"*/{STUDY_FILE}"))
+
+
+def _write(report: Report, folder: Path) -> Path:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    for name in (MARKDOWN_FILE, HTML_FILE):
+        if os.path.isdir(folder / name):
+            raise EchoCheckpointError(f"{folder / name} is a folder, in the place of the report. Move it away.")
+    for name, is_html in ((MARKDOWN_FILE, False), (HTML_FILE, True)):
+        environment = Environment(
+            loader=PackageLoader("echo_lora"),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            autoescape=is_html,
+            keep_trailing_newline=True,
+        )
+        environment.filters["md"] = _markdown
+        text = environment.get_template(f"{name}.jinja").render(report=report)
+        write_file(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+    return folder / HTML_FILE
+
+
+def summary_lines(folder: str | Path) -> list[str]:
+    """The verdicts in words: a line for each declared comparison, then whatever must not be missed about them.
+
+    Of a folder of several studies: those of each, under its title. Raises as `write_report`.
+    """
+    if folders := _studies_in(folder):
+        return [line for one in folders for line in (read_study(one).about["title"], *summary_lines(one))]
+    study = read_study(folder)
+    declared = declared_differences(study)
+    look = look_text(study, declared[0])
+    return [*_verdicts(study, declared), *([look] if look else []), *notices(study, declared[0])]
+
+
+def _report(study: StudyRecords, declared: list[Difference]) -> Report:
+    others = [difference_of(study, *pair) for pair in study.others]
+    primary = declared[0]
+    word = (
+        f"So far: {primary.verdict}"
+        if missing_runs(study, primary)
+        else f"{primary.verdict[0].upper()}{primary.verdict[1:]}"
+    )
+    return Report(
+        title=study.about["title"],
+        question=study.about.get("question", ""),
+        verdict=word,
+        sign=SIGN[primary.verdict],
+        sentence=sentence_of(study, primary),
+        meaning=f"{meaning_of(study, primary)} {not_worse_text(study, primary)}".rstrip(),
+        notices=notices(study, primary),
+        sections=[
+            outcome.completeness(study, primary),
+            outcome.comparisons(study, declared, others),
+            outcome.by_task(study, declared),
+            outcome.accuracy_of_runs(study),
+            outcome.controls(study, declared, others),
+            training.learning_rates(study),
+            training.losses(study),
+            training.teaching(study),
+            training.echo_strength(study),
+            training.ceiling(study),
+            outcome.cost(study),
+            outcome.forgetting(study),
+            outcome.unreadable(study),
+            outcome.seed_by_seed(study, declared),
+            _settings(study),
+        ],
+    )
+
+
+def _section_of_several(study: StudyRecords, declared: list[Difference]) -> Section:
+    name = study.folder.name
+    look = look_text(study, declared[0])
+    text = [study.about.get("question", ""), *([look] if look else []), f"The whole report: {name}/{HTML_FILE}"]
+    return Section(name, study.about["title"], text, notices(study, declared[0]), items=_verdicts(study, declared))
+
+
+def _verdicts(study: StudyRecords, declared: list[Difference]) -> list[str]:
+    return [f"{one.verdict}: {sentence_of(study, one)} {not_worse_text(study, one)}".rstrip() for one in declared]
+
+
+def _report_of_several(sections: list[Section]) -> Report:
+    return Report(
+        title="Several studies",
+        question="",
+        verdict=f"{len(sections)} studies",
+        sign="≡",
+        sentence="Each has a question, a verdict and a report of its own.",
+        meaning="",
+        notices=[],
+        sections=sections,
+    )
+
+
+def _settings(study: StudyRecords) -> Section:
+    about = study.about
+    arms = []
+    for arm in study.arms:
+        own = about["arms"][arm]
+        chosen = (study.chosen or {}).get(arm)
+        arms.append(
+            [
+                study.label(arm),
+                arm,
+                own.get("role", "method") + (", baseline" if arm == study.baseline else ""),
+                _settings_text(own.get("overrides", {})) or "none",
+                listed(f"{rate:g}" for rate in about["learning_rates"].get(arm, [])),
+                "not yet" if chosen is None else f"{chosen:g}",
+            ]
+        )
+    general = [
+        ["command", about.get("command") or "unknown"],
+        ["begun", about.get("started") or "unknown"],
+        ["commit", about.get("commit") or "unknown"],
+        ["processor", about.get("processor") or "unknown"],
+        [
+            "devices of the runs",
+            listed(sorted({str(run.get("device", "unknown")) for run in study.runs})) or "none yet",
+        ],
+        ["tuning seeds", listed(about["tuning_seeds"]) or "none"],
+        ["confirmation seeds", listed(study.seeds)],
+        ["smallest effect of interest", count_of(100 * about["smallest_effect"], "percentage point")],
+        *([["margin", count_of(100 * margin, "percentage point")]] if (margin := about.get("margin")) else []),
+        *([["looks, in seeds", listed(study.looks)]] if study.looks else []),
+        ["comparisons, the primary first", listed(f"{a} − {b}" for a, b in study.pairs)],
+        *([f"version of {name}", str(number)] for name, number in about.get("versions", {}).items()),
+    ]
+    recipe = [[key, value] for key, value in _flat(about.get("recipe", {}))]
+    rows = sorted({line for run in study.runs if run["stage"] == "confirmation" for line in run.get("rows", [])})
+    warnings = []
+    if len({json.dumps(run["versions"], sort_keys=True) for run in study.runs if "versions" in run}) > 1:
+        warnings.append("The runs were not all made with the same versions: they may not be comparable.")
+    tables = [
+        Table(
+            "Arms: what each sets otherwise than the base recipe",
+            ["arm", "key", "role", "overrides", "learning rates tried", "chosen"],
+            arms,
+            is_text=True,
+        ),
+        Table("The study", ["what", "value"], general, is_text=True),
+    ]
+    if recipe:
+        tables.append(Table("Base recipe, of the baseline's first run", ["key", "value"], recipe, is_text=True))
+    text = ["Everything that is needed to do the study again."]
+    return Section("settings", "Settings", text, warnings, tables=tables, items=[f"rows: {line}" for line in rows])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _settings_text(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
+
+
+def _markdown(text: str) -> str:
+    """Text as a part of Markdown: what has a meaning there is escaped, and it keeps to one line."""
+    for mark in ("\\", "|", "*", "`", "<", "["):
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())

@@ -1,0 +1,304 @@
+"""What a study says, in words: its differences, whether it is complete, whether its arms are paired."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_lora.errors import EchoDataError
+from echo_lora.study.looks import confidence_at
+from echo_lora.study.records import Record, RunName, StudyRecords, correct_by_task, results
+from echo_lora.study.report.format import count_of, is_known, listed, percent_text, points_text, range_text
+from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare
+
+DULL = 0.98  # share of a run's answers
+
+SIGN = {"better": "▲", "worse": "▼", "no difference shown": "◇", "not worse": "△", "too few data": "?"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One arm minus another, over the seeds that both have; without such a seed there is nothing to compare."""
+
+    arm: str
+    baseline: str
+    seeds: list[int]
+    comparison: Comparison | None
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.comparison.verdict if self.comparison else "too few data"
+
+    @property
+    def is_not_worse(self) -> bool:
+        """Whether it is shown that the arm is not worse by more than the study's margin."""
+        return bool(self.comparison and self.comparison.is_not_worse)
+
+    @property
+    def overall(self) -> Effect | None:
+        return self.comparison.overall if self.comparison else None
+
+    @property
+    def tasks(self) -> dict[str, TaskEffect]:
+        return self.comparison.tasks if self.comparison else {}
+
+
+def declared_differences(study: StudyRecords) -> list[Difference]:
+    """The comparisons that the study declared, the primary one first."""
+    return [difference_of(study, *pair) for pair in study.pairs]
+
+
+def difference_of(study: StudyRecords, arm: str, baseline: str) -> Difference:
+    """One arm minus another. Raises EchoDataError if they did not answer the same questions."""
+    runs = study.confirmation(arm), study.confirmation(baseline)
+    seeds = [seed for seed in runs[0] if seed in runs[1]]
+    found = None
+    if seeds:
+        correct = [_correct(study, [of_arm[seed] for seed in seeds]) for of_arm in runs]
+        found = compare(
+            arm,
+            baseline,
+            *correct,
+            smallest_effect=study.about["smallest_effect"],
+            margin=study.about.get("margin"),
+            confidence=confidence_of(study),
+        )
+    return Difference(arm, baseline, seeds, found)
+
+
+def confidence_of(study: StudyRecords) -> float:
+    """Of all intervals: that which belongs to the last look that was reached."""
+    return confidence_at(study.looks, study.look) if study.look else 0.95
+
+
+def is_decided(study: StudyRecords, primary: Difference) -> bool:
+    """Whether a study that declares looks may end at this one: its primary comparison says something."""
+    return study.look > 0 and primary.verdict != "too few data"
+
+
+def missing_runs(study: StudyRecords, primary: Difference) -> list[RunName]:
+    """The runs of the design that are still to be done: a study that is decided needs no more seeds."""
+    return [run for run in study.missing if run.stage == "tuning" or not is_decided(study, primary)]
+
+
+def _correct(study: StudyRecords, runs: list[Record]) -> dict[str, np.ndarray]:
+    """By task, bool (seeds, questions). Raises EchoDataError if the runs did not answer the same questions."""
+    found = correct_by_task(runs)
+    for task, rows in found.items():
+        if len(rows) != len(runs) or len({len(row) for row in rows}) > 1:
+            raise EchoDataError(
+                f"{study.folder}: the confirmation runs of arm {runs[0]['arm']} did not all answer the same questions "
+                f"of task {task}: {', '.join(str(len(row)) for row in rows)} answers in {len(runs)} runs. Do the odd "
+                "one again."
+            )
+    return {task: np.array(rows, dtype=bool) for task, rows in found.items()}
+
+
+def sentence_of(study: StudyRecords, difference: Difference) -> str:
+    """What was found, in numbers."""
+    names = f"{study.label(difference.arm)} − {study.label(difference.baseline)}"
+    smallest = f"smallest effect of interest {count_of(100 * study.about['smallest_effect'], 'point')}"
+    effect = difference.overall
+    if effect is None:
+        what = "no look has been reached" if study.looks else "no seed has a confirmation run of both"
+        return f"{names}: {what} yet; {smallest}."
+    interval = f"{interval_name(study)} {range_text(effect)}" if is_known(effect) else "one seed gives no interval"
+    questions = sum(task.questions for task in difference.tasks.values())
+    tasks = f" in {len(difference.tasks)} tasks" if len(difference.tasks) > 1 else ""
+    return (
+        f"{names}: {points_text(effect.estimate)} percentage points ({interval}), "
+        f"{count_of(len(difference.seeds), 'seed')} × {count_of(questions, 'question')}{tasks}; {smallest}."
+    )
+
+
+def interval_name(study: StudyRecords) -> str:
+    return f"{percent_text(confidence_of(study))} interval"
+
+
+def not_worse_text(study: StudyRecords, difference: Difference) -> str:
+    """Whether the arm is shown to be not worse by more than the margin; nothing where there is no margin."""
+    margin = study.about.get("margin")
+    if margin is None:
+        return ""
+    arm, other = study.label(difference.arm), study.label(difference.baseline)
+    what = f"that {arm} is not worse than {other} by more than the margin of {count_of(100 * margin, 'point')}"
+    if len(difference.seeds) < LEAST_SEEDS:
+        return f"It is not shown {what}: there are too few seeds."
+    if difference.is_not_worse:
+        return f"It is shown {what}: the interval lies above {points_text(-margin)}."
+    return f"It is not shown {what}: the interval does not lie above {points_text(-margin)}."
+
+
+def look_text(study: StudyRecords, primary: Difference) -> str:
+    """Which look this is, and why one may look; nothing where the study declares no looks."""
+    looks, look = study.looks, study.look
+    if not looks:
+        return ""
+    rest = "" if look == len(looks) else f"Runs of later seeds do not count before all arms have {looks[look]} seeds."
+    if not look:
+        return f"None of the {count_of(len(looks), 'look')} that the study declared has been reached. {rest}"
+    text = (
+        f"Look {look} of {len(looks)}: {looks[look - 1]} of {looks[-1]} seeds. Intervals have a nominal confidence of "
+        f"{percent_text(confidence_of(study))}. The result may be looked at now: the looks were fixed before the first "
+        "run, and share out an error of 5 % among them (alpha spending of O'Brien-Fleming type)."
+    )
+    if is_decided(study, primary):
+        return f"{text} The primary comparison is decided" + (": no more seeds are needed." if rest else ".")
+    return f"{text} The primary comparison is not decided." + f" {rest}".rstrip()
+
+
+def meaning_of(study: StudyRecords, difference: Difference) -> str:
+    """What the verdict's word means here, for someone who reads it for the first time."""
+    smallest = study.about["smallest_effect"]
+    size = count_of(100 * smallest, "point")
+    arm, other = study.label(difference.arm), study.label(difference.baseline)
+    effect = difference.overall
+    if effect is None:
+        return "“Too few data” means that nothing can be said: the runs that count have not been done."
+    if len(difference.seeds) < LEAST_SEEDS:
+        return (
+            f"“Too few data” means that nothing can be said: with fewer than {LEAST_SEEDS} seeds nobody knows how much "
+            "the result depends on the seed."
+        )
+    if difference.verdict in ("better", "worse"):
+        side = "above" if difference.verdict == "better" else "below"
+        text = (
+            f"“{difference.verdict.capitalize()}” means that the whole interval lies {side} 0: luck with seeds and "
+            f"questions alone would hardly make {arm} differ that much from {other}."
+        )
+        if min(abs(effect.low), abs(effect.high)) < smallest:
+            text += f" The true difference may still be under {size}, the smallest that matters here."
+        return text
+    if difference.verdict == "no difference shown":
+        return (
+            f"“No difference shown” means that the interval holds 0 and lies within ±{size}: if there is a difference, "
+            "it is too small to matter here."
+        )
+    if difference.verdict == "not worse":
+        margin = count_of(100 * study.about["margin"], "point")
+        return (
+            f"“Not worse” means that the interval holds 0 and lies above −{margin}, the margin that was declared "
+            "before the study began; it does not say whether there is a difference."
+        )
+    return (
+        f"“Too few data” means that the interval holds 0 and reaches beyond ±{size}: the study can show neither a "
+        "difference that matters nor that there is none."
+    )
+
+
+def power_lines(study: StudyRecords) -> list[str]:
+    """The estimate that was made before the runs that count."""
+    found = study.about.get("power") or {}
+    if "power" not in found:
+        return []
+    effect = count_of(100 * found.get("effect", study.about["smallest_effect"]), "point")
+    text = (
+        "Before its confirmation runs began, the study was estimated to notice a true difference of "
+        f"{effect} in {found['power']:.0%} of cases"
+    )
+    if "smallest_detectable" in found:
+        least = found["smallest_detectable"]
+        text += (
+            "; no difference would be noticed in 80 %"
+            if least is None
+            else f"; in 80 % of cases it would notice one of {count_of(round(100 * least, 2), 'point')}"
+        )
+    return [f"{text}. What was taken for the noise: {found.get('source', 'unknown')}."]
+
+
+def state_text(study: StudyRecords, primary: Difference) -> str:
+    missing = missing_runs(study, primary)
+    if not missing:
+        return ""
+    tuning = sum(key.stage == "tuning" for key in missing)
+    if tuning == len(missing):
+        tuning_text = f"{tuning} tuning"
+    elif tuning:
+        tuning_text = f"{tuning} tuning and {len(missing) - tuning} confirmation"
+    else:
+        tuning_text = f"{len(missing)} confirmation"
+    return (
+        f"This study is not complete: {tuning_text} runs of {len(study.expected)} in all are missing. "
+        "Take no decision on these numbers."
+    )
+
+
+def notices(study: StudyRecords, primary: Difference) -> list[str]:
+    """What must not be missed: runs that are missing, arms that are not paired, rows that were used before."""
+    found = [state] if (state := state_text(study, primary)) else []
+    if study.part == "validation":
+        found.append(
+            "The runs that count were scored on validation rows: this is a search for settings, and what it finds is "
+            "to be confirmed on test rows."
+        )
+    commits = sorted({str(run["commit"]) for run in study.runs if "commit" in run})
+    if len(commits) > 1:
+        found.append(f"The runs were made by different commits ({listed(commits)}): they may not be comparable.")
+    return found + dull_tasks(study) + check_pairing(study)[1]
+
+
+def dull_tasks(study: StudyRecords) -> list[str]:
+    """Tasks on which no method could differ: every run answers nearly all alike, or is right, or wrong, in all. [O]"""
+    dull: dict[str, list[bool]] = {}
+    for arm in study.arms:
+        for run in study.confirmation(arm).values():
+            for result in results(run):
+                said = Counter(result.get("predictions", [])).most_common(1)
+                says_one = bool(said) and said[0][1] >= DULL * len(result["correct_per_row"])
+                right = sum(result["correct_per_row"]) / len(result["correct_per_row"])
+                dull.setdefault(result["task"], []).append(says_one or not 1 - DULL < right < DULL)
+    return [
+        f"Task {task} can show no difference: in every run nearly all answers are the same, or right, or wrong. It "
+        "only makes the overall difference smaller."
+        for task, runs in dull.items()
+        if all(runs)
+    ]
+
+
+def missing_lines(missing: list[RunName]) -> list[str]:
+    """The missing runs of an arm, those that lack the same seeds in one line."""
+    seeds: dict[tuple[str, str, str], list[int]] = {}
+    for run in missing:
+        rate = "" if run.learning_rate is None else f"{run.learning_rate:g}"
+        seeds.setdefault((run.stage, run.arm, rate), []).append(run.seed)
+    rates: dict[tuple[str, str, str], list[str]] = {}
+    for (stage, arm, rate), found in seeds.items():
+        rates.setdefault((stage, arm, listed(found)), []).append(rate)
+    lines = []
+    for (stage, arm, seed_text), found_rates in rates.items():
+        rate_text = f", learning rate{'s' * (len(found_rates) > 1)} {listed(found_rates)}" if found_rates[0] else ""
+        lines.append(f"missing: {stage} of {arm}{rate_text}, seed{'s' * (',' in seed_text)} {seed_text}")
+    return lines
+
+
+def check_pairing(study: StudyRecords) -> tuple[list[str], list[str]]:
+    """Whether arms with adapters of one kind started from the same weights: the statement, or the warnings."""
+    found: dict[str, dict[str, list[Record]]] = {}
+    for run in study.runs:
+        recipe = run.get("recipe", {})
+        shape = [run["stage"], run["seed"], recipe.get("model"), recipe.get("method"), recipe.get("lora")]
+        if sha := run.get("initial_adapter_sha256"):
+            found.setdefault(json.dumps(shape, sort_keys=True), {}).setdefault(sha, []).append(run)
+    warnings = []
+    for weights in found.values():
+        if len(weights) > 1:
+            groups = [
+                f"{'; '.join(sorted({study.label(run['arm']) for run in runs}))} ({sha[:12]}…)"
+                for sha, runs in weights.items()
+            ]
+            run = next(iter(weights.values()))[0]
+            warnings.append(
+                f"Not paired: in {run['stage']} seed {run['seed']} the arms did not start from the same adapter: "
+                f"{' against '.join(groups)}. Differences between them are not those of the method alone."
+            )
+    compared = sum(len({run["arm"] for runs in weights.values() for run in runs}) > 1 for weights in found.values())
+    if warnings:
+        return ["Within a seed, arms did not all start from the same adapter: see the warning above."], warnings
+    if not compared:
+        return [], []
+    kinds = {json.dumps(json.loads(shape)[2:]) for shape in found}
+    each = "Within each seed, all arms" if len(kinds) == 1 else "Within each seed, all arms with adapters of one kind"
+    return [f"{each} started from the same adapter: their sha256 before training is equal (checked)."], []

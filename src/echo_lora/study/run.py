@@ -1,0 +1,173 @@
+"""One run of a study: train, score, measure forgetting, and keep it all as one record.
+
+A run needs no other run and can be done anywhere the study's folder is. Killed, it goes on from its newest checkpoint;
+finished, its record stands and it is not run again. A lock keeps two processes from working on the same one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import zlib
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from peft import PeftModel
+
+from echo_lora.adapter.export import save_verified
+from echo_lora.environment import commit
+from echo_lora.errors import EchoCheckpointError, EchoDataError, EchoTrainingError
+from echo_lora.evaluate import score
+from echo_lora.method.model import EchoModel
+from echo_lora.models import load_tokenizer
+from echo_lora.recipe.build import require_packages
+from echo_lora.recipe.rows import evaluation_rows
+from echo_lora.recipe.train import train
+from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
+from echo_lora.study.records import problem_of_run, write_archive
+from echo_lora.training.checkpoint import clear_checkpoints, has_complete_checkpoint
+
+RECORD = "record.json.gz"
+
+COMMIT = commit()  # of the code that this process has imported: the tree may move on before its last run ends
+
+WINDOW = 512  # tokens of general text that the model reads at a time
+
+
+def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
+    """Do one run and write its record; False if another process is at it and `wait` is not set.
+
+    Raises an EchoError; what was complete is kept.
+    """
+    folder = Path(study.output) / key.folder
+    if has_record(study, key):
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")  # the system frees it when the process ends, however it ends
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return False
+    try:
+        if not has_record(study, key):
+            write_record(study, key, _record(study, key, folder))
+            clear_checkpoints(folder / "checkpoints")
+    finally:
+        lock.release()
+    return True
+
+
+def write_record(study: Study, key: RunKey, record: dict[str, Any]) -> None:
+    """Keep the record of a run. Raises EchoCheckpointError if the disk refuses."""
+    write_archive(_path(study, key), json.dumps(record, ensure_ascii=False))
+
+
+def has_record(study: Study, key: RunKey) -> bool:
+    """Whether the run has been done."""
+    return _path(study, key).is_file()
+
+
+def read_record(study: Study, key: RunKey) -> dict[str, Any] | None:
+    """The record of a run, None if it has not been done. Raises EchoCheckpointError for a damaged one."""
+    path = _path(study, key)
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(gzip.decompress(path.read_bytes()))
+        if (problem := problem_of_run(record)) is not None:
+            raise ValueError(problem)
+        return record
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise EchoCheckpointError(f"{path} can't be read: {error}. Remove it to have this run done again.") from error
+
+
+def _path(study: Study, key: RunKey) -> Path:
+    return Path(study.output) / key.folder / RECORD
+
+
+def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
+    recipe = recipe_of(study, key)
+    require_packages(recipe)
+    checkpoints = folder / "checkpoints"
+    resume = has_complete_checkpoint(checkpoints)
+    if not resume:
+        clear_checkpoints(checkpoints)
+    part = "validation" if key.stage == "tuning" else study.score_on
+    # tuning by loss needs no generated answer
+    answers = key.stage == "confirmation" or study.tune_on == "accuracy"
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    tasks = evaluation_rows(recipe, tokenizer, part) if answers else []  # before training: they may be wrong
+    ids = [] if study.general is None else general_ids(tokenizer, study.general)
+    try:
+        result, model, _ = train(recipe, checkpoints, resume=resume)
+    except EchoTrainingError as error:
+        if key.stage == "confirmation":
+            raise
+        return {
+            **dataclasses.asdict(key),
+            "recipe": recipe.to_dict(),
+            "diverged": str(error),
+            "scores": [],
+            "history": [],
+        }
+    save_verified(model, folder / "adapter", tokenizer=tokenizer, overwrite=True)
+    keeps_echo = study.arms[key.arm].keep_echo_on and isinstance(model, EchoModel) and key.stage == "confirmation"
+    scores = []
+    for echo in (False, True) if keeps_echo else (False,):
+        if tasks:
+            with model.keeping_echo() if echo else nullcontext():
+                results = score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size, progress=False)
+            scores += [{"part": part, "echo": echo, "seconds": r.seconds, "result": r.to_dict()} for r in results]
+    made = dataclasses.asdict(result)
+    del made["output"], made["final"]  # the folder may be moved; the last values end the history
+    return {
+        **dataclasses.asdict(key),
+        **made,
+        "commit": COMMIT,
+        "threads": torch.get_num_threads(),
+        "questions_sha256": hashlib.sha256(
+            json.dumps([[task.name, rows] for task, rows in tasks], sort_keys=True).encode()
+        ).hexdigest(),
+        "scores": scores,
+        "general": forgetting(model, ids) if ids else None,
+    }
+
+
+def general_ids(tokenizer: Any, text: GeneralText) -> list[int]:
+    """The tokens of the general text that are scored. Raises EchoDataError if it is too short."""
+    words = Path(text.file).read_text(encoding="utf-8")
+    ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][: text.tokens]
+    if len(ids) < text.tokens:
+        raise EchoDataError(f"{text.file} has {len(ids)} tokens, fewer than general.tokens = {text.tokens}. Lower it.")
+    return ids
+
+
+def forgetting(model: PeftModel, ids: list[int]) -> dict[str, float]:
+    """Mean nats per token of a general text, of the base and with the adapter: {"before", "after", "tokens"}.
+
+    The text is read in windows of 512 tokens, the first token of each is not predicted.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            before = _nats(model, ids)
+        return {"before": before, "after": _nats(model, ids), "tokens": len(ids)}
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _nats(model: PeftModel, ids: list[int]) -> float:
+    total, count = 0.0, 0
+    for start in range(0, len(ids) - 1, WINDOW):
+        window = torch.tensor([ids[start : start + WINDOW]], device=model.device)  # (1, tokens)
+        if window.shape[1] > 1:
+            total += model(input_ids=window, labels=window).loss.item() * (window.shape[1] - 1)
+            count += window.shape[1] - 1
+    return total / count

@@ -1,0 +1,1 @@
+"""The trainers: the echo loss in Trainer and SFTTrainer, checkpoints, metrics, and what is refused."""

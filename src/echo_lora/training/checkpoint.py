@@ -1,0 +1,378 @@
+"""Complete checkpoints: a seal, written last, that lists the files and the configuration they belong to.
+
+A run may be killed while it writes. A checkpoint without a seal was interrupted; one whose files differ from
+their seal was damaged. Neither is resumed from, and no older checkpoint is deleted before a newer one is sealed.
+
+Only what was saved is ever removed. While a checkpoint has no seal, because it is being saved or removed, a record
+beside it tells its own files from those of others: a folder with neither is not ours.
+
+Its tensors are whole, however many processes held parts of them, so that any number of processes can go on from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from echo_lora.adapter.files import CONFIG_FILE, TOKENIZER_FILES, whole
+from echo_lora.errors import EchoCheckpointError
+from echo_lora.files import remove_empty, remove_files, use_umask, write_file
+
+logger = logging.getLogger(__name__)
+
+
+SEAL = "echo_checkpoint.json"
+
+RECORD = ".unfinished.json"  # beside the folder, .checkpoint-4.unfinished.json: made before it, removed after it
+
+IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers' mark of enable_jit_checkpoint, removed when it is saved
+
+LOADED = (".safetensors", ".bin", ".pt", ".pth")  # files that a trainer reads by their names
+
+# What a trainer writes into a checkpoint; an interruption leaves temporary names of safetensors and of ours.
+WRITTEN = (
+    *(f"*{suffix}" for suffix in LOADED),
+    *("trainer_state.json", CONFIG_FILE, "README.md", *TOKENIZER_FILES, IN_PROGRESS, ".tmp*", f".{SEAL}.*"),
+)
+
+
+def begin_checkpoint(folder: Path) -> None:
+    """To be called before a checkpoint is saved: record what is in its folder already, which is not ours.
+
+    What an earlier run saved there is removed.
+    """
+    remove_checkpoint(folder)
+    others = {name: _state(folder / name) for name in _files(folder) if name != IN_PROGRESS}
+    _record(folder).parent.mkdir(parents=True, exist_ok=True)
+    _record(folder).write_text(json.dumps({"others": others}), encoding="utf-8")  # cut off: nothing was saved yet
+
+
+def seal_checkpoint(
+    folder: Path, *, configuration: dict[str, Any], initial_adapter_sha256: str | None, num_tokens: int = 0
+) -> None:
+    """Declare the checkpoint complete: its files with their SHA-256, and what decides the run's result.
+
+    Its files are those that were written since `begin_checkpoint`. num_tokens: those trained on so far, as TRL counts
+    them for its log; a resume goes on counting from there.
+    """
+    names = [name for name in _new_files(folder) if name != IN_PROGRESS]
+    use_umask(folder, [folder / name for name in names])
+    seal = {
+        "initial_adapter_sha256": initial_adapter_sha256,
+        "num_tokens": num_tokens,
+        "configuration": _plain(configuration),
+        "files": {name: file_hash(folder / name) for name in names},
+    }
+    text = json.dumps(seal, indent=2)
+    write_file(folder / SEAL, lambda path: path.write_text(text, encoding="utf-8"))
+    _record(folder).unlink()
+
+
+def read_seal(folder: Path) -> dict[str, Any]:
+    """The seal of a checkpoint, after comparing every file with it.
+
+    Raises EchoCheckpointError, which names the newest sound checkpoint beside it and how to go on from that, or the
+    file that has to go.
+    """
+    try:
+        seal = _sound_seal(folder)
+    except EchoCheckpointError as error:
+        raise EchoCheckpointError(_with_way_on(str(error), folder)) from error
+    for name in _files(folder):
+        if Path(name).suffix in LOADED and name not in seal["files"]:
+            raise EchoCheckpointError(
+                f"{folder / name} was not there when the checkpoint was written, and could be loaded in place of what "
+                "was saved. Remove it, then resume again."
+            )
+    return seal
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-1, checkpoint-2, … of a run, by step: a clock may be set back."""
+    folders = Path(output_dir).glob("checkpoint-*")
+    found = [(int(path.name[11:]), path) for path in folders if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The sealed checkpoints of a run, by step."""
+    return [folder for folder in checkpoints_in(output_dir) if (folder / SEAL).is_file()]
+
+
+def has_complete_checkpoint(output_dir: str | Path) -> bool:
+    """Whether there is anything to resume from."""
+    return bool(complete_checkpoints(output_dir))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path:
+    """The newest sealed checkpoint; newer ones without a seal are passed over, with a line that says so.
+
+    To be called once in a resume. Raises EchoCheckpointError if there is none.
+    """
+    complete = complete_checkpoints(output_dir)
+    for folder in reversed(checkpoints_in(output_dir)):
+        if folder in complete:
+            return folder
+        logger.warning("%s was not finished, or is of another program; passing over it.", folder)
+    raise EchoCheckpointError(f"{output_dir} holds no complete checkpoint to resume from. Start without resuming.")
+
+
+def rotate_checkpoints(newest: Path, limit: int | None, best: str | Path | None = None) -> None:
+    """Remove the earliest sealed checkpoints beside the `newest`, which was just written, until `limit` are left.
+
+    The newest, the last by its step and the best are kept. limit: None or 0 keeps all.
+    """
+    sealed = complete_checkpoints(newest.parent)
+    kept = {newest.resolve(), sealed[-1].resolve()} | ({Path(best).resolve()} if best else set())
+    surplus = len(sealed) - max(limit or len(sealed), len(kept))
+    for folder in [folder for folder in sealed if folder.resolve() not in kept][: max(surplus, 0)]:
+        remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove what was saved into a checkpoint, and the folder if nothing else is in it.
+
+    Without a seal or a record it is not ours, and stays.
+    """
+    record = _record(folder)
+    try:
+        if (folder / SEAL).is_file():
+            (folder / SEAL).replace(record)  # so that a removal that is interrupted can be gone on with
+        if record.is_file():
+            remove_files(folder, [SEAL, *_recorded_files(folder)])
+            record.unlink()
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what was saved of checkpoints whose saving or removal was interrupted."""
+    for record in output_dir.glob(f".checkpoint-*{RECORD}"):
+        folder = record.with_name(record.name.removesuffix(RECORD)[1:])
+        if (folder / SEAL).is_file():  # it was complete
+            record.unlink()
+        else:
+            remove_checkpoint(folder)
+
+
+def clear_checkpoints(output_dir: Path) -> None:
+    """Remove all checkpoints of a study's run, sealed or not, TRL's card, and the folder if nothing else is in it."""
+    remove_unfinished(output_dir)
+    for folder in checkpoints_in(output_dir):
+        remove_checkpoint(folder)
+    remove_files(output_dir, ["README.md"])
+    remove_empty(output_dir)
+
+
+def _record(folder: Path) -> Path:
+    """Either what was in a folder before it was saved into, or the seal of one that is being removed."""
+    return folder.with_name(f".{folder.name}{RECORD}")
+
+
+def _recorded_files(folder: Path) -> list[str]:
+    """What was saved into a folder without a seal; nothing if the record is cut off or damaged."""
+    try:
+        record = json.loads(_record(folder).read_text(encoding="utf-8"))
+        if "others" in record:  # who stopped it may have put more there since then
+            return [name for name in _new_files(folder) if any(Path(name).match(pattern) for pattern in WRITTEN)]
+        return [name for name in record["files"] if _is_inside(name)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
+
+
+def _new_files(folder: Path) -> list[str]:
+    """The files in a folder that were not there, or were others, when its saving began."""
+    others = json.loads(_record(folder).read_text(encoding="utf-8"))["others"]
+    return [name for name in _files(folder) if name != SEAL and others.get(name) != _state(folder / name)]
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _state(path: Path) -> list[int]:
+    """Another one when the file has been written again."""
+    found = path.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
+def _seal(folder: Path) -> dict[str, Any]:
+    """The seal as it is written. Raises EchoCheckpointError if it is missing or damaged."""
+    path = folder / SEAL
+    if not path.is_file():
+        raise EchoCheckpointError(
+            f"{folder} has no {SEAL}: it was interrupted while being written, or is not a checkpoint of this package."
+        )
+    try:
+        seal = json.loads(path.read_text(encoding="utf-8"))
+        is_one = isinstance(seal["configuration"], dict) and all(map(_is_inside, seal["files"].keys()))
+        is_one = is_one and isinstance(seal["num_tokens"], int)
+        seal["initial_adapter_sha256"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise EchoCheckpointError(f"{path} is damaged: {error!r}.") from error
+    if not is_one:
+        raise EchoCheckpointError(f"{path} is damaged: it does not list files of its folder, or no number of tokens.")
+    return seal
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name stays in its folder, under any system."""
+    return not any(part.anchor or ".." in part.parts for part in (PurePosixPath(name), PureWindowsPath(name)))
+
+
+def _sound_seal(folder: Path) -> dict[str, Any]:
+    seal = _seal(folder)
+    for name, digest in seal["files"].items():
+        if not (folder / name).is_file() or file_hash(folder / name) != digest:
+            raise EchoCheckpointError(f"{folder / name} is missing or not what was saved.")
+    return seal
+
+
+def _with_way_on(problem: str, damaged: Path) -> str:
+    """The problem of a checkpoint that can't be resumed from, and what to do about it."""
+    newer = [damaged]
+    for folder in reversed(checkpoints_in(damaged.parent)):
+        try:
+            _sound_seal(folder)
+        except EchoCheckpointError:
+            newer += [folder] if folder.resolve() != damaged.resolve() else []
+            continue
+        away = " and ".join(map(str, sorted(newer)))
+        return (
+            f"{problem} The newest sound checkpoint is {folder}. To go on from it, move {away} away and resume again "
+            f"(echo-lora train … --resume), or pass resume_from_checkpoint={str(folder)!r} in a script."
+        )
+    return f"{problem} There is no sound checkpoint beside it: start anew, in another output folder."
+
+
+def compare_configuration(
+    folder: Path, saved: dict[str, Any], current: dict[str, Any], name_of: Callable[[str], str] = str
+) -> None:
+    """Raises EchoCheckpointError with the differences, if there are any. name_of: what the user calls a key."""
+    current = _plain(current)
+    keys = saved.keys() | current.keys()
+    if saved.get("base.sha256") == current.get("base.sha256"):  # the same base, wherever it lies now
+        keys -= {"adapter.base_model_name_or_path"}
+    differences = [
+        f"  {name_of(key)}: checkpoint {saved.get(key)!r}, now {current.get(key)!r}"
+        for key in sorted(keys)
+        if saved.get(key) != current.get(key)
+    ]
+    if differences:
+        raise EchoCheckpointError(
+            f"{folder} was made with another configuration, so going on would give neither run's result:\n"
+            + "\n".join(differences)
+            + "\nRestore these values, or start anew in another output folder."
+        )
+
+
+def describe_base(model: PeftModel) -> dict[str, Any]:
+    """What of the base decides the result: how it computes, and SHA-256 of all its weights as they were loaded.
+
+    To be read before training, while the model is whole. About a second for each gigabyte, in up to 8 threads.
+    """
+    base = model.get_base_model()
+    config = getattr(base, "config", None)  # a module of one's own has none
+    quantisation: Any = getattr(config, "quantization_config", None)
+    return {
+        "dtype": str(getattr(base, "dtype", None)).removeprefix("torch."),
+        "attn_implementation": getattr(config, "_attn_implementation", None),
+        "quantization": quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation,
+        "sha256": _weights_hash(model),
+    }
+
+
+def _weights_hash(model: PeftModel) -> str:
+    of_adapters = (getattr(model.base_model, "prefix", "lora_"), "modules_to_save.")
+    weights = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.get_base_model().state_dict().items()
+        if isinstance(tensor, Tensor) and not any(part in name for part in of_adapters)
+    }
+
+    def digest(tensor: Tensor) -> str:
+        data = tensor.detach().cpu().contiguous()
+        found = hashlib.sha256(f"{data.dtype}:{tuple(data.shape)}".encode())
+        found.update(data.reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib frees the interpreter's lock
+        digests = dict(zip(weights, pool.map(digest, weights.values()), strict=True))
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into those of the same names, of which each process may hold a part.
+
+    Raises EchoCheckpointError if names or shapes differ.
+    """
+    if targets.keys() != values.keys():
+        raise EchoCheckpointError(
+            f"the checkpoint holds other tensors than the model: {sorted(targets.keys() ^ values.keys())[:3]} are in "
+            "one only. Resume from a checkpoint of this run."
+        )
+    for name, target in targets.items():
+        if target.shape != values[name].shape:
+            raise EchoCheckpointError(
+                f"{name} has the shape {tuple(values[name].shape)} in the checkpoint and {tuple(target.shape)} in the "
+                "model. Resume from a checkpoint of this run."
+            )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(_part(values[name], target))
+
+
+def whole_optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """`optimizer.state_dict()` with whole tensors; every process has to ask."""
+    saved = optimizer.state_dict()
+    states = {
+        index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        for index, state in saved["state"].items()
+    }
+    return saved | {"state": states}
+
+
+def load_whole_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict()` for parameters of which each process holds a part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = {
+        index: {
+            name: _part(value, parameters[index]) if getattr(value, "shape", None) == parameters[index].shape else value
+            for name, value in state.items()
+        }
+        for index, state in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | {"state": states})
+
+
+def _part(value: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a whole tensor, where `like` is shared out."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _plain(configuration: dict[str, Any]) -> dict[str, Any]:
+    """As it reads back from JSON, so that saved and current values compare."""
+    return json.loads(json.dumps(configuration, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,64 @@
+"""Collation: row numbers and answer masks beside the batch; the weighted whole-text loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_lora.data.forms import row_number
+from echo_lora.data.sources import ROW
+from echo_lora.data.tokenize import ANSWER
+from echo_lora.errors import EchoDataError
+
+
+class _RowCollator:
+    """The user's collator, with the rows' numbers carried past it, and where wanted what is answer in their labels."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], wants_answers: bool = True) -> None:
+        self.collate, self.wants_answers = collate, wants_answers
+
+    @property
+    def tokenizer(self) -> Any:
+        """Where Trainer looks for one to save beside the model."""
+        return getattr(self.collate, "tokenizer", None)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        has_answers = self.wants_answers and all(ANSWER in feature and "labels" in feature for feature in features)
+        carried = {ROW, ANSWER} if has_answers else {ROW}
+        rows = [row_number(feature, place) for place, feature in enumerate(features) if ROW in feature]
+        batch = self.collate([{k: v for k, v in feature.items() if k not in carried} for feature in features])
+        if len(rows) == len(features):
+            batch[ROW] = torch.tensor(rows)
+        if has_answers:
+            batch[ANSWER] = _at_tokens([feature[ANSWER] for feature in features], batch)
+        return batch
+
+
+def _at_tokens(masks: list[list[int]], batch: dict[str, Any]) -> Tensor:
+    """The rows' masks where the collator put their tokens, (B, T); 0 at padding."""
+    is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    lengths = [len(mask) for mask in masks]
+    if is_token.sum(1).tolist() != lengths:
+        raise EchoDataError(
+            f"the data collator makes rows of {is_token.sum(1).tolist()} tokens out of rows of {lengths}, so it is not "
+            "known which of them are answers. Use one that only pads, and returns an attention_mask."
+        )
+    at_tokens = torch.zeros_like(batch["input_ids"])
+    at_tokens[is_token] = torch.tensor([value for mask in masks for value in mask], dtype=at_tokens.dtype)
+    return at_tokens
+
+
+class _Weighted:
+    """A model without echo, whose log-probabilities of answer tokens count `weight` times in TRL's loss."""
+
+    def __init__(self, model: Any, is_answer: Tensor, weight: float) -> None:
+        self.model, self.is_answer, self.weight = model, is_answer, weight  # is_answer: (B, T)
+
+    def __call__(self, **inputs: Any) -> Any:
+        outputs = self.model(**inputs)
+        is_answer = self.is_answer[:, 1:].to(outputs.log_probs.device).bool()  # (B, T-1): of the token predicted
+        outputs.log_probs = outputs.log_probs * torch.where(is_answer, self.weight, 1.0)
+        return outputs

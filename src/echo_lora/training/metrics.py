@@ -1,0 +1,51 @@
+"""Loss terms collected between two log entries, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from echo_lora.method.step import EchoOutput
+
+
+class _Meter:
+    """Sums of what the steps since the last log returned."""
+
+    ALWAYS = ("ce_off", "ce_prompt", "entropy", "token_accuracy")  # ce_prompt where prompts are trained on
+    ROUTED = ("ce_on", "distillation")  # sums over the tokens of an optimizer step
+    STATE = ("echo_norm", "gate_mean")  # means over a batch
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.optimizer_steps = self.routed_steps = self.routed_batches = 0
+        self.is_routed = False  # of the optimizer step under way
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, output: EchoOutput) -> None:
+        self.is_routed = bool(output.routed)
+        self.routed_batches += self.is_routed
+        for name in (*self.ALWAYS, *self.ROUTED, *self.STATE):
+            if name in output:
+                self.sums[name] = self.sums.get(name, 0.0) + output[name].detach()
+
+    def end_step(self) -> None:
+        self.optimizer_steps += 1
+        self.routed_steps += self.is_routed
+
+    def metrics(self, add_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over tokens and steps; terms of the echo over routed steps only. add_ranks(x) sums over processes."""
+        if not self.optimizer_steps or not self.sums:
+            return {}
+        total = {name: add_ranks(value).item() for name, value in self.sums.items()}
+        ranks = add_ranks(torch.ones((), device=self.sums["ce_off"].device)).item()
+        out = {name: total[name] / self.optimizer_steps for name in self.ALWAYS if name in total}
+        out["mean_token_accuracy"] = out.pop("token_accuracy")  # TRL's name
+        out["routed"] = self.routed_steps / self.optimizer_steps  # the same on every rank
+        if self.routed_steps:
+            out |= {name: total[name] / self.routed_steps for name in self.ROUTED}
+            out |= {name: total[name] / (self.routed_batches * ranks) for name in self.STATE}
+        return out

@@ -1,0 +1,317 @@
+"""TRL's SFTTrainer with the echo: adding `echo_config=` is the only change to a script."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoProcessor, PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import set_seed
+from trl import SFTConfig, SFTTrainer
+from trl.data_utils import maybe_convert_to_chatml
+from trl.trainer.utils import create_model_from_path
+
+from echo_lora.data.check import check_tokenized_dataset
+from echo_lora.data.forms import checked_row, row_number, unused_texts, without_effect
+from echo_lora.data.sources import KEPT_NAME, ROW, where_is, without_nulls
+from echo_lora.data.tokenize import ANSWER, IGNORED, end_token_ids, tokenize_row
+from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.method.config import EchoConfig
+from echo_lora.method.model import EchoModel, get_echo_model
+from echo_lora.models import canonical
+from echo_lora.training.support import refuse_arguments
+from echo_lora.training.trainer import EchoTrainerMixin, numbered
+
+logger = logging.getLogger(__name__)
+
+
+_UNTRAINED = "_echo_untrained"  # column with what a row holds and is not trained on, until it is said
+
+
+class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
+    """TRL's SFTTrainer with the echo: the same datasets, arguments and callbacks, and `echo_config=`.
+
+    Further arguments of ours: on_overlength, what to do with rows longer than `max_length` (an answer is never cut),
+    and answer_weight, the weight of answer tokens in a loss on whole rows, with and without the echo. Without
+    `echo_config` it trains as SFTTrainer does. completion_only_loss=False trains on prompts too, in the echo-off pass,
+    as `data.train_on_prompt` of a recipe does. Refused are packing and padding_free (a row needs a boundary of its
+    own), text-only rows (no boundary), and losses other than `nll`.
+    """
+
+    _is_sft = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | TrainingArguments | None = None,
+        *positional: Any,
+        echo_config: EchoConfig | None = None,
+        on_overlength: Literal["error", "drop", "truncate_prompt"] = "error",
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._on_overlength = on_overlength
+        self._has_echo = echo_config is not None or isinstance(model, EchoModel)
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = SFTConfig(f"{Path(name).name}-Echo-SFT")  # TRL's way to name a run
+        data = kwargs.get("train_dataset", positional[1] if len(positional) > 1 else None)
+        if data is not None:
+            _first(data, "train")
+        if self._has_echo:
+            refuse_arguments(args)
+        if echo_config is not None:
+            if isinstance(model, str):
+                model = _load_as_trl(model, args, kwargs)
+            model, peft_config = _echo_wrapped(model, args, peft_config, echo_config), None
+        super().__init__(model, args, *positional, peft_config=peft_config, **kwargs)
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        first = _first(dataset, dataset_name)
+        if not isinstance(dataset, Dataset) and ROW in first and "input_ids" not in first:
+            raise EchoDataError(f"the {dataset_name} data have {KEPT_NAME}")
+        dataset = numbered(dataset, f"{dataset_name} data")
+        if not self._has_echo:
+            dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        _refuse_text(first, dataset_name, args, formatting_func)
+        dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
+        # TRL's cut at max_length takes the answer's end; ours, below, never does.
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        try:
+            prepared = super()._prepare_dataset(
+                dataset, processing_class, uncut, packing, formatting_func, dataset_name
+            )
+        except RuntimeError as error:
+            if "assistant" not in str(error):
+                raise
+            for row in dataset:  # names the model and the first row without an assistant token
+                tokenize_row(row, self._tokenizer)
+            raise
+        if isinstance(prepared, IterableDataset):
+            if args.max_length is not None:
+                raise EchoConfigError(
+                    f"max_length={args.max_length} can't be kept for the {dataset_name} data, which is a stream: its "
+                    "rows are not known before training, and an answer must not be cut. Set max_length=None, or load "
+                    "the data whole."
+                )
+            logger.warning("The %s data is a stream: its rows are checked as they come, not before.", dataset_name)
+            return prepared
+        prepared, counts = check_tokenized_dataset(
+            prepared,
+            max_length=args.max_length,
+            on_overlength=self._on_overlength,
+            end_token_ids=end_token_ids(self._tokenizer),
+            source=f"{dataset_name} data",
+        )
+        logger.info("%s data: %s", dataset_name, counts)
+        return prepared
+
+    def _tokenize_what_trl_gets_wrong(
+        self, dataset: Any, first: dict[str, Any], args: Any, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """The dataset after the checks of a recipe's rows; tokenised if it has a row that TRL would train on otherwise.
+
+        TRL trains on turns of weight 0, on every turn of a completion, and shows templates the nulls that Arrow adds.
+        Its own ids and labels of all other rows are those made here. Without the echo, which needs no boundary, what is
+        an error with it is a warning.
+        """
+        is_conversation = args.assistant_only_loss and not {"messages", "conversations"}.isdisjoint(first)
+        has_boundary = "prompt" in first or is_conversation
+        if "input_ids" in first or formatting_func is not None or not has_boundary or self._is_vlm:
+            return dataset
+        options = {
+            "tokenizer": self._tokenizer,
+            "source": f"{dataset_name} data",
+            "assistant_only": args.assistant_only_loss,
+            "is_whole": not self.completion_only_loss,
+        }
+        if isinstance(dataset, IterableDataset):
+            if not self._has_echo:
+                return dataset
+            return dataset.map(_tokenized_of_stream, with_indices=True, fn_kwargs=options)
+        try:
+            is_special = _check_rows(dataset, f"{dataset_name} data")
+        except EchoDataError as error:
+            if self._has_echo:
+                raise
+            logger.warning("%s TRL trains on it as it is.", error)
+            return dataset
+        if not is_special:
+            return dataset
+        what = f"Tokenizing {dataset_name} dataset"
+        dataset = dataset.map(
+            _tokenized, with_indices=True, fn_kwargs=options, num_proc=args.dataset_num_proc, desc=what
+        )
+        _warn_of_untrained(dataset, f"{dataset_name} data")
+        return dataset.remove_columns(_UNTRAINED)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        echo = self._echo_model
+        if echo is not None and echo.applies(
+            inputs.get("labels")
+        ):  # the one metric of TRL's loss that the step does not return
+            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens // self._tp_size
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
+        """TRL's check, which looks at the class of the collator."""
+        super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collate", data_collator))
+
+    def _send_telemetry(self) -> None:
+        """Silent, unlike TRL's, unless ECHO_LORA_TELEMETRY=1 is set."""
+        if os.environ.get("ECHO_LORA_TELEMETRY") == "1":
+            super()._send_telemetry()
+
+
+def _load_as_trl(name: str, args: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model that SFTTrainer would load; what it would read from its arguments for that is taken out of them."""
+    given = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
+    given |= getattr(args, "model_init_kwargs", None) or {}
+    if (quantization := kwargs.pop("quantization_config", None)) is not None:
+        if "quantization_config" in given:
+            raise EchoConfigError(
+                "quantization_config is given to EchoSFTTrainer and in model_init_kwargs. Give it once, to the trainer."
+            )
+        given["quantization_config"] = quantization
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        given["device_map"] = None  # as TRL: "auto" fails in several processes
+    if kwargs.get("processing_class") is None and given.get("revision") is not None:
+        kwargs["processing_class"] = AutoProcessor.from_pretrained(
+            name, revision=given["revision"], trust_remote_code=given["trust_remote_code"]
+        )
+    set_seed(args.seed)
+    return create_model_from_path(canonical(name), **given)
+
+
+def _echo_wrapped(
+    model: PreTrainedModel, args: Any, peft_config: LoraConfig | None, echo_config: EchoConfig
+) -> EchoModel:
+    """The EchoModel that takes the place of the PEFT model SFTTrainer would make, from the same seed."""
+    if isinstance(model, PeftModel):
+        raise EchoConfigError(
+            "echo_config was given together with a model that carries an adapter already. Pass the base model with "
+            "peft_config and echo_config, or a model of get_echo_model without echo_config."
+        )
+    if peft_config is None:
+        raise EchoConfigError(
+            "echo_config needs a peft_config: the echo trains a LoRA adapter. Pass peft_config=LoraConfig(…)."
+        )
+    if getattr(args, "chat_template_path", None) and not str(args.chat_template_path).endswith((".jinja", ".j2")):
+        raise EchoConfigError(
+            f"chat_template_path={args.chat_template_path!r} would add tokens after the adapter is made. "
+            "Give a .jinja file, or set the tokenizer's chat_template yourself."
+        )
+    set_seed(args.seed)  # PEFT draws the adapter's weights when it makes it
+    return get_echo_model(model, peft_config, echo_config)
+
+
+def _first(dataset: Any, name: str) -> dict[str, Any]:
+    first = next(iter(dataset), None)
+    if first is None:
+        raise EchoDataError(f"the {name} data have no row. Give at least one.")
+    return first
+
+
+def _check_rows(dataset: Dataset, source: str) -> bool:
+    """Check the form of each row, and warn of columns that nothing uses. Whether TRL would train on one otherwise.
+
+    Raises EchoDataError, which names the row.
+    """
+    unused: dict[str, int] = {}
+    ineffective: dict[tuple[str, str], int] = {}
+    is_special = False
+    for index, example in enumerate(dataset.with_format(None)):
+        row = maybe_convert_to_chatml(without_nulls(example))
+        number = row_number(row, index)
+        checked_row(row, where_is(source, number))
+        is_special = is_special or _is_special(row)
+        for name in unused_texts(row):
+            unused.setdefault(name, number)
+        for item in without_effect(row).items():
+            ineffective.setdefault(item, number)
+    for (name, why), number in ineffective.items():
+        logger.warning("%s has %s, which has no effect: %s.", where_is(source, number), name, why)
+    for name, number in unused.items():
+        logger.warning("%s has text in the column %r, which is not trained on.", where_is(source, number), name)
+    return is_special
+
+
+def _is_special(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds more than turns of user and assistant: TRL may make something else of it, or lose it."""
+    turns = [turn for name in ("messages", "prompt", "completion") for turn in _turns(row, name)]
+    return (
+        bool(row.get("tools") or row.get("chat_template_kwargs"))
+        or any(set(turn) != {"role", "content"} or not isinstance(turn["content"], str) for turn in turns)
+        or any(turn["role"] not in ("user", "assistant") for turn in turns)
+        or any("</think>" in turn["content"] for turn in turns)
+        or any(turn["role"] != "assistant" for turn in _turns(row, "completion"))
+    )
+
+
+def _turns(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    value = row.get(name)
+    return value if isinstance(value, list) else []
+
+
+def _tokenized(
+    example: dict[str, Any], index: int, tokenizer: Any, source: str, assistant_only: bool, is_whole: bool
+) -> dict[str, Any]:
+    """The columns that TRL's preparation makes of a row."""
+    row = maybe_convert_to_chatml(without_nulls(example))
+    where = where_is(source, row_number(row, index))
+    tokenized = tokenize_row(row, tokenizer, where=where, assistant_only=assistant_only)
+    columns: dict[str, Any] = {"input_ids": tokenized.input_ids, "labels": tokenized.labels}
+    columns[_UNTRAINED] = list(tokenized.untrained)  # a warning here would be lost with a cached result
+    if is_whole and "messages" not in row:
+        columns[ANSWER] = [int(label != IGNORED) for label in tokenized.labels]
+        if not assistant_only:
+            columns["labels"] = tokenized.input_ids
+    return columns
+
+
+def _tokenized_of_stream(example: dict[str, Any], index: int, **options: Any) -> dict[str, Any]:
+    """The same, with its warnings as the rows come."""
+    columns = _tokenized(example, index, **options)
+    where = where_is(options["source"], row_number(example, index))
+    for what in columns.pop(_UNTRAINED):
+        logger.warning("%s has %s: not trained on.", where, what)
+    return columns
+
+
+def _warn_of_untrained(dataset: Dataset, source: str) -> None:
+    rows: dict[str, list[int]] = {}
+    for index, example in enumerate(dataset.select_columns([_UNTRAINED, ROW]).with_format(None)):
+        for what in example[_UNTRAINED]:
+            rows.setdefault(what, []).append(row_number(example, index))
+    for what, numbers in rows.items():
+        logger.warning("%s has %s: not trained on (%d such rows).", where_is(source, numbers[0]), what, len(numbers))
+
+
+def _refuse_text(example: dict[str, Any], name: str, args: Any, formatting_func: Any) -> None:
+    has_boundary = "prompt" in example or "labels" in example or "completion_mask" in example
+    if formatting_func is not None or not (has_boundary or args.assistant_only_loss or "input_ids" in example):
+        what = "a formatting_func turns each row into text" if formatting_func else f"its columns are {sorted(example)}"
+        raise EchoDataError(
+            f"the {name} data has no boundary between prompt and answer ({what}), and the echo is read there. Use "
+            "prompt and completion columns, or messages with SFTConfig(assistant_only_loss=True)."
+        )

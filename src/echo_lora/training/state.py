@@ -1,0 +1,93 @@
+"""The echo's state in a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from echo_lora.adapter.files import ADAPTER_FILE, adapter_tensors, compare_adapter, whole
+from echo_lora.data.tokenize import ANSWER
+from echo_lora.errors import EchoCheckpointError
+from echo_lora.files import use_umask
+from echo_lora.method.model import EchoModel
+from echo_lora.training.checkpoint import file_hash, fill
+
+ECHO_STATE = "echo_state.safetensors"
+
+
+@contextmanager
+def _no_code(checkpoint: str | None) -> Iterator[None]:
+    """Names the checkpoint whose optimizer, schedule or random states hold more than numbers: torch refuses them."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise EchoCheckpointError(
+            f"{checkpoint} holds states that only a pickle with code could restore; nothing of it was run: {error} "
+            "Resume from a checkpoint that you made."
+        ) from error
+
+
+def _adapter_folder(folder: Path, model: PeftModel) -> Path:
+    """Where PEFT puts the active adapter."""
+    name = model.active_adapters[0]
+    return folder if name == "default" else folder / name
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _save_echo(model: EchoModel, folder: Path, *, should_save: bool) -> None:
+    """Put the echo into a checkpoint, with the hash of the adapter beside which it is; every process has to ask."""
+    tensors = {name: whole(tensor) for name, tensor in model.echo.tensors().items()}
+    if should_save:
+        adapter = _adapter_folder(folder, model) / ADAPTER_FILE
+        save_file(tensors, folder / ECHO_STATE, {"adapter_sha256": file_hash(adapter)} if adapter.is_file() else None)
+        use_umask(folder, [folder / ECHO_STATE])
+
+
+def _restore_echo(model: EchoModel, folder: Path) -> None:
+    """Load the echo of a checkpoint whose adapter the stock Trainer has loaded; every process has to ask.
+
+    Raises EchoCheckpointError if the model holds another adapter than the checkpoint, or the checkpoint another echo.
+    """
+    expected = adapter_tensors(model, model.active_adapters[0])
+    adapter, path = _adapter_folder(folder, model), folder / ECHO_STATE
+    try:
+        compare_adapter(adapter, expected, trained=False)
+        with safe_open(path, "pt") as file:
+            known = (file.metadata() or {}).get("adapter_sha256")
+        if known != file_hash(adapter / ADAPTER_FILE):
+            raise EchoCheckpointError(f"{path} was saved beside another adapter.")
+    except (EchoCheckpointError, SafetensorError, OSError) as error:
+        raise EchoCheckpointError(
+            f"the stock Trainer has loaded an adapter, and EchoCallback does not find its echo in {folder}: {error} "
+            "Training would go on with another echo. Resume from a checkpoint in output_dir that was saved with "
+            "EchoCallback, or use EchoTrainer or EchoSFTTrainer."
+        ) from error
+    fill(model.echo.tensors(), load_file(path))
+
+
+def _dataset_hash(dataset: Any) -> str:
+    """SHA-256 of token ids, labels and what is answer in them; "stream" for data that can't be read twice."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return "stream"
+    digest = hashlib.sha256()
+    columns = [c for c in ("input_ids", "labels", ANSWER) if c in dataset.column_names]
+    for batch in dataset.select_columns(columns).iter(1000):
+        for column in columns:
+            for values in batch[column]:
+                digest.update(np.asarray(values, dtype=np.int64).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,171 @@
+"""What training with an echo does not support, refused by name with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithFlattening
+from transformers.training_args import OptimizerNames
+
+from echo_lora.data.check import refuse_unfit_tokens
+from echo_lora.data.tokenize import ANSWER
+from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.method.config import LARGEST_FACTOR
+from echo_lora.method.model import EchoModel
+from echo_lora.models import has_position_table
+
+
+def _refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
+    """Rows that the model has no embeddings for. Raises EchoDataError."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    vocabulary = len(model.get_input_embeddings().weight)
+    if not len(dataset):
+        raise EchoDataError(f"the {source} have no row. Give at least one.")
+    if not vocabulary:  # ZeRO-3 keeps the tensor elsewhere
+        return
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    refuse_unfit_tokens(
+        dataset,
+        source,
+        vocabulary=vocabulary,
+        positions=positions,
+        has_table=lambda: has_position_table(model, positions or 0),
+    )
+
+
+def refuse_arguments(args: Any) -> None:
+    """Settings that contradict the echo. Raises EchoConfigError, which names the argument."""
+    reasons = {
+        "packing": "each row needs a boundary of its own",
+        "padding_free": "each row needs a boundary of its own",
+        "eval_packing": "each row needs a boundary of its own",
+        "label_smoothing_factor": "the step computes its own losses",
+        "use_liger_kernel": "it replaces the forward that the step calls",
+        "optim_target_modules": "its patterns would take in the echo networks",
+        "ddp_static_graph": "the graph of a routed step is another one",
+    }
+    if getattr(args, "optim", None) in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+        raise EchoConfigError(
+            f"optim={args.optim.value!r} can't be combined with the echo: it has one learning rate for all parameters, "
+            "and updates them before their gradients are known to be finite. Use 'adamw_torch'."
+        )
+    for name, reason in reasons.items():
+        if getattr(args, name, None):
+            raise EchoConfigError(
+                f"{name}={getattr(args, name)} can't be combined with the echo: {reason}. Leave it out."
+            )
+    is_checkpointed = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
+    if getattr(args, "torch_compile", None) and is_checkpointed:
+        raise EchoConfigError(
+            f"torch_compile={args.torch_compile} can't be combined with activation_checkpointing and the echo: torch "
+            "can't trace the context that recomputation needs. Set one of them to False."
+        )
+    if getattr(args, "loss_type", "nll") != "nll":
+        raise EchoConfigError(f"loss_type={args.loss_type!r} can't be combined with the echo. Use 'nll'.")
+
+
+def refuse_deepspeed(deepspeed: Any, model: EchoModel) -> None:
+    """What DeepSpeed does inside backward, and so without regard to the echo. Raises EchoConfigError."""
+    config = model.echo_config
+    for name, is_set in {
+        "echo_lr_warmup": config.echo_lr_warmup > 0,
+        "gradient_clipping": config.gradient_clipping == "apart",
+    }.items():
+        if deepspeed and is_set:
+            raise EchoConfigError(
+                f"{name}={getattr(config, name)!r} can't be combined with DeepSpeed, which clips gradients and updates "
+                "weights by itself. Leave it out, or use DDP or FSDP2."
+            )
+
+
+def _refuse_answer_weight(trainer: Any) -> None:
+    """What an answer_weight other than 1 can't mean. Raises EchoConfigError."""
+    weight, args, data = trainer.answer_weight, trainer.args, trainer.train_dataset
+    if not (isinstance(weight, (int, float)) and 0 < weight <= LARGEST_FACTOR):
+        raise EchoConfigError(f"answer_weight = {weight!r} must be a number above 0, at most {LARGEST_FACTOR:g}.")
+    if weight == 1:
+        return
+    if trainer._echo_model is None and not trainer._is_sft:
+        raise EchoConfigError(
+            f"answer_weight={weight:g} without the echo needs EchoSFTTrainer: here the model computes its own loss."
+        )
+    for name, plain in {"loss_type": "nll", "label_smoothing_factor": 0, "use_liger_kernel": False}.items():
+        if getattr(args, name, plain) != plain:
+            raise EchoConfigError(
+                f"{name}={getattr(args, name)!r} can't be combined with answer_weight={weight:g}. Leave one out."
+            )
+    if isinstance(data, Dataset) and ANSWER not in data.column_names:
+        raise EchoConfigError(
+            f"answer_weight={weight:g} weighs answers against prompts, but only answers are trained on. Set "
+            "completion_only_loss=False, with prompt and completion columns, or leave the weight out."
+        )
+
+
+def _refuse_packed_data(dataset: Any, collator: Any) -> None:
+    """Rows that were joined end to end, where a batch would not show it. Raises EchoDataError."""
+    reasons = {
+        "the column seq_lengths of the train data": "seq_lengths" in (getattr(dataset, "column_names", None) or []),
+        "DataCollatorWithFlattening": isinstance(collator, DataCollatorWithFlattening),
+    }
+    for what, is_packed in reasons.items():
+        if is_packed:
+            raise EchoDataError(
+                f"the rows are packed ({what} says so), but each row needs a boundary of its own. Use the rows as they "
+                "were before packing, and a collator that pads."
+            )
+
+
+def refuse_parallelism(state: Any, *, has_echo: bool) -> None:
+    """Ways to share a model among processes that would train something else. state: accelerate's.
+
+    Raises EchoConfigError.
+    """
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    parallelism = getattr(state, "parallelism_config", None)
+    for name in ("cp", "sp"):
+        if has_echo and getattr(parallelism, f"{name}_enabled", False):
+            raise EchoConfigError(
+                f"parallelism_config with {name}_size={getattr(parallelism, f'{name}_size')} can't be combined with "
+                "the echo: it cuts rows into parts, and the echo needs whole ones. Set it to 1."
+            )
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise EchoConfigError(
+            f"fsdp_version={fsdp.fsdp_version} can't be used: it flattens the adapter's tensors, which then can't be "
+            "saved, checked and loaded by name. Set fsdp_version: 2 in the fsdp_config."
+        )
+    if has_echo and fsdp is not None and fsdp.activation_checkpointing:
+        raise EchoConfigError(
+            "fsdp_activation_checkpointing=True can't be combined with the echo: it would recompute the echo-on pass "
+            "without its echo. Set it to false, and activation_checkpointing=True in the training arguments."
+        )
+    if has_echo and deepspeed is not None and deepspeed.zero_stage == 3:
+        raise EchoConfigError(
+            "DeepSpeed's zero_optimization.stage=3 can't be combined with the echo: in a step that is not routed it "
+            "applies the echo's gradients of an earlier step again. Use FSDP2, which shares out the same tensors."
+        )
+
+
+def _keep_float32(fsdp: Any) -> None:
+    """Under FSDP2 accelerate's bf16 would round the losses on their way out of the model, and add gradients in bf16."""
+    if fsdp is not None and fsdp.mixed_precision_policy is not None:
+        fsdp.mixed_precision_policy = dataclasses.replace(
+            fsdp.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
+def _refuse_lonely_rows(trainer: Any) -> None:
+    """The control `shuffled` needs two rows in every batch."""
+    if trainer._echo_model.echo_config.echo_kind != "shuffled":
+        return
+    batch = trainer.args.per_device_train_batch_size
+    rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else 0  # of a stream, not known
+    if batch < 2 or (rows % batch == 1 and not trainer.args.dataloader_drop_last):
+        raise EchoConfigError(
+            f"echo_kind='shuffled' gives each row the echo of another row of its batch, but {rows} rows in batches of "
+            f"{batch} leave one alone. Change per_device_train_batch_size or set dataloader_drop_last=True."
+        )
