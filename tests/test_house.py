@@ -99,6 +99,18 @@ def test_the_check_above_does_see_an_import_from_above(tmp_path):
     assert misplaced("method.losses", imports_of(path)) == {"training.sft", "cli"}
 
 
+def test_no_private_name_is_imported_from_another_module():
+    found = [
+        f"{module}: {alias.name}"
+        for module in ORDER
+        for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("echo_lora")
+        for alias in node.names
+        if alias.name.startswith("_") and alias.name != "__version__"
+    ]
+    assert found == []
+
+
 def test_there_are_few_public_names_and_each_resolves():
     assert 1 <= len(echo_lora.__all__) <= 12
     for name in echo_lora.__all__:

@@ -20,7 +20,7 @@ _STEMS = {
     "dev": ("dev",),
 }
 
-_COLUMNS = {
+COLUMNS = {
     "gsm8k": ("question", "answer"),
     "mmlu": ("subject", "question", "choices", "answer"),
     "humaneval": ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
@@ -29,11 +29,11 @@ _COLUMNS = {
 _INSTRUCTION_COLUMNS = ("instruction", "output", "answer")
 
 
-_Found = dict[str, tuple[str, list[Row]]]  # part → where it comes from, raw rows
+Found = dict[str, tuple[str, list[Row]]]  # part → where it comes from, raw rows
 
 
-def _from_folder(source: Path, name: str) -> _Found:
-    found: _Found = {}
+def from_folder(source: Path, name: str) -> Found:
+    found: Found = {}
     for part, stems in _STEMS.items():
         files = [source / name / (stem + kind) for stem in stems for kind in (".json", ".jsonl", ".parquet")]
         files = [file for file in files if os.path.isfile(file)]
@@ -42,7 +42,7 @@ def _from_folder(source: Path, name: str) -> _Found:
             raise EchoDataError(f"{source / name} has {both}, both of them its {part} part. Keep one.")
         if files:
             raw = read_rows(files[0])
-            _check_columns(name, raw, str(files[0]))
+            check_columns(name, raw, str(files[0]))
             found[part] = str(files[0].relative_to(source)), raw
     if not found:
         raise EchoDataError(f"{source / name} has no train or test file (.json, .jsonl or .parquet). Put one there.")
@@ -62,8 +62,8 @@ def _from_folder(source: Path, name: str) -> _Found:
     return found
 
 
-def _check_columns(name: str, raw: list[Row], where: str) -> None:
-    columns = _COLUMNS.get(name, _INSTRUCTION_COLUMNS)
+def check_columns(name: str, raw: list[Row], where: str) -> None:
+    columns = COLUMNS.get(name, _INSTRUCTION_COLUMNS)
     for index, row in enumerate(raw):
         missing = [column for column in columns if row.get(column) is None]
         if missing:

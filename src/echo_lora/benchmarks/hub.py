@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from echo_lora.benchmarks.copies import _check_columns, _Found
+from echo_lora.benchmarks.copies import Found, check_columns
 from echo_lora.benchmarks.protocols import Row, answer_of, instruction_of
 from echo_lora.errors import EchoDataError
 
@@ -83,9 +83,9 @@ HUB = {
 }
 
 
-def _from_hub(name: str) -> _Found:
+def from_hub(name: str) -> Found:
     hub = HUB[name]
-    found: _Found = {}
+    found: Found = {}
     for part, places in hub.parts.items():
         raw: list[Row] = []
         for configuration, split in places:
@@ -98,7 +98,7 @@ def _from_hub(name: str) -> _Found:
                     f"{type(error).__name__}: {error}. Import a local copy."
                 ) from error
         where = f"{hub.path}:{places[0][1]}"
-        _check_columns(name, raw, where)
+        check_columns(name, raw, where)
         found[part] = where, raw
     return found
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from echo_lora.benchmarks.copies import _COLUMNS, _check_columns, _Found, _from_folder
-from echo_lora.benchmarks.hub import _from_hub
+from echo_lora.benchmarks.copies import COLUMNS, Found, check_columns, from_folder
+from echo_lora.benchmarks.hub import from_hub
 from echo_lora.benchmarks.protocols import (
     BENCHMARKS,
     COMMONSENSE,
@@ -105,17 +105,17 @@ def import_data(
 # --------------------------------------------------------------------------------------------------- reading
 
 
-def _all_found(source: str | Path | None, tasks: Sequence[str]) -> Iterable[tuple[str, _Found]]:
+def _all_found(source: str | Path | None, tasks: Sequence[str]) -> Iterable[tuple[str, Found]]:
     """Each benchmark with its parts, one at a time: all of them together are large."""
     if source is None:
-        yield from ((name, _from_hub(name)) for name in tasks or BENCHMARKS)
+        yield from ((name, from_hub(name)) for name in tasks or BENCHMARKS)
         return
     source = Path(source)
     if os.path.isfile(source):
         if tasks:
             raise EchoDataError(f"{source} is one file of all tasks, which can't be told apart. Leave --task out.")
         raw = read_rows(source)
-        _check_columns(UNION, raw, str(source))
+        check_columns(UNION, raw, str(source))
         yield UNION, {"train": (source.name, raw)}
         return
     if not os.path.isdir(source):
@@ -128,7 +128,7 @@ def _all_found(source: str | Path | None, tasks: Sequence[str]) -> Iterable[tupl
     for name in tasks or known:
         if name not in known:
             raise EchoDataError(f"{source / name}: there is no such folder. Present: {', '.join(known)}.")
-        yield name, _from_folder(source, name)
+        yield name, from_folder(source, name)
 
 
 # ------------------------------------------------------------------------------------------------- the counts
@@ -136,7 +136,7 @@ def _all_found(source: str | Path | None, tasks: Sequence[str]) -> Iterable[tupl
 
 def _count(name: str, part: str, where: str, raw: list[Row]) -> Part:
     published = UNION_ROWS if name == UNION else BENCHMARKS[name].published.get(part)
-    columns = _COLUMNS.get(name, ("instruction", "output"))
+    columns = COLUMNS.get(name, ("instruction", "output"))
     distinct = {tuple(map(str, (row[column] for column in columns))) for row in raw}
     return Part(name, part, where, len(raw), published, len(raw) - len(distinct))
 
@@ -174,7 +174,7 @@ def _compare_union(parts: list[Part], warnings: list[str]) -> None:
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def _write_rows(folder: Path, name: str, found: _Found, hold_out: int) -> None:
+def _write_rows(folder: Path, name: str, found: Found, hold_out: int) -> None:
     folder.mkdir()
     examples = found["dev"][1] if "dev" in found else []
     for part, (where, raw) in found.items():

@@ -117,12 +117,12 @@ def check_tokenized_dataset(
     A column `completion_mask` says which labels are answer tokens. Other columns are kept. bos_token_id: the token that
     stays first when a prompt is shortened.
     """
-    check = _Check(max_length, on_overlength, end_token_ids, bos_token_id, source)
+    check = RowCheck(max_length, on_overlength, end_token_ids, bos_token_id, source)
     columns = [name for name in ("input_ids", "labels", ANSWER, ROW) if name in dataset.column_names]
     kept = [
         index
         for index, example in enumerate(dataset.select_columns(columns).with_format(None))
-        if check(_tokenized(example, index)) is not None
+        if check(row_of_example(example, index)) is not None
     ]
     counts = check.finish()
     if counts.dropped:
@@ -134,7 +134,7 @@ def check_tokenized_dataset(
 
 
 @dataclass
-class _Check:
+class RowCheck:
     """One pass over the rows of one source."""
 
     max_length: int | None
@@ -266,7 +266,7 @@ def _shorten_example(example: dict[str, Any], max_length: int, bos: int | None) 
     return example | {name: keep(example[name]) for name in names}
 
 
-def _tokenized(example: dict[str, Any], index: int) -> TokenizedRow:
+def row_of_example(example: dict[str, Any], index: int) -> TokenizedRow:
     return TokenizedRow(example["input_ids"], _answer_labels(example), row_number(example, index))
 
 
@@ -277,7 +277,7 @@ def _answer_labels(example: dict[str, Any]) -> list[int]:
     return [label if is_answer else IGNORED for label, is_answer in zip(example["labels"], mask, strict=True)]
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges_text(numbers: list[int]) -> str:
     """Rising numbers as `3, 7-9`."""
     ends = [i for i, number in enumerate(numbers) if numbers[i + 1 : i + 2] != [number + 1]]
     starts = [0, *(i + 1 for i in ends[:-1])]
@@ -289,7 +289,7 @@ def _lengths(lengths: Sequence[int]) -> Lengths:
     return Lengths(min(lengths), median(lengths), max(lengths))
 
 
-def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The beginning-of-sequence token, where the tokenizer puts it before every text."""
     is_first = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return tokenizer.bos_token_id if is_first else None

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echo_lora.data.check import Overlength, RowCounts, _added_bos, _Check, _ranges, _tokenized
+from echo_lora.data.check import Overlength, RowCheck, RowCounts, added_bos, ranges_text, row_of_example
 from echo_lora.data.forms import check_forms, row_number
 from echo_lora.data.sources import ROW, where_is
 from echo_lora.data.tokenize import ANSWER, IGNORED, TokenizedRow, end_token_ids, tokenize_row
@@ -32,10 +32,10 @@ class RowView(Sequence[TokenizedRow]):
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        return _tokenized(self._dataset[place], place)
+        return row_of_example(self._dataset[place], place)
 
     def __iter__(self) -> Iterator[TokenizedRow]:
-        return (_tokenized(example, i) for i, example in enumerate(self._dataset))
+        return (row_of_example(example, i) for i, example in enumerate(self._dataset))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class PreparedData:
         if c.dropped_rows:
             rows, rest = c.dropped_rows[:named], c.dropped_rows[named:] if named is not None else []
             lines.append(
-                f"dropped as too long ({c.answerless} would keep no answer token): rows {_ranges(rows)}"
+                f"dropped as too long ({c.answerless} would keep no answer token): rows {ranges_text(rows)}"
                 + (f" and {len(rest)} more" if rest else "")
             )
         if c.without_end_token:
@@ -98,7 +98,7 @@ def prepare_rows(
     if isinstance(rows, Iterator):
         rows = list(rows)
     check_forms(rows, source, ignore_columns, chat=chat)
-    check = _Check(max_length, on_overlength, end_token_ids(tokenizer), _added_bos(tokenizer), source)
+    check = RowCheck(max_length, on_overlength, end_token_ids(tokenizer), added_bos(tokenizer), source)
     writer = _Writer(train_on_prompt)
     for index, row in enumerate(rows):
         number = row_number(row, index)

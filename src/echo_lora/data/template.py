@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------- the chat template
 
 
-class _Template:
+class Template:
     """The tokenizer's chat template for the messages of one row. Its methods raise EchoDataError."""
 
     def __init__(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from echo_lora.data.forms import checked_row, is_learned, row_number
-from echo_lora.data.template import _Template
+from echo_lora.data.template import Template
 from echo_lora.errors import EchoDataError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def tokenize_row(
         prompt, completion = row["prompt"], row["completion"]
         if assistant_only or not all(map(is_learned, completion)):
             return _tokenize_marked(row, prompt, completion, tokenizer, where, number)
-        template = _Template(row, tokenizer, where)
+        template = Template(row, tokenizer, where)
         messages, left_out = template.fit(prompt + completion, len(prompt))
         prompt_ids = template.tokenize(messages[: len(prompt)], add_generation_prompt=True)
         ids = template.tokenize(messages)
@@ -98,7 +98,7 @@ def _tokenize_marked(
     number: int,
 ) -> TokenizedRow:
     """A row of several turns, of which those are learned that the template marks as the assistant's."""
-    template = _Template(row, tokenizer, where, has_marks=True)
+    template = Template(row, tokenizer, where, has_marks=True)
     messages, left_out = template.fit(prompt + completion, len(prompt))
     ids, mask = template.tokenize_marked(messages)
     start = merged = 0
@@ -179,7 +179,7 @@ def _prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat: 
         return "".join(tokenizer.convert_ids_to_tokens(added)) + row["prompt"]
     else:
         messages = row["prompt"]
-    template = _Template(row, tokenizer, where)
+    template = Template(row, tokenizer, where)
     return template.render(template.fit(messages, len(messages))[0], add_generation_prompt=True)
 
 
@@ -204,7 +204,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return ends
     answer = "the-answer-of-the-assistant"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    text = _Template({}, tokenizer, "An example").render(messages)
+    text = Template({}, tokenizer, "An example").render(messages)
     after = tokenizer(text.partition(answer)[2], add_special_tokens=False)["input_ids"]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ends | (special.intersection(after) - {tokenizer.bos_token_id})

@@ -62,13 +62,13 @@ class _Frozen(AbstractContextManager[None]):
 ContextFn = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 
-def _checkpoint_functions(base: PreTrainedModel) -> list[Any]:
+def checkpoint_functions(base: PreTrainedModel) -> list[Any]:
     """The functions by which modules of the base checkpoint their layers; none where checkpointing is off."""
     on = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
     return [getattr(module, "_gradient_checkpointing_func", None) for module in on]
 
 
-class _ContextFn:
+class JoinedContexts:
     """A `context_fn` that enters ours, and theirs for those who bring one, such as selective checkpointing."""
 
     def __init__(self, theirs: ContextFn | None, *ours: ContextFn) -> None:

@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.method.alignment import AlignedRows, align_rows
-from echo_lora.method.checkpointing import Freezing, _checkpoint_functions, _ContextFn
+from echo_lora.method.checkpointing import Freezing, JoinedContexts, checkpoint_functions
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.echo import EchoNetworks, apply_control, echo_representation
 from echo_lora.method.injection import Injection, Injector, decoder_layers, listed, target_modules, unmatched_targets
@@ -520,9 +520,9 @@ class EchoModel(PeftModelForCausalLM):
     def _left(self, base: PreTrainedModel) -> PreTrainedModel:
         """The base as it was before the echo; the injector's hooks went with the LoRA modules."""
         self._sharing.remove()
-        for function in _checkpoint_functions(base):
+        for function in checkpoint_functions(base):
             arguments = dict(getattr(function, "keywords", {}))
-            if isinstance(context := arguments.get("context_fn"), _ContextFn):
+            if isinstance(context := arguments.get("context_fn"), JoinedContexts):
                 del arguments["context_fn"]
                 base.activation_checkpointing_enable(arguments | context.theirs)
                 break
@@ -600,7 +600,7 @@ class EchoModel(PeftModelForCausalLM):
                 "gradient checkpointing with use_reentrant=True would recompute the echo-on pass without its echo. "
                 "Set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        checkpointing["context_fn"] = _ContextFn(
+        checkpointing["context_fn"] = JoinedContexts(
             checkpointing.get("context_fn"),
             self._injector.checkpoint_contexts,
             self._sharing.checkpoint_contexts,
@@ -612,7 +612,7 @@ class EchoModel(PeftModelForCausalLM):
         """Whether layers are recomputed; one that would forget the pass it belongs to is set right first."""
         if not base.training:
             return False
-        functions = _checkpoint_functions(base)
+        functions = checkpoint_functions(base)
         if functions and _is_compiled(base):
             raise EchoModelError(
                 "torch.compile can't trace gradient checkpointing with a context, which the echo needs. Compile no "
@@ -620,7 +620,7 @@ class EchoModel(PeftModelForCausalLM):
             )
         for function in functions:
             arguments = dict(getattr(function, "keywords", {}))
-            if not isinstance(arguments.get("context_fn"), _ContextFn):
+            if not isinstance(arguments.get("context_fn"), JoinedContexts):
                 self.gradient_checkpointing_enable(arguments)
                 break
         return bool(functions)

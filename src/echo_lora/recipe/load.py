@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from echo_lora.data.sources import expanded
 from echo_lora.errors import EchoConfigError, nearest
 from echo_lora.recipe.schema import PARTS, Recipe, Section
-from echo_lora.recipe.yaml_file import DEEPEST, _parsed, find_yaml, is_in, names_in, parse_yaml
+from echo_lora.recipe.yaml_file import DEEPEST, find_yaml, is_in, names_in, parse_yaml, parsed_yaml
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 
@@ -103,7 +103,7 @@ def _override(text: str) -> tuple[list[str], Any]:
     if not is_given or not all(key.isprintable() and key for key in keys) or len(keys) > DEEPEST:
         raise EchoConfigError(f"--set {text}: write it as key=value, for example --set training.steps=20.")
     try:
-        return keys, _parsed(value)[1]
+        return keys, parsed_yaml(value)[1]
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         raise EchoConfigError(f"--set {text}: the value is not YAML: {problem}. Correct it, or quote it.") from error
@@ -193,12 +193,12 @@ def _keys(kind: type[Section], loc: tuple[Any, ...]) -> list[str]:
     model: Any = kind
     for part in loc:
         if isinstance(part, str) and part in model.model_fields:
-            model = _section(model.model_fields[part].annotation)
+            model = section_of(model.model_fields[part].annotation)
     return list(model.model_fields)
 
 
-def _section(annotation: Any) -> Any:
+def section_of(annotation: Any) -> Any:
     """The section inside an annotation such as `list[Source] | None`; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next(filter(None, map(_section, get_args(annotation))), None)
+    return next(filter(None, map(section_of, get_args(annotation))), None)

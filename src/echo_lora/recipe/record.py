@@ -86,7 +86,7 @@ def plot_losses(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
-def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
+def claim_folder(output: Path, checkpoints: Path, resume: bool) -> None:
     """Make the output folder this run's own.
 
     Raises EchoCheckpointError if it is not free, or holds nothing to resume.
@@ -110,7 +110,7 @@ def _claim(output: Path, checkpoints: Path, resume: bool) -> None:
         raise EchoCheckpointError(f"{error} {hint}The recipe's key is output.") from None
 
 
-def _tidy(output: Path, checkpoints: Path, is_new: bool) -> None:
+def tidy_folder(output: Path, checkpoints: Path, is_new: bool) -> None:
     """Remove what an interruption left of this run: all that is unfinished, and folders of ours without more.
 
     What can't be removed is told and left: an error here would hide the one that ended the run.
@@ -128,11 +128,11 @@ def _tidy(output: Path, checkpoints: Path, is_new: bool) -> None:
         logger.warning("%s could not be tidied: %s", output, error)
 
 
-def _way_on(checkpoints: Path) -> str:
+def way_on(checkpoints: Path) -> str:
     if complete := complete_checkpoints(checkpoints):
         return f"The newest complete checkpoint is {complete[-1]}: to go on from it, repeat the command with --resume."
     return "No checkpoint was complete yet: repeat the command to start again."
 
 
-def _numbers(entry: dict[str, Any]) -> dict[str, float]:
+def numbers(entry: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if isinstance(value, (int, float))}

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from echo_lora.recipe.load import _section
+from echo_lora.recipe.load import section_of
 from echo_lora.recipe.schema import DataSection, Recipe, Source
 
 # --------------------------------------------------------------- documentation
@@ -23,7 +23,7 @@ def recipe_table() -> list[tuple[str, str, str, str]]:
 
 def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in section.model_fields.items():
-        key, inner = f"{prefix}{name}", _section(field.annotation)
+        key, inner = f"{prefix}{name}", section_of(field.annotation)
         if key == "echo_config.routing_seed":  # it is seeds.routing
             continue
         is_list = get_origin(field.annotation) is list

@@ -43,7 +43,16 @@ from echo_lora.recipe.build import (
     require_packages,
     training_arguments,
 )
-from echo_lora.recipe.record import RUN_FILE, STARTED, RunResult, _claim, _numbers, _tidy, _way_on, plot_losses
+from echo_lora.recipe.record import (
+    RUN_FILE,
+    STARTED,
+    RunResult,
+    claim_folder,
+    numbers,
+    plot_losses,
+    tidy_folder,
+    way_on,
+)
 from echo_lora.recipe.rows import join
 from echo_lora.recipe.schema import Recipe
 from echo_lora.training.checkpoint import last_complete_checkpoint
@@ -70,13 +79,13 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
     checkpoints = output / "checkpoints"
     with locked(output):
         is_new = not output.exists()
-        _claim(output, checkpoints, resume)
+        claim_folder(output, checkpoints, resume)
         try:
             return _run(recipe, output, checkpoints, resume)
         except KeyboardInterrupt as error:
-            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {_way_on(checkpoints)}") from error
+            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {way_on(checkpoints)}") from error
         finally:
-            _tidy(output, checkpoints, is_new)
+            tidy_folder(output, checkpoints, is_new)
 
 
 def _run(recipe: Recipe, output: Path, checkpoints: Path, resume: bool) -> RunResult:
@@ -148,7 +157,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     finally:
         progress.close()
     seconds = time.perf_counter() - started
-    history = [_numbers(entry) for entry in trainer.state.log_history]
+    history = [numbers(entry) for entry in trainer.state.log_history]
     deployed, echo = parameter_counts(model)
     assert trainer.initial_adapter_hash is not None
     result = RunResult(

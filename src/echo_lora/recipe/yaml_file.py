@@ -91,7 +91,7 @@ def parse_yaml(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
             raise EchoConfigError(
                 f"{path} has {size:,} bytes, more than any recipe or study ({LARGEST_FILE:,}). Name another file."
             )
-        tree, document = _parsed(path.read_text(encoding="utf-8-sig"))
+        tree, document = parsed_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise EchoConfigError(
             f"{path} can't be read: {error}. Correct its permissions, or name another file."
@@ -108,7 +108,7 @@ def parse_yaml(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
     return tree, document
 
 
-def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
+def parsed_yaml(text: str) -> tuple[yaml.Node | None, Any]:
     """The tree and the value of a YAML text. Raises yaml.YAMLError."""
     try:
         loader = _Loader(text)

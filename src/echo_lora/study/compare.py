@@ -27,14 +27,14 @@ from echo_lora.errors import EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.progress import progress_console
 from echo_lora.recipe.rows import source_rows
 from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
-from echo_lora.study.folder import KNOWN, _done, _gathered, _write_json
+from echo_lora.study.folder import KNOWN, done_run, gathered, write_json
 from echo_lora.study.looks import confidence_at
 from echo_lora.study.power import estimate_noise, power
 from echo_lora.study.records import STUDY_FILE, correct_by_task, read_about, read_study, run_accuracy
 from echo_lora.study.report.format import count_of
 from echo_lora.study.report.verdict import difference_of, is_decided
 from echo_lora.study.run import COMMIT, RECORD, has_record, write_record
-from echo_lora.study.workers import Engine, _do
+from echo_lora.study.workers import Engine, run_all
 
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
 # differ, and standard deviation between seeds. [O]
@@ -80,23 +80,23 @@ def compare(
 
 
 def _compare(study: Study, engine: Engine, ends: float | None, until_decided: bool, command: str) -> bool:
-    restored = _gathered(study)  # read before anything is written
+    restored = gathered(study)  # read before anything is written
     about = _begin(study, command)
     for key, record in restored:
         if not has_record(study, key):
             write_record(study, key, record)
-    if not _do(study, about, tuning_keys(study), engine, ends):
+    if not run_all(study, about, tuning_keys(study), engine, ends):
         return False
     about["chosen"] = chosen = choose(study)
     if about.get("power") is None:
         about["power"] = estimate_power(study, chosen)
     keys = confirmation_keys(study, chosen)  # seed by seed
     for look, seeds in enumerate((study.looks or []) if until_decided else [], start=1):
-        if not _do(study, about, keys[: seeds * len(study.arms)], engine, ends):
+        if not run_all(study, about, keys[: seeds * len(study.arms)], engine, ends):
             return False
         if _ends_at(study, look):
             return True
-    return _do(study, about, keys, engine, ends)
+    return run_all(study, about, keys, engine, ends)
 
 
 def _ends_at(study: Study, look: int) -> bool:
@@ -163,7 +163,7 @@ def _begin(study: Study, command: str) -> dict[str, Any]:
         "processor": processor(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    _write_json(path, about)
+    write_json(path, about)
     return about
 
 
@@ -191,7 +191,7 @@ def choose(study: Study) -> dict[str, float]:
     best: dict[str, list[tuple[float, float]]] = {arm: [] for arm in study.arms}
     for arm in study.arms:
         for rate in study.rates(arm):
-            records = [_done(study, RunKey("tuning", arm, rate, seed)) for seed in study.tuning_seeds]
+            records = [done_run(study, RunKey("tuning", arm, rate, seed)) for seed in study.tuning_seeds]
             best[arm].append((-float(np.mean([_tuned_on(study, record) for record in records])), rate))
         if all(np.isinf(worst) for worst, _ in best[arm]):
             raise EchoError(f"training of arm {arm} diverged at every learning rate. Try lower ones in another study.")
@@ -226,7 +226,7 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
     source = "assumed"
     if study.tunes and study.tune_on == "accuracy":
         pilot = [
-            correct_by_task(_done(study, RunKey("tuning", arm, chosen[arm], seed)) for seed in study.tuning_seeds)
+            correct_by_task(done_run(study, RunKey("tuning", arm, chosen[arm], seed)) for seed in study.tuning_seeds)
             for arm in study.pairs[0]
         ]
         noise = estimate_noise(*({task: np.array(rows) for task, rows in correct.items()} for correct in pilot))

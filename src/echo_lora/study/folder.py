@@ -17,16 +17,16 @@ from echo_lora.study.run import read_record
 KNOWN = ("runs", RUNS_FILE)  # what a study's folder may hold before its file is written
 
 
-def _done(study: Study, key: RunKey) -> dict[str, Any]:
+def done_run(study: Study, key: RunKey) -> dict[str, Any]:
     record = read_record(study, key)
     if record is None:
         raise EchoError(f"the run {key} has no record in {study.output}. Call compare again to have it done.")
     return record
 
 
-def _gather(study: Study, about: dict[str, Any]) -> None:
+def gather(study: Study, about: dict[str, Any]) -> None:
     """Write the study's file, and the records there are in one."""
-    _write_json(Path(study.output) / STUDY_FILE, about)
+    write_json(Path(study.output) / STUDY_FILE, about)
     keys = tuning_keys(study) + (confirmation_keys(study, about["chosen"]) if "chosen" in about else [])
     records = [record for key in keys if (record := read_record(study, key)) is not None]
     _check_pairing(records)
@@ -64,7 +64,7 @@ def _check_pairing(records: Iterable[dict[str, Any]]) -> None:
                 )
 
 
-def _gathered(study: Study) -> list[tuple[RunKey, dict[str, Any]]]:
+def gathered(study: Study) -> list[tuple[RunKey, dict[str, Any]]]:
     """Runs that are known from the gathered records alone, as after a clone.
 
     A record names its run, and the run its folder: names that are none of the design's are not turned into paths.
@@ -86,6 +86,6 @@ def _gathered(study: Study) -> list[tuple[RunKey, dict[str, Any]]]:
     return found
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     write_file(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))

@@ -15,13 +15,13 @@ from echo_lora.study.statistics import (
     LEAST_SEEDS,
     VERDICTS,
     Correct,
-    _check_numbers,
-    _interval,
-    _Moments,
-    _moments,
-    _paired,
-    _sizes,
-    _verdict,
+    Moments,
+    check_numbers,
+    interval_of,
+    moments_of,
+    paired_differences,
+    sizes,
+    verdict_of,
 )
 
 POWER_WANTED = 0.8
@@ -82,13 +82,13 @@ def power(
     bootstrap of `compare` only reshapes: a study takes microseconds. Raises EchoConfigError for a number that means
     nothing.
     """
-    _check_numbers(smallest_effect, margin, confidence)
-    noise = _Noise(seeds, _sizes(questions), accuracy, discordance, seed_sd, question_correlation)
+    check_numbers(smallest_effect, margin, confidence)
+    noise = _Noise(seeds, sizes(questions), accuracy, discordance, seed_sd, question_correlation)
     if trials < 1:
         raise EchoConfigError(f"trials = {trials} must be at least 1; 1000 is the default.")
     moments = _simulated(effect, noise, trials, seed)
-    ends = zip(*_interval(moments, confidence), strict=True) if seeds > 1 else [(-1.0, 1.0)] * trials
-    verdicts = [_verdict(low, high, smallest_effect, margin, seeds) for low, high in ends]
+    ends = zip(*interval_of(moments, confidence), strict=True) if seeds > 1 else [(-1.0, 1.0)] * trials
+    verdicts = [verdict_of(low, high, smallest_effect, margin, seeds) for low, high in ends]
     shares: dict[str, float] = {verdict: verdicts.count(verdict) / trials for verdict in VERDICTS}
     return Power(
         effect=effect,
@@ -121,7 +121,7 @@ def smallest_detectable(
     seed: int = 0,
 ) -> float | None:
     """The effect that is found `better` in 80 % of studies of this size; None if none is. Arguments as in `power`."""
-    noise = _Noise(seeds, _sizes(questions), accuracy, discordance, seed_sd, question_correlation)
+    noise = _Noise(seeds, sizes(questions), accuracy, discordance, seed_sd, question_correlation)
     return _smallest_detectable(noise, confidence, trials, seed)
 
 
@@ -145,7 +145,7 @@ def simulate(
     where it leaves no room for the difference. Tasks are named "task 1" and so on. Raises EchoConfigError for a number
     that means nothing.
     """
-    noise = _Noise(seeds, _sizes(questions), accuracy, discordance, seed_sd, question_correlation)
+    noise = _Noise(seeds, sizes(questions), accuracy, discordance, seed_sd, question_correlation)
     first, second = {}, {}
     by_seed = _true_effects(effect, noise, 1, rng)
     for i, size in enumerate(noise.questions, start=1):
@@ -163,7 +163,7 @@ def estimate_noise(correct_arm: Correct, correct_baseline: Correct) -> dict[str,
     pilot has more than one seed and tells. seed_sd is what remains of the spread of seeds' differences after what the
     questions' chance explains; with few seeds it is a rough guess. Raises EchoDataError if the arrays don't pair.
     """
-    first, second = _paired("the arm", "the baseline", correct_arm, correct_baseline)
+    first, second = paired_differences("the arm", "the baseline", correct_arm, correct_baseline)
     differences = [first[task].astype(np.int8) - second[task].astype(np.int8) for task in first]
     found = {
         "accuracy": float(np.mean([rows.mean() for rows in second.values()])),
@@ -240,16 +240,16 @@ def _levels(
     return levels, bounds
 
 
-def _simulated(effect: float, noise: _Noise, trials: int, seed: int) -> _Moments:
+def _simulated(effect: float, noise: _Noise, trials: int, seed: int) -> Moments:
     """The moments of simulated studies, each field (trials,)."""
     rng = np.random.default_rng(seed)
     step = max(CHUNK // (noise.seeds * max(noise.questions)), 1)
     found = [
-        _moments(list(_simulated_differences(effect, noise, min(step, trials - start), rng)))
+        moments_of(list(_simulated_differences(effect, noise, min(step, trials - start), rng)))
         for start in range(0, trials if noise.seeds > 1 else 0, step)
     ]
     names = ("estimate", "variance", "df", "has_shape")
-    return _Moments(*(np.concatenate([getattr(part, name) for part in found] or [np.empty(0)]) for name in names))
+    return Moments(*(np.concatenate([getattr(part, name) for part in found] or [np.empty(0)]) for name in names))
 
 
 def _simulated_differences(effect: float, noise: _Noise, trials: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

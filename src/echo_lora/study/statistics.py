@@ -145,10 +145,10 @@ def compare(
     EchoDataError if the arrays don't pair, EchoConfigError for a smallest_effect, margin, confidence or number of draws
     that means nothing.
     """
-    _check_numbers(smallest_effect, margin, confidence)
+    check_numbers(smallest_effect, margin, confidence)
     if draws < 100:
         raise EchoConfigError(f"draws = {draws} are too few for percentiles. Use at least 100; 10000 is the default.")
-    first, second = _paired(arm, baseline, correct_arm, correct_baseline)
+    first, second = paired_differences(arm, baseline, correct_arm, correct_baseline)
     differences = {task: first[task].astype(np.int8) - second[task].astype(np.int8) for task in first}  # (S, Q) each
     rng = np.random.default_rng(seed)
     deviations = _resample(list(differences.values()), draws, rng)  # (tasks, draws)
@@ -166,7 +166,7 @@ def compare(
     return Comparison(
         arm=arm,
         baseline=baseline,
-        verdict=_verdict(overall.low, overall.high, smallest_effect, margin, seeds),
+        verdict=verdict_of(overall.low, overall.high, smallest_effect, margin, seeds),
         overall=overall,
         tasks=tasks,
         seeds=seeds,
@@ -185,7 +185,7 @@ def mcnemar_exact(only_arm: int, only_baseline: int) -> float:
     return float(stats.binomtest(only_arm, total, 0.5).pvalue) if total else 1.0
 
 
-def _verdict(low: float, high: float, smallest_effect: float, margin: float | None, seeds: int) -> Verdict:
+def verdict_of(low: float, high: float, smallest_effect: float, margin: float | None, seeds: int) -> Verdict:
     if seeds < LEAST_SEEDS:
         return "too few data"
     if low > 0:
@@ -229,7 +229,7 @@ def _mean_accuracies(correct: Correct) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class _Moments:
+class Moments:
     """What the two-way random model says of the mean over tasks; each field has the leading axes of the data.
 
     has_shape: False where the least variance is used instead of the data's, and a bootstrap has no shape to give.
@@ -241,7 +241,7 @@ class _Moments:
     has_shape: np.ndarray
 
 
-def _moments(differences: Sequence[np.ndarray]) -> _Moments:
+def moments_of(differences: Sequence[np.ndarray]) -> Moments:
     """Mean of D, its variance and degrees of freedom. differences: (..., S, Q_t) by task, S at least 2."""
     tasks, seeds = len(differences), differences[0].shape[-2]
     per_seed: Any = 0.0  # (..., S), mean over tasks
@@ -264,7 +264,7 @@ def _moments(differences: Sequence[np.ndarray]) -> _Moments:
     variance = of_seeds + np.maximum(of_questions, 0)  # V
     most_df = max(sum(difference.shape[-1] - 1 for difference in differences), 1)
     ratio = np.divide(variance, of_seeds, out=np.full_like(variance, np.inf), where=of_seeds > 0)
-    return _Moments(
+    return Moments(
         estimate=per_seed.mean(axis=-1),
         variance=np.maximum(variance, least),
         df=np.minimum((seeds - 1) * ratio**2, most_df),
@@ -272,7 +272,7 @@ def _moments(differences: Sequence[np.ndarray]) -> _Moments:
     )
 
 
-def _interval(moments: _Moments, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+def interval_of(moments: Moments, confidence: float) -> tuple[np.ndarray, np.ndarray]:
     """The interval without a bootstrap: t with the moments' variance."""
     half = stats.t.ppf(0.5 + confidence / 2, moments.df) * np.sqrt(moments.variance)
     return np.maximum(moments.estimate - half, -1), np.minimum(moments.estimate + half, 1)
@@ -306,11 +306,11 @@ def _effect(differences: Sequence[np.ndarray], deviations: np.ndarray, confidenc
     """
     if len(differences[0]) < 2:
         return Effect(float(np.mean([difference.mean() for difference in differences])), -1.0, 1.0, 1.0)
-    moments = _moments(differences)
+    moments = moments_of(differences)
     estimate, se, df = float(moments.estimate), float(np.sqrt(moments.variance)), float(moments.df)
     spread = float(deviations.std())
     if not moments.has_shape or spread == 0 or len(deviations) * (0.5 - confidence / 2) < LEAST_BEYOND:
-        low, high = _interval(moments, confidence)
+        low, high = interval_of(moments, confidence)
         return Effect(estimate, float(low), float(high), float(2 * stats.t.sf(abs(estimate) / se, df)))
     tails = np.sqrt(df / np.random.default_rng([seed, 1]).chisquare(df, len(deviations)))
     draws = estimate + deviations * (se / spread) * tails
@@ -323,7 +323,7 @@ def _effect(differences: Sequence[np.ndarray], deviations: np.ndarray, confidenc
 # ------------------------------------------------------------------------ checks
 
 
-def _check_numbers(smallest_effect: float, margin: float | None, confidence: float) -> None:
+def check_numbers(smallest_effect: float, margin: float | None, confidence: float) -> None:
     for name, value in (("smallest_effect", smallest_effect), ("margin", margin)):
         if value is not None and not 0 < value < 1:
             raise EchoConfigError(f"{name} = {value} must be a share above 0; 0.01 is one point.")
@@ -331,11 +331,11 @@ def _check_numbers(smallest_effect: float, margin: float | None, confidence: flo
         raise EchoConfigError(f"confidence = {confidence} must be from 0.5 to below 1; 0.95 is the default.")
 
 
-def _sizes(questions: int | Sequence[int]) -> tuple[int, ...]:
+def sizes(questions: int | Sequence[int]) -> tuple[int, ...]:
     return (int(questions),) if isinstance(questions, int | np.integer) else tuple(int(size) for size in questions)
 
 
-def _paired(
+def paired_differences(
     arm: str, baseline: str, correct_arm: Correct, correct_baseline: Correct
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Both arms' answers as bool (S, Q) by task, in the arm's order of tasks."""

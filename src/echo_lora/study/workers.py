@@ -18,7 +18,7 @@ from typing import Any, Literal
 from echo_lora.errors import EchoConfigError, EchoError
 from echo_lora.progress import progress_console
 from echo_lora.study.design import RunKey, Study
-from echo_lora.study.folder import _gather
+from echo_lora.study.folder import gather
 from echo_lora.study.run import execute, has_record
 
 
@@ -38,12 +38,12 @@ class Engine:
 # -------------------------------------------------------------------- the runs
 
 
-def _do(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Engine, ends: float | None) -> bool:
+def run_all(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Engine, ends: float | None) -> bool:
     """Do the runs that have no record yet; False if time was up before that. Raises EchoError if some failed.
 
     All records are gathered after each run, so that a report of what there is can be made at any time.
     """
-    _gather(study, about)
+    gather(study, about)
     left = [key for key in keys if not has_record(study, key)]
     if not left:
         return True
@@ -56,7 +56,7 @@ def _do(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Engine,
         seconds = time.monotonic() - started
         state = "done" if error is None else "FAILED"
         console.print(f"{done}/{len(left)}  {key}  {state}  {seconds:.0f} s", markup=False)
-        _gather(study, about)
+        gather(study, about)
         if error is not None:
             failed.append(f"{key}: {error}\n  log: {Path(study.output) / key.folder / 'log.txt'}")
     if failed:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from echo_lora.errors import EchoConfigError, EchoModelError
 from echo_lora.method.model import EchoModel
 from echo_lora.training.optimizer import refuse_shared_rate, warming_up
-from echo_lora.training.state import _checkpoint_folder, _restore_echo, _save_echo
+from echo_lora.training.state import checkpoint_folder, restore_echo, save_echo
 from echo_lora.training.support import refuse_arguments, refuse_deepspeed
 
 
@@ -91,13 +91,13 @@ class EchoCallback(_Clock):
                 "the echo. Use EchoTrainer or EchoSFTTrainer."
             )
         if state.global_step:  # it has loaded the adapter of a checkpoint, and does not say from where
-            _restore_echo(model, _checkpoint_folder(args, state))
+            restore_echo(model, checkpoint_folder(args, state))
             model.end_step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model, folder = kwargs["model"], _checkpoint_folder(args, state)
+        model, folder = kwargs["model"], checkpoint_folder(args, state)
         if isinstance(model, EchoModel) and model.echo_enabled:  # a hyperparameter search saves elsewhere
-            _save_echo(model, folder, should_save=args.should_save and folder.is_dir())
+            save_echo(model, folder, should_save=args.should_save and folder.is_dir())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,10 +105,10 @@ class EchoCallback(_Clock):
         model = kwargs["model"]
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if isinstance(model, EchoModel) and model.echo_enabled and best is not None:
-            _restore_echo(model, Path(best))
+            restore_echo(model, Path(best))
 
 
-class _Watch(_Clock):
+class Watch(_Clock):
     """Forwards the trainer's events that have no overridable method."""
 
     def __init__(self, trainer: Any) -> None:

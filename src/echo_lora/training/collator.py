@@ -14,7 +14,7 @@ from echo_lora.data.tokenize import ANSWER
 from echo_lora.errors import EchoDataError
 
 
-class _RowCollator:
+class RowCollator:
     """The user's collator, with the rows' numbers carried past it, and where wanted what is answer in their labels."""
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], wants_answers: bool = True) -> None:
@@ -51,7 +51,7 @@ def _at_tokens(masks: list[list[int]], batch: dict[str, Any]) -> Tensor:
     return at_tokens
 
 
-class _Weighted:
+class WeightedForward:
     """A model without echo, whose log-probabilities of answer tokens count `weight` times in TRL's loss."""
 
     def __init__(self, model: Any, is_answer: Tensor, weight: float) -> None:

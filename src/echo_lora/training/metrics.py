@@ -10,7 +10,7 @@ from torch import Tensor
 from echo_lora.method.step import EchoOutput
 
 
-class _Meter:
+class Meter:
     """Sums of what the steps since the last log returned."""
 
     ALWAYS = ("ce_off", "ce_prompt", "entropy", "token_accuracy")  # ce_prompt where prompts are trained on

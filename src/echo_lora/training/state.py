@@ -28,7 +28,7 @@ ECHO_STATE = "echo_state.safetensors"
 
 
 @contextmanager
-def _no_code(checkpoint: str | None) -> Iterator[None]:
+def no_code(checkpoint: str | None) -> Iterator[None]:
     """Names the checkpoint whose optimizer, schedule or random states hold more than numbers: torch refuses them."""
     try:
         yield
@@ -39,32 +39,32 @@ def _no_code(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-def _adapter_folder(folder: Path, model: PeftModel) -> Path:
+def adapter_folder(folder: Path, model: PeftModel) -> Path:
     """Where PEFT puts the active adapter."""
     name = model.active_adapters[0]
     return folder if name == "default" else folder / name
 
 
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _save_echo(model: EchoModel, folder: Path, *, should_save: bool) -> None:
+def save_echo(model: EchoModel, folder: Path, *, should_save: bool) -> None:
     """Put the echo into a checkpoint, with the hash of the adapter beside which it is; every process has to ask."""
     tensors = {name: whole(tensor) for name, tensor in model.echo.tensors().items()}
     if should_save:
-        adapter = _adapter_folder(folder, model) / ADAPTER_FILE
+        adapter = adapter_folder(folder, model) / ADAPTER_FILE
         save_file(tensors, folder / ECHO_STATE, {"adapter_sha256": file_hash(adapter)} if adapter.is_file() else None)
         use_umask(folder, [folder / ECHO_STATE])
 
 
-def _restore_echo(model: EchoModel, folder: Path) -> None:
+def restore_echo(model: EchoModel, folder: Path) -> None:
     """Load the echo of a checkpoint whose adapter the stock Trainer has loaded; every process has to ask.
 
     Raises EchoCheckpointError if the model holds another adapter than the checkpoint, or the checkpoint another echo.
     """
     expected = adapter_tensors(model, model.active_adapters[0])
-    adapter, path = _adapter_folder(folder, model), folder / ECHO_STATE
+    adapter, path = adapter_folder(folder, model), folder / ECHO_STATE
     try:
         compare_adapter(adapter, expected, trained=False)
         with safe_open(path, "pt") as file:
@@ -80,7 +80,7 @@ def _restore_echo(model: EchoModel, folder: Path) -> None:
     fill(model.echo.tensors(), load_file(path))
 
 
-def _dataset_hash(dataset: Any) -> str:
+def dataset_hash(dataset: Any) -> str:
     """SHA-256 of token ids, labels and what is answer in them; "stream" for data that can't be read twice."""
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return "stream"

@@ -19,7 +19,7 @@ from echo_lora.method.model import EchoModel
 from echo_lora.models import has_position_table
 
 
-def _refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
+def refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
     """Rows that the model has no embeddings for. Raises EchoDataError."""
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return
@@ -83,7 +83,7 @@ def refuse_deepspeed(deepspeed: Any, model: EchoModel) -> None:
             )
 
 
-def _refuse_answer_weight(trainer: Any) -> None:
+def refuse_answer_weight(trainer: Any) -> None:
     """What an answer_weight other than 1 can't mean. Raises EchoConfigError."""
     weight, args, data = trainer.answer_weight, trainer.args, trainer.train_dataset
     if not (isinstance(weight, (int, float)) and 0 < weight <= LARGEST_FACTOR):
@@ -106,7 +106,7 @@ def _refuse_answer_weight(trainer: Any) -> None:
         )
 
 
-def _refuse_packed_data(dataset: Any, collator: Any) -> None:
+def refuse_packed_data(dataset: Any, collator: Any) -> None:
     """Rows that were joined end to end, where a batch would not show it. Raises EchoDataError."""
     reasons = {
         "the column seq_lengths of the train data": "seq_lengths" in (getattr(dataset, "column_names", None) or []),
@@ -150,7 +150,7 @@ def refuse_parallelism(state: Any, *, has_echo: bool) -> None:
         )
 
 
-def _keep_float32(fsdp: Any) -> None:
+def keep_float32(fsdp: Any) -> None:
     """Under FSDP2 accelerate's bf16 would round the losses on their way out of the model, and add gradients in bf16."""
     if fsdp is not None and fsdp.mixed_precision_policy is not None:
         fsdp.mixed_precision_policy = dataclasses.replace(
@@ -158,7 +158,7 @@ def _keep_float32(fsdp: Any) -> None:
         )
 
 
-def _refuse_lonely_rows(trainer: Any) -> None:
+def refuse_lonely_rows(trainer: Any) -> None:
     """The control `shuffled` needs two rows in every batch."""
     if trainer._echo_model.echo_config.echo_kind != "shuffled":
         return

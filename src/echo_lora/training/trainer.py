@@ -33,7 +33,7 @@ from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
 from echo_lora.files import use_umask
 from echo_lora.method.model import EchoModel
 from echo_lora.method.routing import routing_probability
-from echo_lora.training.callback import EchoCallback, _Watch
+from echo_lora.training.callback import EchoCallback, Watch
 from echo_lora.training.checkpoint import (
     begin_checkpoint,
     checkpoints_in,
@@ -48,19 +48,19 @@ from echo_lora.training.checkpoint import (
     seal_checkpoint,
     whole_optimizer_state,
 )
-from echo_lora.training.collator import _RowCollator, _Weighted
-from echo_lora.training.metrics import _Meter
+from echo_lora.training.collator import RowCollator, WeightedForward
+from echo_lora.training.metrics import Meter
 from echo_lora.training.optimizer import refuse_shared_rate, separate_echo
-from echo_lora.training.state import ECHO_STATE, _adapter_folder, _dataset_hash, _no_code, _save_echo
+from echo_lora.training.state import ECHO_STATE, adapter_folder, dataset_hash, no_code, save_echo
 from echo_lora.training.support import (
-    _keep_float32,
-    _refuse_answer_weight,
-    _refuse_lonely_rows,
-    _refuse_packed_data,
-    _refuse_unfit_data,
+    keep_float32,
+    refuse_answer_weight,
     refuse_arguments,
     refuse_deepspeed,
+    refuse_lonely_rows,
+    refuse_packed_data,
     refuse_parallelism,
+    refuse_unfit_data,
 )
 
 logger = logging.getLogger(__name__)
@@ -95,18 +95,18 @@ class EchoTrainerMixin(Trainer):
         self._given_optimizer = None if self.optimizer is None else f"{type(self.optimizer).__name__}"
         if self.optimizer_cls_and_kwargs is not None:
             self._given_optimizer = f"{self.optimizer_cls_and_kwargs[0].__name__} {self.optimizer_cls_and_kwargs[1]}"
-        self.data_collator = _RowCollator(self.data_collator, self._wants_answers)
+        self.data_collator = RowCollator(self.data_collator, self._wants_answers)
         self.train_dataset = numbered(self.train_dataset, "train data")
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
-            _refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
-        _refuse_answer_weight(self)
-        self._meter = _Meter()
+            refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
+        refuse_answer_weight(self)
+        self._meter = Meter()
         self._rows_of_step: list[int] = []
         self.initial_adapter_hash: str | None = None
         self.name_of_key: Callable[[str], str] = str  # what a refused resume calls a key of the configuration
         self._base: dict[str, Any] = {}
-        self.add_callback(_Watch(self))
+        self.add_callback(Watch(self))
         refuse_parallelism(self.accelerator.state, has_echo=self._echo_model is not None)
         if self._echo_model is not None:
             self._echo_model.echo.float()  # TRL casts what is trainable on a quantised base to bf16
@@ -114,9 +114,9 @@ class EchoTrainerMixin(Trainer):
             self.model_accepts_loss_kwargs |= self._echo_model.echo_enabled
             refuse_arguments(self.args)
             refuse_deepspeed(self.is_deepspeed_enabled, self._echo_model)
-            _refuse_packed_data(self.train_dataset, self.data_collator.collate)
-            _refuse_lonely_rows(self)
-            _keep_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
+            refuse_packed_data(self.train_dataset, self.data_collator.collate)
+            refuse_lonely_rows(self)
+            keep_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
             if self.compute_loss_func is not None:
                 raise EchoConfigError(
                     "compute_loss_func can't be combined with the echo: the step computes its own losses."
@@ -153,7 +153,7 @@ class EchoTrainerMixin(Trainer):
         if is_plain:
             is_answer = inputs.pop(ANSWER, None)
             if self.answer_weight != 1 and self.model.training:
-                model = _Weighted(model, is_answer, self.answer_weight)
+                model = WeightedForward(model, is_answer, self.answer_weight)
         if not self.model.training:
             items = num_items_in_batch if self._base_accepts_loss_kwargs else None
             return super().compute_loss(model, inputs, return_outputs, items)
@@ -299,7 +299,7 @@ class EchoTrainerMixin(Trainer):
             self.args.save_total_limit, self.args.push_to_hub = limit, pushes
         self.accelerator.wait_for_everyone()
         if self._echo_model is not None:
-            _save_echo(self._echo_model, folder, should_save=self.args.should_save)
+            save_echo(self._echo_model, folder, should_save=self.args.should_save)
         self._prove(folder)
         if not self.args.should_save:
             return
@@ -371,7 +371,7 @@ class EchoTrainerMixin(Trainer):
         tensors = adapter_tensors(model, name) if self._is_sharded else None
         if not self.args.should_save:
             return
-        adapter = _adapter_folder(folder, model)
+        adapter = adapter_folder(folder, model)
         use_umask(adapter, [adapter / ADAPTER_FILE])
         if tensors is None:
             verify_adapter(model, adapter, name, trained=trained)
@@ -413,7 +413,7 @@ class EchoTrainerMixin(Trainer):
     @cached_property
     def _data_hash(self) -> str:
         """Read once: it is asked for at every checkpoint."""
-        return _dataset_hash(self.train_dataset)
+        return dataset_hash(self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer.train. True resumes from the last complete checkpoint in output_dir.
@@ -485,9 +485,9 @@ class EchoTrainerMixin(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         adapted = self.accelerator.unwrap_model(self.model)
-        if isinstance(adapted, PeftModel) and not (_adapter_folder(folder, adapted) / ADAPTER_FILE).is_file():
+        if isinstance(adapted, PeftModel) and not (adapter_folder(folder, adapted) / ADAPTER_FILE).is_file():
             raise EchoCheckpointError(  # PEFT would go on to a pickle
-                f"{_adapter_folder(folder, adapted) / ADAPTER_FILE} is missing, and weights are read from safetensors "
+                f"{adapter_folder(folder, adapted) / ADAPTER_FILE} is missing, and weights are read from safetensors "
                 "only. Resume from another checkpoint."
             )
         if self._is_sharded:
@@ -503,7 +503,7 @@ class EchoTrainerMixin(Trainer):
             self._load_adapter(folder)
         elif isinstance(self.model, PeftModel) and self.model.active_adapters != ["default"]:
             # transformers does not look into the folder of a named one
-            self.model.load_adapter(str(_adapter_folder(folder, self.model)), self.model.active_adapters[0])
+            self.model.load_adapter(str(adapter_folder(folder, self.model)), self.model.active_adapters[0])
         else:
             super()._load_best_model()
         self._load_echo(folder)
@@ -514,15 +514,15 @@ class EchoTrainerMixin(Trainer):
 
     def _load_adapter(self, folder: Path) -> None:
         adapter = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapters[0])
-        fill(adapter, read_adapter(_adapter_folder(folder, self.model)))
+        fill(adapter, read_adapter(adapter_folder(folder, self.model)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _no_code(checkpoint):
+        with no_code(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self._is_sharded or checkpoint is None:
-            with _no_code(checkpoint):
+            with no_code(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer, scheduler = (
