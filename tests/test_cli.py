@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from echo_lora import __version__
 from echo_lora.cli import app
-from echo_lora.cli import path as parsed_path
+from echo_lora.terminal import path as parsed_path
 from echo_lora.errors import EchoConfigError
 from echo_lora.recipe.record import RunResult
 from echo_lora.recipe.train import run

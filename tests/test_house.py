@@ -36,7 +36,7 @@ ROOMS = {
         *("report.plots", "report.format", "report.verdict", "report.results", "report.curves", "report.page"),
         *("run", "folder", "workers", "compare", "demo"),
     ],
-    "command": ["cli"],
+    "command": ["terminal", "cli"],
 }
 TOP = ("", "base", "command")  # no folders: their modules lie beside each other
 

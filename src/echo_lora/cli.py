@@ -5,72 +5,33 @@ What a command needs is imported inside it: torch and transformers take seconds,
 
 from __future__ import annotations
 
-import errno
 import io
 import math
-import os
 import shlex
 import sys
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from echo_lora import __version__
-from echo_lora.data.sources import expanded
 from echo_lora.environment import require_place
-from echo_lora.errors import EchoError, shortened
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from echo_lora.data.preview import Segment
+from echo_lora.errors import EchoError
+from echo_lora.terminal import (
+    STYLES,
+    Group,
+    new_console,
+    path,
+    print_pairs,
+    print_segments,
+    print_table,
+    print_wide_table,
+    remember,
+    starting,
+)
 
 MOST = 1_000_000_000  # of what can be counted: more is a slip
-STYLES = {"prompt": "none", "boundary": "black on yellow", "answer": "green", "ignored": "dim"}
-
-
-def path(text: str | Path) -> Path:
-    """A path in which `~` stands for the home folder: shells leave it as it is in `--output=~/scores.json`."""
-    if not str(text).strip():  # as of a variable that is not set; it would be the working directory
-        raise typer.BadParameter(f"{text!r} is blank. Name a path.")
-    return expanded(text)
-
-
-class _Group(TyperGroup):
-    """Reports an EchoError as its message and exit status 1, a Ctrl-C with exit status 130."""
-
-    def invoke(self, ctx: Any) -> Any:
-        _calm_libraries()
-        try:
-            done = super().invoke(ctx)
-            sys.stdout.flush()  # a full disk is to show here
-            return done
-        except KeyboardInterrupt as error:
-            if ctx.meta.get("traceback"):
-                raise
-            typer.echo(str(error) or "Interrupted.", err=True)
-            raise typer.Exit(130) from error
-        except EchoError as error:
-            message = str(error)
-            if ctx.meta.get("traceback"):
-                raise
-            typer.echo(f"Error: {message}", err=True)
-            raise typer.Exit(1) from error
-        except (OSError, MemoryError) as error:  # the machine's; with what is tried, the last remedy is known here only
-            if ctx.meta.get("traceback") or getattr(error, "errno", None) == errno.EPIPE:
-                raise
-            reason = shortened(str(error) or "there is not enough memory")
-            typer.echo(f"Error: the system refuses: {reason}. Make room, or run again with --traceback.", err=True)
-            raise typer.Exit(1) from error
-
-
-def _remember(ctx: typer.Context, value: bool) -> bool:
-    ctx.meta["traceback"] = ctx.meta.get("traceback", False) or value  # meta is shared with the group's context
-    return value
 
 
 def _show_version(value: bool) -> None:
@@ -80,7 +41,7 @@ def _show_version(value: bool) -> None:
 
 
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -90,11 +51,13 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe")]
+
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe; repeatable")
 ]
+
 TracebackOption = Annotated[
-    bool, typer.Option("--traceback", callback=_remember, help="show where in the program an error arose")
+    bool, typer.Option("--traceback", callback=remember, help="show where in the program an error arose")
 ]
 
 
@@ -120,23 +83,11 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     if not resume:
         require_place(loaded.output)
-    with _starting():
+    with starting():
         from echo_lora.recipe.train import run
 
     result = run(loaded, resume=resume)
-    _print_pairs(
-        {
-            "adapter": str(result.adapter),
-            "steps": f"{result.steps} in {result.seconds:.0f} s, peak memory {_gigabytes(result.peak_memory)}",
-            "parameters": f"{result.deployed_parameters:,} saved, {result.echo_parameters:,} of the echo discarded",
-            "last losses": ", ".join(
-                f"{name} {result.final[name]:.4g}"
-                for name in ("ce_off", "ce_on", "distillation", "loss", "eval_loss")
-                if name in result.final
-            ),
-            "score it": f"echo-lora eval {result.output} --base",
-        }
-    )
+    print_pairs(result.pairs())
 
 
 @app.command(epilog="Example: echo-lora preview tiny --rows 2")
@@ -150,16 +101,16 @@ def preview(
     from echo_lora.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    with _starting():
+    with starting():
         from echo_lora.recipe.plan import preview as preview_recipe
 
     shown = preview_recipe(loaded, rows)
-    console = _console()
+    console = new_console()
     if console.is_terminal:
         console.print("Legend: ", *(f"[{style}] {name} [/]" for name, style in STYLES.items()))
     for where, segments in shown.rows:
         console.print(f"\n{where}", markup=False)
-        _print_segments(console, segments)
+        print_segments(console, segments)
     console.print()
     for line in shown.summary:
         console.print(line, markup=False)
@@ -171,41 +122,10 @@ def plan(recipe: RecipeArgument, overrides: SetOption = None, traceback: Traceba
     from echo_lora.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    with _starting():
-        from echo_lora.method.injection import listed
+    with starting():
         from echo_lora.recipe.plan import plan as plan_recipe
 
-    planned = plan_recipe(loaded)
-    memory = planned.memory
-    activations = "unknown" if memory.activations is None else _gigabytes(memory.activations)
-    parts = f"base {_gigabytes(memory.base)}, trained {_gigabytes(memory.states)}, activations {activations}"
-    process = f", libraries {_gigabytes(memory.process)}" if memory.process else ""
-    echo = "off" if planned.echo_kind is None else planned.echo_kind
-    _print_pairs({"model": planned.model, "method": f"{planned.method}, echo {echo}"})
-    if planned.echo_kind is not None:
-        _print_pairs(
-            {
-                "source layers": ", ".join(planned.source_layers),
-                "target layers": "\n".join(
-                    f"{layer}: {', '.join(names)}" for layer, names in planned.target_layers.items()
-                ),
-                **({"without echo": listed(planned.without_echo)} if planned.without_echo else {}),
-                "echo-on pass": (planned.why_full and f"in full: {planned.why_full}") or "on the answer only",
-            }
-        )
-    _print_pairs(
-        {
-            "trainable": f"{planned.trainable_parameters:,} parameters, beside {planned.base_parameters:,} frozen",
-            "of the echo": f"{planned.echo_parameters:,}, discarded after training",
-            "deployed": f"{planned.deployed_parameters:,}",
-            "rows": "\n".join(planned.rows),
-            "steps": f"{planned.steps}, {planned.mean_routing:.0%} of them routed"
-            if planned.echo_kind
-            else str(planned.steps),
-            "peak memory": f"about {_gigabytes(memory.total)} (an estimate)\n{parts}{process}",
-            "cost": f"{planned.cost:.2f} x the arithmetic of the same adapter without echo (an estimate)",
-        }
-    )
+    print_pairs(plan_recipe(loaded).pairs())
 
 
 @app.command("eval", epilog="Example: echo-lora eval tiny --set data.limit=16")
@@ -238,7 +158,7 @@ def evaluate(
     """Score adapter and base on the recipe's tasks. Without an adapter, the base alone."""
     if output is not None:
         require_place(output, is_file=True)
-    with _starting():
+    with starting():
         from echo_lora.files import locked
         from echo_lora.recipe.scoring import resolve, score_recipe, write_scores
 
@@ -255,28 +175,10 @@ def evaluate(
         if output is not None:
             write_scores(recipe, scores, output)
     if found is not None:
-        _print_pairs({"adapter": str(found)})
-    _print_table(
-        ["model", "task", "rows", "correct", "95 % interval", "unreadable"],
-        [
-            [
-                one.model,
-                result.task,
-                str(result.total),
-                f"{result.accuracy:.1%}",
-                f"{result.low:.1%} to {result.high:.1%}",
-                f"{result.unreadable:.1%}",
-            ]
-            for one in scores
-            for result in one.results
-        ],
-    )
-    for one in scores:
-        averages = {f"{result.task}, macro": result.macro_accuracy for result in one.results}
-        averages["commonsense, mean of eight"] = one.commonsense_average
-        for name, value in averages.items():
-            if value is not None:
-                typer.echo(f"{one.model}: {name}: {value:.1%}")
+        print_pairs({"adapter": str(found)})
+    print_table([row for one in scores for row in one.table()])
+    for line in (line for one in scores for line in one.averages()):
+        typer.echo(line)
     if output is not None:
         typer.echo(f"Written to {output}")
 
@@ -298,17 +200,11 @@ def merge(
 ) -> None:
     """Merge an adapter into its base. Logits are compared before anything is written."""
     require_place(output)
-    with _starting():
+    with starting():
         from echo_lora.adapter.merge import merge as merge_adapter
 
     done = merge_adapter(adapter, output, base=base, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code)
-    allowed = (
-        f"{done.tolerance * done.largest_logit:.3g} allowed in {done.dtype}, largest logit {done.largest_logit:.3g}"
-    )
-    pairs = {"merged model": str(done.output), "logit difference": f"{done.max_difference:.3g} ({allowed})"}
-    if done.reloaded_difference is not None:
-        pairs["read back"] = f"{done.reloaded_difference:.3g}"
-    _print_pairs(pairs)
+    print_pairs(done.pairs())
 
 
 @app.command(epilog="Example: echo-lora doctor")
@@ -327,25 +223,13 @@ def doctor(
         from echo_lora.adapter.inspection import inspect_adapter
 
         report = inspect_adapter(adapter)
-    _print_pairs(versions())
-    _print_pairs({name: installed(name) or f"not installed ({use})" for name, use in OPTIONAL.items()})
-    _print_pairs({"devices": "\n".join(devices())})
+    print_pairs(versions())
+    print_pairs({name: installed(name) or f"not installed ({use})" for name, use in OPTIONAL.items()})
+    print_pairs({"devices": "\n".join(devices())})
     if report is None:
         return
     typer.echo()
-    _print_pairs(
-        {
-            "adapter": str(report.folder),
-            "method": f"{report.method}, rank {report.rank}, alpha {report.alpha:g}",
-            "made for": report.base or "a base that it does not name",
-            "changes": f"{report.layers} modules: {', '.join(report.modules)}",
-            "parameters": f"{report.parameters:,} in {', '.join(report.dtypes)}",
-            "files": ", ".join(report.files),
-            "chat template": "yes" if report.has_chat_template else "no",
-            "problems": "\n".join(report.problems) or "none",
-            "loaded by": "\n".join(report.readers) or "nobody, as long as it has problems",
-        }
-    )
+    print_pairs(report.pairs())
     if report.problems:
         raise EchoError(f"{report.folder} has problems, named above. Don't use it: save it again, or fetch it again.")
 
@@ -359,27 +243,15 @@ def demo(
 ) -> None:
     """Train LoRA and Echo-LoRA on the same rows, score both and the base."""
     require_place(output)
-    with _starting():
+    with starting():
         from echo_lora.study.demo import run_demo
 
     lines = run_demo(output)
-    tasks = [result.task for result in lines[0].results]
-    table = []
-    for line in lines:
-        share, low, high = line.overall
-        row = [line.name, *(f"{result.accuracy:.1%}" for result in line.results)]
-        row += [f"{share:.1%}", f"{low:.1%} to {high:.1%}"]
-        if line.run is None:
-            row += ["-", "-", "-"]
-        else:
-            megabytes = f"{line.adapter_bytes / 1e6:.1f} MB"
-            row += [f"{line.run.seconds:.0f} s", _gigabytes(line.run.peak_memory), megabytes]
-        table.append(row)
     rows = sum(result.total for result in lines[0].results)
     typer.echo(f"\nExact match on {rows} held-out rows, one seed; the interval is Wilson's, of all rows together.\n")
-    _print_table(["model", *tasks, "all", "95 % interval", "training", "peak", "adapter"], table)
+    print_table([line.table_row() for line in lines])
     typer.echo()
-    _print_pairs({line.name: str(line.run.adapter) for line in lines if line.run is not None})
+    print_pairs({line.name: str(line.run.adapter) for line in lines if line.run is not None})
 
 
 @app.command(epilog="Example: echo-lora bench --quick")
@@ -406,7 +278,7 @@ def bench(
 ) -> None:
     """Measure seconds and memory of a training step: Echo-LoRA, LoRA, and TRL's own."""
     require_place(output)
-    with _starting():
+    with starting():
         from echo_lora.bench import NOTES, run_bench
 
     command = shlex.join(["echo-lora", *sys.argv[1:]])
@@ -421,7 +293,7 @@ def bench(
         command=command,
     )
     for table in report.tables:
-        _print_wide_table(table.title, table.cells())
+        print_wide_table(table.title, table.cells())
     typer.echo("\n".join(NOTES))
     typer.echo(f"\nWritten to {output}")
     if report.failures:
@@ -458,7 +330,7 @@ def compare(
     loaded = load_study(study, overrides or ())
     require_place(loaded.output)
     options = None if slurm is None else slurm_options(slurm)
-    with _starting():
+    with starting():
         from echo_lora.study.compare import compare as compare_arms
         from echo_lora.study.report.page import summary_lines, write_report
         from echo_lora.study.workers import Engine
@@ -479,6 +351,7 @@ data_app = typer.Typer(
     help="Bring the benchmarks into the form of recipes and of lm-eval.",
     epilog="Example, beside LLM-Adapters' dataset/: echo-lora data import dataset data/commonsense",
 )
+
 app.add_typer(data_app, name="data")
 
 
@@ -501,17 +374,11 @@ def import_(
     if hub != (output is None):
         raise typer.BadParameter("give SOURCE and OUTPUT, or --hub and OUTPUT")
     require_place(output or source)
-    with _starting():
+    with starting():
         from echo_lora.benchmarks.local import import_data
 
     report = import_data(None if hub else source, output or source, tasks=task or (), hold_out=hold_out)
-    _print_table(
-        ["task", "part", "rows", "published", "from"],
-        [
-            [part.task, part.part, f"{part.rows:,}", f"{part.published:,}" if part.published else "-", part.source]
-            for part in report.parts
-        ],
-    )
+    print_table([part.table_row() for part in report.parts])
     for note in report.notes:
         typer.echo(f"Note: {note}")
     for warning in report.warnings:
@@ -525,7 +392,7 @@ def report(
     traceback: TracebackOption = False,
 ) -> None:
     """Write the report of a study from its records: report.html, one page to look at, and report.md."""
-    with _starting():
+    with starting():
         from echo_lora.study.report.page import summary_lines, write_report
 
     page = write_report(folder)
@@ -538,90 +405,6 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is no text in the terminal's encoding stops nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="echo-lora")
-
-
-# ------------------------------------------------------------------- printing
-
-
-def _starting() -> Any:
-    """A bar for the seconds that importing torch and transformers takes."""
-    from echo_lora.progress import stage
-
-    return stage("Starting", line=False)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _print_pairs(pairs: dict[str, str]) -> None:
-    """Two columns, 80 characters wide but for words that are longer."""
-    from textwrap import wrap
-
-    for name, value in pairs.items():
-        lines = [
-            part
-            for line in value.split("\n")
-            for part in wrap(line, 63, break_long_words=False, break_on_hyphens=False) or [""]
-        ]
-        for i, line in enumerate(lines):
-            typer.echo(f"{name if i == 0 else '':16} {line}".rstrip())
-
-
-def _print_table(head: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _print_wide_table(title: str, rows: list[dict[str, str]]) -> None:
-    """As wide as the terminal allows; each row is a mapping from the heads."""
-    from rich import box
-    from rich.table import Table
-
-    console = _console()
-    if not console.is_terminal:
-        console.width = 140
-    table = Table(*rows[0], title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table, soft_wrap=False)
-
-
-def _print_segments(console: Console, segments: list[Segment]) -> None:
-    """In colours on a terminal, else each run of one kind as a quoted text."""
-    import json
-    from itertools import groupby
-
-    from rich.text import Text
-
-    if console.is_terminal:
-        text = Text()
-        for piece, kind in segments:
-            text.append(piece.replace("\n", "⏎\n") or "·", STYLES[kind])
-        console.print(text)
-        return
-    for kind, group in groupby(segments, key=lambda segment: segment[1]):
-        pieces = [piece for piece, _ in group]
-        quoted = json.dumps("".join(pieces), ensure_ascii=False)
-        console.print(f"{kind:9} {len(pieces):4}  {quoted}", markup=False)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
-
-
-def _calm_libraries() -> None:
-    """Warnings and errors only, and no bars but our own."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(name, "1")
-    if not sys.warnoptions:
-        for category in (FutureWarning, DeprecationWarning):  # of the libraries about each other
-            warnings.simplefilter("ignore", category)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,10 @@ def devices() -> list[str]:
     return [*found, f"cpu ({torch.get_num_threads()} threads)"]
 
 
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
 def peak_memory() -> int:
     """Bytes: what torch's tensors took at most on a GPU, what the process took at most on a CPU."""
     import torch

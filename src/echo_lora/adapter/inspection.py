@@ -103,6 +103,20 @@ class AdapterReport:
     problems: list[str]  # why it should not be used; empty for a sound one
     readers: list[str]  # who can load it
 
+    def pairs(self) -> dict[str, str]:
+        """What a terminal shows of it."""
+        return {
+            "adapter": str(self.folder),
+            "method": f"{self.method}, rank {self.rank}, alpha {self.alpha:g}",
+            "made for": self.base or "a base that it does not name",
+            "changes": f"{self.layers} modules: {', '.join(self.modules)}",
+            "parameters": f"{self.parameters:,} in {', '.join(self.dtypes)}",
+            "files": ", ".join(self.files),
+            "chat template": "yes" if self.has_chat_template else "no",
+            "problems": "\n".join(self.problems) or "none",
+            "loaded by": "\n".join(self.readers) or "nobody, as long as it has problems",
+        }
+
 
 def inspect_adapter(folder: str | Path) -> AdapterReport:
     """Look into an adapter folder without a model. Raises EchoCheckpointError if it is none, or corrupted."""

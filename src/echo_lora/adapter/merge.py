@@ -39,6 +39,13 @@ class MergeResult:
     tolerance: float  # of max_difference / largest_logit
     reloaded_difference: float | None  # the same, of the folder as it reads back; None if not verified
 
+    def pairs(self) -> dict[str, str]:
+        """What a terminal shows of it."""
+        allowed = f"{self.tolerance * self.largest_logit:.3g} allowed in {self.dtype}"
+        difference = f"{self.max_difference:.3g} ({allowed}, largest logit {self.largest_logit:.3g})"
+        pairs = {"merged model": str(self.output), "logit difference": difference}
+        return pairs if self.reloaded_difference is None else pairs | {"read back": f"{self.reloaded_difference:.3g}"}
+
 
 def merge(
     adapter: str | Path,

@@ -55,6 +55,16 @@ class Part:
     def to_dict(self) -> dict[str, Any]:
         return {"source": self.source, "rows": self.rows, "published": self.published, "repeats": self.repeats}
 
+    def table_row(self) -> dict[str, str]:
+        published = f"{self.published:,}" if self.published else "-"
+        return {
+            "task": self.task,
+            "part": self.part,
+            "rows": f"{self.rows:,}",
+            "published": published,
+            "from": self.source,
+        }
+
 
 @dataclass(frozen=True)
 class ImportReport:

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from echo_lora.data.prepared import PreparedData
 from echo_lora.data.preview import Segment, preview_segments
-from echo_lora.environment import peak_memory
+from echo_lora.environment import gigabytes, peak_memory
 from echo_lora.errors import EchoModelError
 from echo_lora.method.config import EchoConfig
-from echo_lora.method.injection import decoder_layers
+from echo_lora.method.injection import decoder_layers, listed
 from echo_lora.method.losses import CHUNK_ELEMENTS
 from echo_lora.method.model import EchoModel
 from echo_lora.method.routing import routing_probability
@@ -53,6 +53,11 @@ class Memory:
     def total(self) -> int:
         return self.base + self.states + (self.activations or 0) + self.process
 
+    def parts(self) -> str:
+        activations = "unknown" if self.activations is None else gigabytes(self.activations)
+        parts = f"base {gigabytes(self.base)}, trained {gigabytes(self.states)}, activations {activations}"
+        return parts + (f", libraries {gigabytes(self.process)}" if self.process else "")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -77,6 +82,27 @@ class Plan:
     @property
     def trainable_parameters(self) -> int:
         return self.deployed_parameters + self.echo_parameters
+
+    def pairs(self) -> dict[str, str]:
+        """What a terminal shows of it."""
+        pairs = {"model": self.model, "method": f"{self.method}, echo {self.echo_kind or 'off'}"}
+        if self.echo_kind is not None:
+            pairs |= {
+                "source layers": ", ".join(self.source_layers),
+                "target layers": "\n".join(f"{name}: {', '.join(to)}" for name, to in self.target_layers.items()),
+                **({"without echo": listed(self.without_echo)} if self.without_echo else {}),
+                "echo-on pass": f"in full: {self.why_full}" if self.why_full else "on the answer only",
+            }
+        routed = f", {self.mean_routing:.0%} of them routed" if self.echo_kind else ""
+        return pairs | {
+            "trainable": f"{self.trainable_parameters:,} parameters, beside {self.base_parameters:,} frozen",
+            "of the echo": f"{self.echo_parameters:,}, discarded after training",
+            "deployed": f"{self.deployed_parameters:,}",
+            "rows": "\n".join(self.rows),
+            "steps": f"{self.steps}{routed}",
+            "peak memory": f"about {gigabytes(self.memory.total)} (an estimate)\n{self.memory.parts()}",
+            "cost": f"{self.cost:.2f} x the arithmetic of the same adapter without echo (an estimate)",
+        }
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from echo_lora.environment import gigabytes
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.files import refuse_existing, remove_empty, remove_files, remove_leftovers
 from echo_lora.training.checkpoint import (
@@ -50,6 +51,17 @@ class RunResult:
     @property
     def adapter(self) -> Path:
         return Path(self.output) / "adapter"
+
+    def pairs(self) -> dict[str, str]:
+        """What a terminal shows of it."""
+        losses = ("ce_off", "ce_on", "distillation", "loss", "eval_loss")
+        return {
+            "adapter": str(self.adapter),
+            "steps": f"{self.steps} in {self.seconds:.0f} s, peak memory {gigabytes(self.peak_memory)}",
+            "parameters": f"{self.deployed_parameters:,} saved, {self.echo_parameters:,} of the echo discarded",
+            "last losses": ", ".join(f"{name} {self.final[name]:.4g}" for name in losses if name in self.final),
+            "score it": f"echo-lora eval {self.output} --base",
+        }
 
     @classmethod
     def read(cls, output: str | Path) -> RunResult:

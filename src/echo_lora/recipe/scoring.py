@@ -45,6 +45,26 @@ class Scores:
         """The unweighted mean of LLM-Adapters' eight accuracies, if all were scored under their names."""
         return commonsense_average({result.task: result.accuracy for result in self.results})
 
+    def table(self) -> list[dict[str, str]]:
+        """A row for each task, as a terminal shows it."""
+        return [
+            {
+                "model": self.model,
+                "task": result.task,
+                "rows": str(result.total),
+                "correct": f"{result.accuracy:.1%}",
+                "95 % interval": f"{result.low:.1%} to {result.high:.1%}",
+                "unreadable": f"{result.unreadable:.1%}",
+            }
+            for result in self.results
+        ]
+
+    def averages(self) -> list[str]:
+        """The averages that its tasks have, as lines."""
+        values = {f"{result.task}, macro": result.macro_accuracy for result in self.results}
+        values["commonsense, mean of eight"] = self.commonsense_average
+        return [f"{self.model}: {name}: {value:.1%}" for name, value in values.items() if value is not None]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,

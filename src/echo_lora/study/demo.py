@@ -16,6 +16,7 @@ from pathlib import Path
 from scipy.stats import binomtest
 
 from echo_lora.adapter.files import ADAPTER_FILE
+from echo_lora.environment import gigabytes
 from echo_lora.errors import EchoError, EchoInterrupt
 from echo_lora.evaluate import TaskResult
 from echo_lora.files import write_file
@@ -47,6 +48,20 @@ class Line:
     @property
     def adapter_bytes(self) -> int:
         return 0 if self.run is None else (self.run.adapter / ADAPTER_FILE).stat().st_size
+
+    def table_row(self) -> dict[str, str]:
+        share, low, high = self.overall
+        scores = {result.task: f"{result.accuracy:.1%}" for result in self.results}
+        scores |= {"all": f"{share:.1%}", "95 % interval": f"{low:.1%} to {high:.1%}"}
+        if self.run is None:
+            return {"model": self.name, **scores, "training": "-", "peak": "-", "adapter": "-"}
+        return {
+            "model": self.name,
+            **scores,
+            "training": f"{self.run.seconds:.0f} s",
+            "peak": gigabytes(self.run.peak_memory),
+            "adapter": f"{self.adapter_bytes / 1e6:.1f} MB",
+        }
 
 
 def run_demo(output: str | Path) -> list[Line]:
