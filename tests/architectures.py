@@ -119,9 +119,7 @@ def tiny_echo_model(
             nn.init.normal_(branch.W2.weight, std=0.1)
             nn.init.normal_(branch.U2.weight, std=0.1)
     model.train()
-    model._why_full(
-        model.get_base_model(), torch.device("cpu")
-    )  # tried before the first step: no pass that tests count
+    model.why_full(torch.device("cpu"))  # tried before the first step: no pass that tests count
     return model
 
 

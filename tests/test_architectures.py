@@ -52,7 +52,7 @@ def verdict(name: str) -> tuple[str, str]:
         return "refused", str(error)
     for side, rows in (("left", mixed_rows()), ("right", mixed_rows(2))):
         assert_exact(model, rows, side)
-    reason = model._why_full(model.get_base_model(), model.device)
+    reason = model.why_full(model.device)
     if reason is None:
         assert_exact(tiny_echo_model_of(name, echo_step="full"), mixed_rows(), "left")
         return "shared", ""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_lora import models as base_models
+from echo_lora import packaged
 from echo_lora.data.tokenize import end_token_ids, tokenize_row
 from echo_lora.errors import EchoModelError
 from echo_lora.models import load_base_model, load_config, load_tokenizer
@@ -153,8 +154,8 @@ def fake_conversion(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (folder / "config.json").write_text("{}")
         folders.append(folder)
 
-    monkeypatch.setattr(base_models, "_find_gguf", lambda: Path("model.gguf"))
-    monkeypatch.setattr(base_models, "_convert", convert)
+    monkeypatch.setattr(packaged, "_find_gguf", lambda: Path("model.gguf"))
+    monkeypatch.setattr(packaged, "_convert", convert)
     return folders
 
 
@@ -172,13 +173,13 @@ def test_the_conversion_runs_once_and_says_so(
 def test_a_broken_conversion_leaves_nothing(
     tmp_path: Path, fake_conversion: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    converts = base_models._convert
+    converts = packaged._convert
 
     def breaks(gguf_file: Path, folder: Path) -> None:
         converts(gguf_file, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(base_models, "_convert", breaks)
+    monkeypatch.setattr(packaged, "_convert", breaks)
     with pytest.raises(KeyboardInterrupt):
         packaged_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -187,14 +188,14 @@ def test_a_broken_conversion_leaves_nothing(
 def test_the_slower_of_two_conversions_takes_the_others_result(
     tmp_path: Path, fake_conversion: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    converts = base_models._convert
+    converts = packaged._convert
 
     def overtaken(gguf_file: Path, folder: Path) -> None:
-        monkeypatch.setattr(base_models, "_convert", converts)
+        monkeypatch.setattr(packaged, "_convert", converts)
         packaged_model(tmp_path)
         converts(gguf_file, folder)
 
-    monkeypatch.setattr(base_models, "_convert", overtaken)
+    monkeypatch.setattr(packaged, "_convert", overtaken)
     folder = packaged_model(tmp_path)
     assert len(fake_conversion) == 2
     assert list(tmp_path.iterdir()) == [folder]
@@ -248,7 +249,7 @@ def test_a_conversion_is_the_gguf_file_in_safetensors(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = packaged_model(tmp_path)
-    gguf = base_models._find_gguf()
+    gguf = packaged._find_gguf()
     original = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
     converted = load_base_model(folder)
     expected, found = original.state_dict(), converted.state_dict()

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from echo_lora import __version__
 from echo_lora.cli import app
-from echo_lora.terminal import path as parsed_path
 from echo_lora.errors import EchoConfigError
 from echo_lora.recipe.record import RunResult
 from echo_lora.recipe.train import run
+from echo_lora.terminal import path as parsed_path
 from tiny_recipe import ROWS, tiny_folder, tiny_recipe, write_rows
 
 COMMANDS = ["train", "preview", "plan", "eval", "merge", "doctor", "demo", "bench", "compare", "report", "data"]

@@ -19,7 +19,7 @@ ROOMS = {
     "": ["errors", "files", "environment", "progress"],
     "method": [
         *("config", "routing", "echo", "alignment", "checkpointing", "injection", "prefix", "neftune", "lm_head"),
-        *("losses", "step", "sharing", "trial", "variants", "model"),
+        *("losses", "step", "sharing", "refusals", "trial", "variants", "kept_echo", "model"),
     ],
     "base": ["packaged", "models"],
     "data": ["sources", "generated", "forms", "template", "tokenize", "check", "preview", "prepared"],

@@ -20,6 +20,7 @@ from echo_lora.adapter.files import read_adapter, read_adapter_config
 from echo_lora.adapter.merge import merge
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoInterrupt, EchoModelError, EchoTrainingError
 from echo_lora.packaged import PACKAGED
+from echo_lora.recipe import build
 from echo_lora.recipe import train as run_module
 from echo_lora.recipe.load import load_recipe
 from echo_lora.recipe.record import STARTED, RunResult
@@ -480,7 +481,7 @@ def test_a_local_base_is_recorded_by_its_path_and_never_becomes_a_hub_name(tmp_p
     monkeypatch.chdir(tmp_path / "elsewhere")
     recipe, _ = resolve(str(tmp_path / "run"))
     adapter, message = tmp_path / "run" / "adapter", f"{base}: there is no such folder"
-    for ask in (lambda: run_module.load_tokenizer(recipe.model), lambda: merge(adapter, tmp_path / "merged")):
+    for ask in (lambda: build.load_tokenizer(recipe.model), lambda: merge(adapter, tmp_path / "merged")):
         with pytest.raises(EchoModelError) as caught:
             ask()
         assert message in str(caught.value)
@@ -518,10 +519,10 @@ def half_trained(folder: Path, monkeypatch, *overrides: str):
 def test_the_keys_of_a_refused_resume_exist(tmp_path, monkeypatch):
     half_trained(tmp_path, monkeypatch)
     seal = json.loads((last_complete_checkpoint(tmp_path / "run" / "checkpoints") / SEAL).read_text())
-    assert run_module.RECIPE_KEYS.keys() <= seal["configuration"].keys()
+    assert build.RECIPE_KEYS.keys() <= seal["configuration"].keys()
     known = {key for key, *_ in recipe_table()}
-    named = {key for keys in run_module.RECIPE_KEYS.values() for key in keys.split(", ")}
-    named |= {run_module.recipe_key(key).split(" (")[0] for key in seal["configuration"] if key.startswith("echo.")}
+    named = {key for keys in build.RECIPE_KEYS.values() for key in keys.split(", ")}
+    named |= {build.recipe_key(key).split(" (")[0] for key in seal["configuration"] if key.startswith("echo.")}
     assert len(named) > 40
     assert named <= known
 

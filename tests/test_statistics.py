@@ -205,7 +205,7 @@ def test_fewer_than_three_seeds_have_no_power():
     ],
 )
 def test_the_rule(low, high, seeds, expected):
-    assert statistics._verdict(low, high, 0.01, None, seeds) == expected
+    assert statistics.verdict_of(low, high, 0.01, None, seeds) == expected
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_the_rule(low, high, seeds, expected):
     ],
 )
 def test_the_rule_with_a_margin(low, high, seeds, expected):
-    assert statistics._verdict(low, high, 0.01, 0.02, seeds) == expected
+    assert statistics.verdict_of(low, high, 0.01, 0.02, seeds) == expected
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_variance_and_degrees_of_freedom_are_those_of_the_two_way_table(sizes, s
     rng = np.random.default_rng(seed)
     arms = simulate(0.05, 4, sizes, 0.5, 0.4, 0.03, rng, question_correlation=[0, 0.1, 0.3, 0.8][seed])
     differences = [arms[0][task].astype(float) - arms[1][task] for task in arms[0]]
-    found = statistics._moments(differences)
+    found = statistics.moments_of(differences)
     assert (found.estimate, found.variance, found.df) == pytest.approx(literal_moments(differences))
     assert found.has_shape
 
@@ -437,8 +437,8 @@ def test_the_bootstrap_only_reshapes_the_interval_by_t(seeds, correlation):
     for trial in range(12):
         arms = simulate(0.02, seeds, [200, 400], **NOISE, rng=rng, question_correlation=correlation)
         effect = compare("a", "b", *arms, smallest_effect=0.01, draws=4000, seed=trial).overall
-        moments = statistics._moments([arms[0][task].astype(np.int8) - arms[1][task] for task in arms[0]])
-        low, high = statistics._interval(moments, 0.95)
+        moments = statistics.moments_of([arms[0][task].astype(np.int8) - arms[1][task] for task in arms[0]])
+        low, high = statistics.interval_of(moments, 0.95)
         assert effect.low == pytest.approx(low, abs=0.2 * (high - low) / 2)
         assert effect.high == pytest.approx(high, abs=0.2 * (high - low) / 2)
         ratios.append((effect.high - effect.low) / (high - low))
@@ -639,10 +639,10 @@ def test_a_look_with_next_to_nothing_to_spend_has_an_interval_too():
 def test_where_no_draw_reaches_the_interval_is_that_of_t():
     """The farthest of 1,000 draws lies at three standard errors, whatever the confidence."""
     arms = simulate(0.02, 5, 400, **NOISE, rng=np.random.default_rng(0))
-    moments = statistics._moments([arms[0]["task 1"].astype(np.int8) - arms[1]["task 1"]])
+    moments = statistics.moments_of([arms[0]["task 1"].astype(np.int8) - arms[1]["task 1"]])
     for confidence, is_t in [(0.95, False), (0.9999, True)]:
         effect = compare("a", "b", *arms, smallest_effect=0.01, confidence=confidence, draws=1000).overall
-        low, high = statistics._interval(moments, confidence)
+        low, high = statistics.interval_of(moments, confidence)
         assert ((effect.low, effect.high) == (low, high)) is is_t
         assert (effect.low > 0 or effect.high < 0) == (effect.p_value < 1 - confidence)
 

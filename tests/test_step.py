@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from architectures import collate, lora_config, one_row, random_row, tiny_base, tiny_echo_model
 from echo_lora import EchoConfig, get_echo_model
 from echo_lora.errors import EchoDataError, EchoModelError
-from echo_lora.method import step
+from echo_lora.method import sharing
 from echo_lora.method.alignment import align_rows, boundary_positions, injection_mask
 from echo_lora.method.injection import Injection, decoder_layers
 from echo_lora.method.prefix import PrefixRecorder
@@ -372,16 +372,16 @@ def test_where_sharing_is_not_exact_the_pass_is_full_and_says_so_once(break_it, 
     model = tiny_echo_model()
     base = model.get_base_model()
     break_it(base)
-    assert reason in step.why_full(base)
+    assert reason in sharing.why_full(base)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert not model._shares_prefix(step.why_full(base))
+            assert not model._shares_prefix(sharing.why_full(base))
     assert len(caplog.records) == 1
     assert reason in caplog.text
     forced = tiny_echo_model(echo_step="shared_prefix")
     break_it(forced.get_base_model())
     with pytest.raises(EchoModelError, match=reason):
-        forced._shares_prefix(step.why_full(forced.get_base_model()))
+        forced._shares_prefix(sharing.why_full(forced.get_base_model()))
 
 
 def test_checkpointing_switched_on_behind_the_model_still_injects():
@@ -460,7 +460,7 @@ def test_mixture_of_experts_keeps_its_auxiliary_loss(is_routed):
 def test_layers_that_share_keys_and_values_run_the_pass_in_full():
     model = tiny_echo_model()
     model.get_base_model().config.num_kv_shared_layers = 2
-    assert "keys and values of others" in step.why_full(model.get_base_model())
+    assert "keys and values of others" in sharing.why_full(model.get_base_model())
 
 
 def test_a_source_layer_that_drops_tokens_is_refused():

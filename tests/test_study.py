@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoTrainingError
 from echo_lora.study import compare as comparing
+from echo_lora.study import folder as folder_module
 from echo_lora.study import run as executing
+from echo_lora.study import workers
 from echo_lora.study.compare import choose, compare
 from echo_lora.study.design import (
     RunKey,
@@ -276,7 +278,7 @@ def test_arms_of_a_seed_see_the_same_rows_in_the_same_order(tmp_path, monkeypatc
 
 def test_arms_that_are_not_paired_are_refused(whole):
     first, second = (dict(r) for r in records(whole / "study")[6:8])
-    comparing._check_pairing([first, second])
+    folder_module._check_pairing([first, second])
     for name, words in {
         "initial_adapter_sha256": "start from the same adapter",
         "data_sha256": "train on the same rows",
@@ -285,7 +287,7 @@ def test_arms_that_are_not_paired_are_refused(whole):
     }.items():
         other = second | {name: {"before": 9.0} if name == "general" else "another"}
         with pytest.raises(EchoError, match=rf"arms lora \(seed 1\) and echo-lora \(seed 1\) did not {words}"):
-            comparing._check_pairing([first, other])
+            folder_module._check_pairing([first, other])
 
 
 def test_the_rate_is_the_best_on_validation_rows_and_of_equals_the_lowest(tmp_path, monkeypatch):
@@ -296,7 +298,7 @@ def test_the_rate_is_the_best_on_validation_rows_and_of_equals_the_lowest(tmp_pa
         value = accuracy.get((key.arm, key.learning_rate), [0.2, 0.2])[study.tuning_seeds.index(key.seed)]
         return {"scores": [{"result": {"accuracy": value}}], "history": [{"eval_loss": 1 - value}]}
 
-    monkeypatch.setattr(comparing, "read_record", record)
+    monkeypatch.setattr(folder_module, "read_record", record)
     assert choose(study) == {"lora": 3e-2, "echo-lora": 1e-2, "zero": 1e-2}
     by_loss = study.model_copy(update={"tune_on": "loss"})
     assert choose(by_loss) == {"lora": 3e-2, "echo-lora": 1e-2, "zero": 1e-2}
@@ -319,7 +321,7 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path, monkeypatch):
     assert choose(study) == dict.fromkeys(ARMS, 1e-2)
     with pytest.raises(EchoTrainingError):
         execute(study, RunKey("confirmation", "lora", 3e-2, 1))
-    comparing._gather(study, comparing._begin(study, "") | {"chosen": choose(study)})
+    folder_module.gather(study, comparing._begin(study, "") | {"chosen": choose(study)})
     assert "diverged" in (write_report(study.output).parent / "report.md").read_text()
 
 
@@ -327,7 +329,7 @@ def test_a_study_goes_on_from_its_gathered_records(whole, tmp_path, monkeypatch)
     for name in (STUDY_FILE, RUNS_FILE):
         (tmp_path / "clone").mkdir(exist_ok=True)
         (tmp_path / "clone" / name).write_bytes((whole / "study" / name).read_bytes())
-    monkeypatch.setattr(comparing, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
+    monkeypatch.setattr(workers, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
     study = load_study(whole / "study.yaml", [f"output={tmp_path / 'clone'}"])
     assert compare(study, Engine())
     assert (tmp_path / "clone" / RUNS_FILE).read_bytes() == (whole / "study" / RUNS_FILE).read_bytes()
@@ -422,7 +424,7 @@ def test_a_key_that_a_study_was_begun_without_may_have_its_default(tmp_path):
 
 
 def test_a_finished_study_does_nothing_when_called_again(whole, monkeypatch):
-    monkeypatch.setattr(comparing, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
+    monkeypatch.setattr(workers, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
     before = (whole / "study" / RUNS_FILE).read_bytes()
     assert compare(load_study(whole / "study.yaml"), Engine())
     assert (whole / "study" / RUNS_FILE).read_bytes() == before
@@ -581,7 +583,7 @@ def planted(monkeypatch):
         gain = questions
         return done
 
-    monkeypatch.setattr(comparing, "_on_this_machine", run)
+    monkeypatch.setattr(workers, "_on_this_machine", run)
     return plant
 
 
@@ -646,9 +648,9 @@ def test_the_power_of_a_study_with_looks_is_that_of_its_last_one(tmp_path, plant
 def test_time_that_is_up_before_a_look_decides_nothing(tmp_path, planted):
     done = planted(60)
     study = loaded(tmp_path, **LOOKS)
-    run = comparing._on_this_machine
+    run = workers._on_this_machine
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparing, "_on_this_machine", lambda study, keys, *rest: run(study, keys[:7], *rest))
+        patch.setattr(workers, "_on_this_machine", lambda study, keys, *rest: run(study, keys[:7], *rest))
         assert not compare(study, Engine(), until_decided=True)
     assert len(done) == 7
     assert read_study(study.output).look == 0

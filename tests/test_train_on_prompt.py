@@ -19,7 +19,7 @@ from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
 from echo_lora.recipe.load import load_recipe
 from echo_lora.recipe.plan import plan, preview
 from echo_lora.recipe.train import run
-from echo_lora.training.collator import _RowCollator
+from echo_lora.training.collator import RowCollator
 from test_trainer import DATASETS, ROUTED, adapter_of, arguments, collator, sft_arguments, sft_trainer
 from tiny import tiny_tokenizer
 from tiny_recipe import ROWS, tiny_recipe
@@ -90,7 +90,7 @@ def test_a_prompt_that_is_shortened_is_cut_with_its_mask():
 def test_a_collator_on_either_side_keeps_the_mask_at_its_tokens():
     rows = some_rows(5)
     for side in ("left", "right"):
-        collate_rows = _RowCollator(lambda f, side=side: collate([(x["input_ids"], x["labels"]) for x in f], side))
+        collate_rows = RowCollator(lambda f, side=side: collate([(x["input_ids"], x["labels"]) for x in f], side))
         batch = collate_rows(list(whole_text(rows)))
         expected = collate(rows, side, train_on_prompt=True)
         assert torch.equal(batch["completion_mask"], expected["completion_mask"])
@@ -101,7 +101,7 @@ def test_a_collator_that_cuts_rows_is_refused():
         return {name: tensor[:, :3] for name, tensor in collator(features).items()}
 
     with pytest.raises(EchoDataError, match="the data collator makes rows of"):
-        _RowCollator(cut)(list(whole_text(some_rows(2))))
+        RowCollator(cut)(list(whole_text(some_rows(2))))
 
 
 # ------------------------------------------------------------------ training
@@ -173,7 +173,7 @@ def test_the_stock_trainer_counts_the_same_tokens(tmp_path):
         model=models[1],
         args=arguments(tmp_path / "stock", remove_unused_columns=False),
         train_dataset=whole_text(rows),
-        data_collator=_RowCollator(collator),
+        data_collator=RowCollator(collator),
         callbacks=[EchoCallback()],
     )
     stock.train()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from echo_lora.errors import EchoModelError
+from echo_lora.method.config import EchoConfig
 
 
 class Setting(AbstractContextManager[None]):
@@ -31,11 +36,27 @@ class Freezing:
     def __init__(self) -> None:
         self.current: list[nn.Parameter] = []
 
-    @contextmanager
-    def frozen(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """What runs inside gives these no gradient, nor does its recomputation."""
-        with Setting(self, parameters), _Frozen(parameters):
-            yield
+    def in_echo_on_pass(
+        self, adapted: nn.Module, config: EchoConfig, is_checkpointed: bool
+    ) -> AbstractContextManager[None] | None:
+        """What runs inside gives the adapter no gradient, nor does its recomputation; None where it may.
+
+        Raises EchoModelError where its parameters could not be frozen reliably.
+        """
+        if config.echo_on_updates == "all" or not torch.is_grad_enabled():
+            return None
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        reason = None
+        if any(isinstance(parameter, DTensor) for parameter in trained):
+            reason = "with parameters that are shared out among processes, as FSDP2 does"
+        elif is_checkpointed and len({parameter.device for parameter in trained}) > 1:
+            reason = "with gradient checkpointing in a model that lies on several devices"
+        if reason is not None:
+            raise EchoModelError(
+                f"echo_on_updates='echo_only' can't be combined {reason}: the adapter would not be frozen reliably in "
+                "the echo-on pass. Use echo_on_updates='all'."
+            )
+        return _All([Setting(self, trained), _Frozen(trained)])
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """`context_fn` of torch's checkpoint: a recomputation saves what the forward saved."""
@@ -62,13 +83,64 @@ class _Frozen(AbstractContextManager[None]):
 ContextFn = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 
-def checkpoint_functions(base: PreTrainedModel) -> list[Any]:
+def _checkpoint_functions(base: PreTrainedModel) -> list[Any]:
     """The functions by which modules of the base checkpoint their layers; none where checkpointing is off."""
     on = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
     return [getattr(module, "_gradient_checkpointing_func", None) for module in on]
 
 
-class JoinedContexts:
+class Checkpointing:
+    """Gradient checkpointing of a base's layers with contexts in which each is recomputed as it was run.
+
+    contexts: `context_fn`s of torch's checkpoint.
+    """
+
+    def __init__(self, *contexts: ContextFn) -> None:
+        self.contexts = contexts
+
+    def enable(self, base: PreTrainedModel, arguments: dict[str, Any] | None, **kwargs: Any) -> None:
+        """As the base's own. Raises EchoModelError for use_reentrant=True, which has no context."""
+        checkpointing = {"use_reentrant": False, **(arguments or {})}
+        if checkpointing["use_reentrant"]:
+            raise EchoModelError(
+                "gradient checkpointing with use_reentrant=True would recompute the echo-on pass without its echo. "
+                "Set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        checkpointing["context_fn"] = _JoinedContexts(checkpointing.get("context_fn"), *self.contexts)
+        base.activation_checkpointing_enable(checkpointing, **kwargs)
+
+    def is_on(self, base: PreTrainedModel) -> bool:
+        """Whether layers are recomputed; one that would forget the pass it belongs to is set right first."""
+        if not base.training:
+            return False
+        functions = _checkpoint_functions(base)
+        if functions and is_compiled(base):
+            raise EchoModelError(
+                "torch.compile can't trace gradient checkpointing with a context, which the echo needs. Compile no "
+                "layer, or set gradient_checkpointing=False (activation_checkpointing in newer transformers)."
+            )
+        for function in functions:
+            arguments = dict(getattr(function, "keywords", {}))
+            if not isinstance(arguments.get("context_fn"), _JoinedContexts):
+                self.enable(base, arguments)
+                break
+        return bool(functions)
+
+    def leave(self, base: PreTrainedModel) -> None:
+        """Checkpointing as it would be without these contexts."""
+        for function in _checkpoint_functions(base):
+            arguments = dict(getattr(function, "keywords", {}))
+            if isinstance(context := arguments.get("context_fn"), _JoinedContexts):
+                del arguments["context_fn"]
+                base.activation_checkpointing_enable(arguments | context.theirs)
+                break
+
+
+def is_compiled(base: PreTrainedModel) -> bool:
+    return any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in base.modules())
+
+
+class _JoinedContexts:
     """A `context_fn` that enters ours, and theirs for those who bring one, such as selective checkpointing."""
 
     def __init__(self, theirs: ContextFn | None, *ours: ContextFn) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, cat, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from echo_lora.errors import EchoModelError
@@ -33,6 +33,30 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
     """What this function calls its key-value cache; None if it takes none."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+# What a forward may lack: columns that need no logits are cut off afterwards, and the rest are requests, not inputs.
+DISPENSABLE = {"position_ids", "logits_to_keep", "use_cache", "output_router_logits"}
+
+
+def fitting(base: PreTrainedModel, cache: Cache | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What of a pass's arguments the base's forward takes. Raises EchoModelError if it does not take what matters."""
+    if cache is not None:
+        kwargs[cache_argument(base.forward) or "past_key_values"] = cache
+    taken = inspect.signature(base.forward).parameters
+    if "input_ids" in taken:  # else a wrapper, which passes on what it is given
+        refused = kwargs.keys() - taken.keys()
+        mask = kwargs.get("attention_mask")
+        if "attention_mask" in refused and mask is not None and bool(mask[:, 0].all()):
+            del kwargs["attention_mask"]  # on the right of a row padding changes nothing
+            refused -= {"attention_mask"}
+        if refused - DISPENSABLE:
+            raise EchoModelError(
+                f"{type(base).__name__}.forward takes no {', '.join(sorted(refused - DISPENSABLE))}, which the "
+                "echo's step needs. Use another model, or train this one without the echo."
+            )
+        kwargs = {name: value for name, value in kwargs.items() if name not in refused}
+    return kwargs
 
 
 class PrefixRecorder(Cache):

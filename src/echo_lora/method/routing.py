@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 
+from echo_lora.errors import EchoModelError
 from echo_lora.method.config import EchoConfig
 
 
@@ -45,3 +46,14 @@ def _uniform(seed: int, step: int) -> float:
     """A number in [0, 1) that depends on nothing but its arguments, on any platform."""
     digest = hashlib.blake2b(f"routing:{seed}:{step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def clock_of(config: EchoConfig) -> tuple[int, int]:
+    """Step and steps where nobody tells them. Raises EchoModelError unless every step is routed alike."""
+    if config.routing_schedule == "constant" and config.routing_start in (0.0, 1.0):
+        return 0, 1
+    raise EchoModelError(
+        "the echo does not know which training step this is, so it can't draw the routing. Use EchoTrainer or "
+        "EchoSFTTrainer, add EchoCallback() to your Trainer's callbacks, or call "
+        "model.set_routing_clock(step, total_steps) before each step."
+    )

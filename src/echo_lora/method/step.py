@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PretrainedConfig
 from transformers.utils import ModelOutput
 
 from echo_lora.errors import EchoModelError
@@ -217,3 +217,9 @@ def reading(
             f"{len(layers)} source layers gave {len(states)} states: the model skips some of them (as those that "
             "attend to images, in a text), or runs some more than once. Choose other source_layers."
         )
+
+
+def router_aux_loss_coef(config: PretrainedConfig) -> float:
+    """Weight of a mixture-of-experts model's load-balancing loss, where it is switched on."""
+    text = config.get_text_config()
+    return float(text.router_aux_loss_coef) if getattr(text, "output_router_logits", False) else 0.0

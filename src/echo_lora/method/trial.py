@@ -20,65 +20,49 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from echo_lora.errors import EchoModelError
-from echo_lora.method.injection import outermost_lists
-from echo_lora.method.lm_head import without_trace
+from echo_lora.method.alignment import AlignedRows
+from echo_lora.method.lm_head import Head, without_trace
 from echo_lora.method.prefix import PrefixRecorder, PrefixSharing
-
-WORKING = "docs/architectures.md lists the models that work."
+from echo_lora.method.refusals import WORKING
+from echo_lora.method.sharing import why_full
 
 PREFIX, SUFFIX, PADDING = 6, 6, 3  # columns of the trial
+PROBE_COLUMNS = 2  # on which the output layer is compared with the model's own logits
 
 
-def refuse_base(base_model: PreTrainedModel) -> None:
-    """Raises EchoModelError for a model that says of itself that no step on it could be right."""
-    name = type(base_model).__name__
-    config = base_model.config.get_text_config()
-    if getattr(base_model.config, "is_encoder_decoder", False):
-        raise EchoModelError(f"{name} is an encoder-decoder; the echo needs a decoder-only model. {WORKING}")
-    if getattr(config, "num_hidden_layers", None) is None:
-        raise EchoModelError(
-            f"the configuration of {name} has no num_hidden_layers, by which decoder layers are found. {WORKING}"
-        )
-    lists = [name for name, _ in outermost_lists(base_model)]
-    if len(lists) > 1:
-        raise EchoModelError(
-            f"{name} keeps the parts of its layers in several lists ({', '.join(lists)}), so that no module gives "
-            f"the state of a layer. {WORKING}"
-        )
-    if getattr(config, "local_attn_chunk_length", None) is not None:
-        raise EchoModelError(
-            f"{name} trains on rows of a multiple of {config.local_attn_chunk_length} tokens only "
-            f"(local_attn_chunk_length), which the echo's step does not keep. {WORKING}"
-        )
-    if getattr(config, "prompt_length", None) and getattr(config, "use_prompt", True):
-        raise EchoModelError(
-            f"{name} puts {config.prompt_length} tokens of its own before each row (prompt_length), so that the "
-            f"boundary is not where the labels say. {WORKING}"
-        )
-    layers_say = any(getattr(module, "is_decoder", None) is False for module in base_model.modules())
-    flags = {
-        "is_decoder": layers_say and getattr(config, "is_decoder", None) is False,
-        "is_causal": getattr(config, "is_causal", None) is False,
-        "causal": getattr(config, "causal", None) is False,
-        "use_bidirectional_attention": getattr(config, "use_bidirectional_attention", None) in (True, "all"),
-        "attn_type": getattr(config, "attn_type", None) == "bi",
-    }
-    for flag in (flag for flag, is_set in flags.items() if is_set):
-        raise EchoModelError(
-            f"the tokens of {name} see later ones (its configuration has {flag}={getattr(config, flag)!r}), so that "
-            f"the state at the boundary would know the answer. The echo needs a causal language model. {WORKING}"
-        )
-    if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
-        raise EchoModelError(
-            f"{name} runs layers {config.n_recurrent_loops} times in a pass (n_recurrent_loops), where the echo reads "
-            f"one state of each. {WORKING}"
-        )
-    for streams in ("altup_num_inputs", "hc_mult", "hc_count"):
-        if (getattr(config, streams, None) or 1) > 1:
-            raise EchoModelError(
-                f"the layers of {name} hand on {getattr(config, streams)} streams of hidden states ({streams}), where "
-                f"the echo reads one state of each token. {WORKING}"
-            )
+class Abilities:
+    """What a base model can do in a step: run on a prefix, lend its output layer. Asked once each."""
+
+    def __init__(self, sharing: PrefixSharing) -> None:
+        self._sharing = sharing
+        self._tried: dict[bool, str | None] = {}  # by whether a prefix was tried: what stands against sharing it
+        self._head: Head | None = None
+        self._why_no_head: str | None = None
+        self._head_is_known = False
+
+    def why_full(self, forward: Callable[..., Any], base: PreTrainedModel, device: torch.device | None) -> str | None:
+        """Why the prefix can't be shared: what the model says of itself, or what it does when it is tried."""
+        reason = why_full(base) or self._sharing.why_not
+        if device is None:
+            return reason
+        if (reason is None) not in self._tried:
+            sharing = self._sharing if reason is None else None
+            self._tried[reason is None] = why_full_by_trial(forward, base, sharing, device)
+        return reason or self._tried[True]
+
+    def head(
+        self, forward: Callable[..., Any], base: PreTrainedModel, rows: AlignedRows
+    ) -> tuple[Head | None, str | None]:
+        """The output layer, if the losses may apply it themselves, else why not; tried on tokens of the first row."""
+        if not self._head_is_known:
+            self._head_is_known = True
+            self._why_no_head = "the model names no output layer"
+            if base.get_output_embeddings() is not None:
+                head = Head(base)
+                positions = None if rows.position_ids is None else rows.position_ids[:1, -PROBE_COLUMNS:]
+                self._why_no_head = head.why_not(forward, rows.input_ids[:1, -PROBE_COLUMNS:], positions)
+                self._head = head if self._why_no_head is None else None
+        return (None if self._head is None or self._head.is_trained else self._head), self._why_no_head
 
 
 @torch.compiler.disable  # torch.compile of the whole model can't trace into it

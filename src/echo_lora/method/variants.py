@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor
 
 SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # initialisations that take s·B A, as drawn, out of the base
 
@@ -17,3 +18,11 @@ def changes_base(config: PeftConfig | Mapping[str, Any]) -> str | None:
     if str(initialisation).lower().startswith((*SUBTRACTED, "loftq")):
         return f"init_lora_weights={initialisation!r}"
     return "kasa_config" if values.get("kasa_config") else None
+
+
+def as_drawn(model: PeftModel, adapter_name: str) -> dict[str, Tensor] | None:
+    """The tensors of a new adapter, where its initialisation has taken them out of the base's weights."""
+    if not str(model.peft_config[adapter_name].init_lora_weights).lower().startswith(SUBTRACTED):
+        return None
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}

@@ -24,7 +24,6 @@ from echo_lora.method.injection import decoder_layers, listed
 from echo_lora.method.losses import CHUNK_ELEMENTS
 from echo_lora.method.model import EchoModel
 from echo_lora.method.routing import routing_probability
-from echo_lora.method.sharing import why_full
 from echo_lora.models import empty_model
 from echo_lora.progress import stage
 from echo_lora.recipe.build import add_adapter, parameter_counts, prepare, require_packages
@@ -139,9 +138,9 @@ def plan(recipe: Recipe) -> Plan:
     steps = _steps(recipe, sum(len(data.rows) for data in prepared))
     # both schedules are straight lines
     mean_routing = (routing_probability(config, 0, steps) + routing_probability(config, steps - 1, steps)) / 2
-    reason = "echo_config.echo_step is full" if config.echo_step == "full" else why_full(base)
-    if reason is None and isinstance(model, EchoModel):
-        reason = model._sharing.why_not
+    reason = model.why_full() if isinstance(model, EchoModel) else None
+    if config.echo_step == "full":
+        reason = "echo_config.echo_step is full"
     if recipe.echo and config.echo_step == "shared_prefix" and reason is not None:
         raise EchoModelError(f"echo_config.echo_step = shared_prefix is impossible: {reason}. Use auto.")
     deployed, echo = parameter_counts(model)

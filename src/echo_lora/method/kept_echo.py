@@ -1,0 +1,105 @@
+"""Generating with the echo kept on: what the distillation could reach, no model to deploy.                      [O]
+
+The echo of a prompt is read at its last token, the boundary, which then runs a second time, on the prefix in the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModelForCausalLM
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from echo_lora.errors import EchoModelError
+from echo_lora.method.config import EchoConfig
+from echo_lora.method.echo import EchoNetworks, apply_control, echo_representation
+from echo_lora.method.injection import Injection, Injector
+from echo_lora.method.prefix import cache_argument
+from echo_lora.method.step import reading
+
+
+class KeptEchoMixin(PeftModelForCausalLM):
+    """`generate` of an EchoModel."""
+
+    echo: EchoNetworks
+    echo_config: EchoConfig
+    why_full: Callable[[torch.device | None], str | None]
+    _injector: Injector
+    _source_layers: list[nn.Module]
+    _plain_forward: Callable[..., Any]
+    _keeps_echo = False
+
+    @contextmanager
+    def keeping_echo(self) -> Iterator[None]:
+        """Inside, `generate` keeps the echo on: what the distillation could reach, no model to deploy. [O]"""
+        self._keeps_echo = True
+        try:
+            yield
+        finally:
+            self._keeps_echo = False
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's. Inside `keeping_echo` every answer is generated with the echo of its prompt.
+
+        Then input_ids and attention_mask, padded on the left, are given by name, and the search is greedy or sampled.
+        Raises EchoModelError otherwise, and for a model that can't share a prefix.
+        """
+        if not self._keeps_echo:
+            return super().generate(*args, **kwargs)
+        if args or "input_ids" not in kwargs or kwargs.get("num_beams") not in (None, 1):
+            raise EchoModelError("with the echo kept on, generate takes input_ids= by name and no beams.")
+        input_ids = kwargs["input_ids"]  # (B, P)
+        if (reason := self.why_full(input_ids.device)) is not None:
+            raise EchoModelError(
+                f"with the echo kept on, generate runs the boundary a second time on its prefix, but {reason}."
+            )
+        attention_mask = kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+        base = self.get_base_model()
+        cache = DynamicCache(config=base.config)
+        deltas = self._echo_of_prompts(input_ids, attention_mask, cache)
+        cache.crop(-1)  # the boundary runs again, now with the echo
+        kwargs[cache_argument(base.forward) or "past_key_values"] = cache
+        with self._injecting_from_boundary(deltas, torch.ones_like(input_ids[:, :1], dtype=torch.bool)):
+            return super().generate(**kwargs)
+
+    @torch.no_grad()  # nor are these rows of a training step, for the statistics of states
+    def _echo_of_prompts(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> dict[str, Tensor]:
+        """The injected signal of each prompt; fills the cache."""
+        boundary_B = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
+        with reading(self._source_layers, boundary_B, input_ids.shape[1]) as hidden:
+            self._plain_forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        z = echo_representation(hidden, self.echo.standardize)
+        deltas, _, _ = self.echo(apply_control(z, self.echo_config.echo_kind))
+        return deltas
+
+    @contextmanager
+    def _injecting_from_boundary(self, deltas: dict[str, Tensor], everywhere: Tensor) -> Iterator[None]:
+        """Inside, passes have the echo: the first is the boundary's, each later one that of an answer's token.
+
+        everywhere: (B, 1) bool, true: every pass has one column.
+        """
+        passes = itertools.count()
+
+        def inject(*_: Any) -> None:
+            is_boundary = next(passes) == 0
+            injected = not is_boundary or self.echo_config.injection_mask == "predictive"
+            self._injector.current = Injection(deltas, everywhere & injected)
+
+        handle = self.get_base_model().register_forward_pre_hook(inject)
+        try:
+            with self._injector.injecting(None):
+                yield
+        finally:
+            handle.remove()
