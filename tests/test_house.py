@@ -27,7 +27,7 @@ ROOMS = {
     "benchmarks": ["protocols", "copies", "hub", "local"],
     "adapter": ["files", "card", "export", "inspection", "merge"],
     "training": [
-        *("metrics", "collator", "support", "optimizer", "checkpoint", "state", "callback", "trainer", "sft"),
+        *("metrics", "collator", "support", "optimizer", "checkpoint", "state", "callback", "resume", "trainer", "sft"),
     ],
     "recipe": ["schema", "yaml_file", "load", "table", "rows", "build", "record", "plan", "train", "scoring"],
     "bench": ["programs", "report", "measure"],

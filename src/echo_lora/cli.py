@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,19 +18,21 @@ from echo_lora import __version__
 from echo_lora.environment import require_place
 from echo_lora.errors import EchoError
 from echo_lora.terminal import (
+    MOST,
     STYLES,
     Group,
+    RecipeArgument,
+    SetOption,
+    TracebackOption,
+    command_line,
     new_console,
     path,
     print_pairs,
     print_segments,
     print_table,
     print_wide_table,
-    remember,
     starting,
 )
-
-MOST = 1_000_000_000  # of what can be counted: more is a slip
 
 
 def _show_version(value: bool) -> None:
@@ -49,16 +50,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example: echo-lora train tiny",
 )
-
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe")]
-
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe; repeatable")
-]
-
-TracebackOption = Annotated[
-    bool, typer.Option("--traceback", callback=remember, help="show where in the program an error arose")
-]
 
 
 @app.callback()
@@ -281,7 +272,6 @@ def bench(
     with starting():
         from echo_lora.bench import NOTES, run_bench
 
-    command = shlex.join(["echo-lora", *sys.argv[1:]])
     report = run_bench(
         recipe,
         overrides or (),
@@ -290,7 +280,7 @@ def bench(
         rounds=rounds,
         quick=quick,
         output=output,
-        command=command,
+        command=command_line(),
     )
     for table in report.tables:
         print_wide_table(table.title, table.cells())
@@ -335,9 +325,8 @@ def compare(
         from echo_lora.study.report.page import summary_lines, write_report
         from echo_lora.study.workers import Engine
 
-    command = shlex.join(["echo-lora", *sys.argv[1:]])
     engine = Engine(workers, None if options is None else "slurm", options)
-    is_complete = compare_arms(loaded, engine, minutes=minutes, until_decided=until_decided, command=command)
+    is_complete = compare_arms(loaded, engine, minutes=minutes, until_decided=until_decided, command=command_line())
     report = write_report(loaded.output)
     typer.echo("\n".join(summary_lines(loaded.output)))
     typer.echo(f"\nWritten to {report}")

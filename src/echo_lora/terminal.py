@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from echo_lora.data.preview import Segment
 
 
+MOST = 1_000_000_000  # of what can be counted: more is a slip
 STYLES = {"prompt": "none", "boundary": "black on yellow", "answer": "green", "ignored": "dim"}
 
 
@@ -65,6 +67,17 @@ def remember(ctx: typer.Context, value: bool) -> bool:
 
 
 # ------------------------------------------------------------------- printing
+
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe")]
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe; repeatable")
+]
+
+TracebackOption = Annotated[
+    bool, typer.Option("--traceback", callback=remember, help="show where in the program an error arose")
+]
 
 
 def starting() -> Any:
@@ -144,3 +157,8 @@ def _calm_libraries() -> None:
     if not sys.warnoptions:
         for category in (FutureWarning, DeprecationWarning):  # of the libraries about each other
             warnings.simplefilter("ignore", category)
+
+
+def command_line() -> str:
+    """What was typed, as it can be typed again."""
+    return shlex.join(["echo-lora", *sys.argv[1:]])

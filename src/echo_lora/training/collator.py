@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from echo_lora.data.forms import row_number
-from echo_lora.data.sources import ROW
+from echo_lora.data.sources import KEPT_NAME, ROW
 from echo_lora.data.tokenize import ANSWER
 from echo_lora.errors import EchoDataError
 
@@ -62,3 +63,23 @@ class WeightedForward:
         is_answer = self.is_answer[:, 1:].to(outputs.log_probs.device).bool()  # (B, T-1): of the token predicted
         outputs.log_probs = outputs.log_probs * torch.where(is_answer, self.weight, 1.0)
         return outputs
+
+
+def numbered(dataset: Any, source: str) -> Any:
+    """The dataset with a column that numbers its rows from 0, where it is one that can carry it.
+
+    A tokenised one keeps the numbers that it has: it comes from a preparation, which may have dropped rows. Raises
+    EchoDataError for a column of that name which holds no numbers.
+    """
+    import pyarrow as pa
+
+    if not isinstance(dataset, Dataset):
+        return dataset
+    if ROW in dataset.column_names:
+        column = dataset.data.column(ROW)
+        if not pa.types.is_integer(column.type):
+            raise EchoDataError(f"the {source} have {KEPT_NAME}")
+        if "input_ids" in dataset.column_names and not column.null_count:
+            return dataset
+        dataset = dataset.remove_columns(ROW)
+    return dataset.add_column(ROW, list(range(len(dataset))))

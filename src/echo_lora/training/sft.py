@@ -25,8 +25,9 @@ from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.model import EchoModel, get_echo_model
 from echo_lora.models import canonical
+from echo_lora.training.collator import numbered
 from echo_lora.training.support import refuse_arguments
-from echo_lora.training.trainer import EchoTrainerMixin, numbered
+from echo_lora.training.trainer import EchoTrainerMixin
 
 logger = logging.getLogger(__name__)
 
