@@ -94,11 +94,17 @@ def reference(tmp_path_factory):
     return run
 
 
+LOGGED = (
+    *("loss", "objective", "ce_off", "ce_on", "distillation", "routed", "echo_norm", "grad_norm"),
+    *("eval_loss", "train_loss"),
+)
+
+
 def assert_same(expected: Run, got: Run) -> None:
     assert len(expected.logs) == len(got.logs)
     compared = 0
     for a, b in zip(expected.logs, got.logs, strict=True):
-        for name in ("loss", "ce_off", "ce_on", "distillation", "routed", "echo_norm", "grad_norm", "eval_loss"):
+        for name in LOGGED:
             assert (name in a) == (name in b), (a["step"], name)
             if name in a:
                 compared += 1

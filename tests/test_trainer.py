@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -123,7 +124,8 @@ def test_metrics_are_logged(tmp_path):
             assert log["echo_norm"] >= 0
             assert 0 < log["gate_mean"] < 1
             total += log["ce_on"] + log["distillation"]
-        assert log["loss"] == pytest.approx(total, rel=1e-4)
+        assert log["objective"] == pytest.approx(total, rel=1e-4)
+        assert log["loss"] == log["ce_off"]
     assert any(not log["routed"] for log in logs)
     assert any(log["routed"] for log in logs)
 
@@ -199,7 +201,7 @@ def test_the_weight_of_the_distillation_rises(tmp_path):
     trainer.train()
     logs = [log for log in trainer.state.log_history if "ce_on" in log]
     for step, log in enumerate(logs):
-        rest = log["loss"] - log["ce_off"] - log["ce_on"]
+        rest = log["objective"] - log["ce_off"] - log["ce_on"]
         assert rest == pytest.approx(3 * step / 6 * log["distillation"], abs=2e-4)
     assert logs[-1]["distillation"] > 1e-3  # there is something to weigh
 
@@ -559,6 +561,42 @@ def sft_trainer(folder, data, *, echo=ROUTED, **kwargs):
         echo_config=echo,
         **on_overlength,
     )
+
+
+@pytest.mark.parametrize("echo", [ROUTED, None], ids=["echo", "plain"])
+def test_losses_and_tokens_of_the_log_go_on_after_a_resume(tmp_path, echo):
+    def trainer(folder, every=4):
+        options = {"max_steps": 6, "logging_steps": every, "save_strategy": "steps", "save_steps": 3}
+        return sft_trainer(folder, DATASETS["prompt-completion"], echo=echo, **options)
+
+    whole, parts = trainer(tmp_path / "whole"), trainer(tmp_path / "parts")
+    output = whole.train()
+    each = trainer(tmp_path / "each", 1)
+    each.train()
+    losses = [log["loss"] for log in each.state.log_history if "loss" in log]
+    assert len(losses) == 6
+    assert output.training_loss == output.metrics["train_loss"] == pytest.approx(sum(losses) / 6, rel=1e-5)
+    assert whole.state.log_history[-1]["train_loss"] == pytest.approx(output.training_loss, rel=1e-5)
+    parts.add_callback(Stop(3))
+    parts.train()
+    resumed = trainer(tmp_path / "parts")
+    assert resumed.train(resume_from_checkpoint=True).training_loss == pytest.approx(output.training_loss, rel=1e-6)
+    assert resumed._total_train_tokens == whole._total_train_tokens > 0
+    ended = trainer(tmp_path / "parts").train(resume_from_checkpoint=True)
+    assert ended.training_loss == pytest.approx(output.training_loss, rel=1e-6)
+
+
+def test_a_checkpoint_that_did_not_sum_its_losses_is_gone_on_from(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3}
+    whole = trainer_of(tmp_path, **options)
+    whole.train()
+    seal = tmp_path / "checkpoint-3" / "echo_checkpoint.json"
+    values = json.loads(seal.read_text())
+    del values["loss_sum"]
+    seal.write_text(json.dumps(values))
+    output = trainer_of(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    losses = [log["loss"] for log in whole.state.log_history if "loss" in log]
+    assert output.training_loss == pytest.approx(sum(losses[3:]) / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -54,7 +54,7 @@ class RunResult:
 
     def pairs(self) -> dict[str, str]:
         """What a terminal shows of it."""
-        losses = ("ce_off", "ce_on", "distillation", "loss", "eval_loss")
+        losses = ("loss", "ce_on", "distillation", "eval_loss")
         return {
             "adapter": str(self.adapter),
             "steps": f"{self.steps} in {self.seconds:.0f} s, peak memory {gigabytes(self.peak_memory)}",

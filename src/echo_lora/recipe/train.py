@@ -58,7 +58,7 @@ from echo_lora.recipe.schema import Recipe
 from echo_lora.training.checkpoint import last_complete_checkpoint
 from echo_lora.training.sft import EchoSFTTrainer
 
-SHOWN_METRICS = ("loss", "ce_off", "ce_on", "distillation", "ce_prompt", "routing_p", "eval_loss", "learning_rate")
+SHOWN_METRICS = ("loss", "ce_on", "distillation", "ce_prompt", "routing_p", "eval_loss", "learning_rate")
 
 
 def run(recipe: Recipe, *, resume: bool = False) -> RunResult:

@@ -60,18 +60,24 @@ def begin_checkpoint(folder: Path) -> None:
 
 
 def seal_checkpoint(
-    folder: Path, *, configuration: dict[str, Any], initial_adapter_sha256: str | None, num_tokens: int = 0
+    folder: Path,
+    *,
+    configuration: dict[str, Any],
+    initial_adapter_sha256: str | None,
+    num_tokens: int = 0,
+    loss_sum: tuple[float, int] = (0.0, 0),
 ) -> None:
     """Declare the checkpoint complete: its files with their SHA-256, and what decides the run's result.
 
     Its files are those that were written since `begin_checkpoint`. num_tokens: those trained on so far, as TRL counts
-    them for its log; a resume goes on counting from there.
+    them for its log; a resume goes on counting from there. loss_sum: the logged loss, summed over the steps since one.
     """
     names = [name for name in _new_files(folder) if name != IN_PROGRESS]
     use_umask(folder, [folder / name for name in names])
     seal = {
         "initial_adapter_sha256": initial_adapter_sha256,
         "num_tokens": num_tokens,
+        "loss_sum": loss_sum,
         "configuration": _plain(configuration),
         "files": {name: file_hash(folder / name) for name in names},
     }
@@ -219,6 +225,8 @@ def _seal(folder: Path) -> dict[str, Any]:
         seal = json.loads(path.read_text(encoding="utf-8"))
         is_one = isinstance(seal["configuration"], dict) and all(map(_is_inside, seal["files"].keys()))
         is_one = is_one and isinstance(seal["num_tokens"], int)
+        loss_sum, first = seal.get("loss_sum", (0.0, 0))  # version 0.1 had none
+        is_one = is_one and isinstance(loss_sum, float) and isinstance(first, int)
         seal["initial_adapter_sha256"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EchoCheckpointError(f"{path} is damaged: {error!r}.") from error

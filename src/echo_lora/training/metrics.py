@@ -11,13 +11,17 @@ from echo_lora.method.step import EchoOutput
 
 
 class Meter:
-    """Sums of what the steps since the last log returned."""
+    """Sums of what the steps since the last log returned.
+
+    answer_weight: that of answer tokens beside prompt tokens in the loss.
+    """
 
     ALWAYS = ("ce_off", "ce_prompt", "entropy", "token_accuracy")  # ce_prompt where prompts are trained on
     ROUTED = ("ce_on", "distillation")  # sums over the tokens of an optimizer step
     STATE = ("echo_norm", "gate_mean")  # means over a batch
 
-    def __init__(self) -> None:
+    def __init__(self, answer_weight: float = 1.0) -> None:
+        self.answer_weight = answer_weight
         self.reset()
 
     def reset(self) -> None:
@@ -37,12 +41,17 @@ class Meter:
         self.routed_steps += self.is_routed
 
     def metrics(self, add_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over tokens and steps; terms of the echo over routed steps only. add_ranks(x) sums over processes."""
+        """Means over tokens and steps; terms of the echo over routed steps only. add_ranks(x) sums over processes.
+
+        `loss` is the cross-entropy of the echo-off pass, which is what is deployed, over all supervised tokens: that
+        of a run without the echo, and of the validation.
+        """
         if not self.optimizer_steps or not self.sums:
             return {}
         total = {name: add_ranks(value).item() for name, value in self.sums.items()}
         ranks = add_ranks(torch.ones((), device=self.sums["ce_off"].device)).item()
         out = {name: total[name] / self.optimizer_steps for name in self.ALWAYS if name in total}
+        out["loss"] = self.answer_weight * out["ce_off"] + out.get("ce_prompt", 0.0)
         out["mean_token_accuracy"] = out.pop("token_accuracy")  # TRL's name
         out["routed"] = self.routed_steps / self.optimizer_steps  # the same on every rank
         if self.routed_steps:

@@ -65,6 +65,9 @@ class CheckpointMixin(Trainer):
     _given_optimizer: str | None
     _base: dict[str, Any]
     _total_train_tokens = 0  # SFTTrainer's, which it counts from 0 after a resume too
+    _sum_before = (0.0, 0)  # of `loss` over the steps before this training, and the step from which it is summed
+    _summed_from = 0
+    _sum_of_losses: Callable[[], float]
 
     @property
     def _echo_model(self) -> EchoModel | None:
@@ -89,6 +92,7 @@ class CheckpointMixin(Trainer):
         if self._echo_model is not None:
             save_echo(self._echo_model, folder, should_save=self.args.should_save)
         self._prove(folder)
+        loss_sum = self._sum_of_losses()
         if not self.args.should_save:
             return
         seal_checkpoint(
@@ -96,6 +100,7 @@ class CheckpointMixin(Trainer):
             configuration=self.configuration(),
             initial_adapter_sha256=self.initial_adapter_hash,
             num_tokens=self._total_train_tokens,
+            loss_sum=(loss_sum, self._summed_from),
         )
         if pushes:
             self._push_from_checkpoint(str(folder))
@@ -113,7 +118,7 @@ class CheckpointMixin(Trainer):
             for folder in checkpoints_in(self._get_output_dir(trial)):
                 if not folder.samefile(best):
                     remove_checkpoint(folder)
-        return output
+        return output._replace(training_loss=output.metrics["train_loss"])  # as logged
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model, and read back. Raises EchoCheckpointError if the folder does not hold the adapter."""
@@ -212,6 +217,7 @@ class CheckpointMixin(Trainer):
         for callback in [c for c in self.callback_handler.callbacks if type(c) is EchoCallback]:
             self.remove_callback(callback)  # this trainer does what it does
         self.initial_adapter_hash = None
+        self._sum_before = (0.0, 0)
         self._base = self._describe_base()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
@@ -221,6 +227,7 @@ class CheckpointMixin(Trainer):
             compare_configuration(Path(resume_from_checkpoint), seal["configuration"], current, self.name_of_key)
             self.initial_adapter_hash = seal["initial_adapter_sha256"]
             self._total_train_tokens = seal["num_tokens"]
+            self._sum_before = _sum_of(seal, Path(resume_from_checkpoint))
             ended = self._already_ended(Path(resume_from_checkpoint))
             if ended is not None:
                 return ended
@@ -253,7 +260,8 @@ class CheckpointMixin(Trainer):
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
-        return TrainOutput(state.global_step, 0.0, {})
+        loss_sum, summed_from = self._sum_before
+        return TrainOutput(state.global_step, loss_sum / max(state.global_step - summed_from, 1), {})
 
     def _saved_state(self, folder: Path) -> TrainerState:
         path = folder / TRAINER_STATE_NAME
@@ -319,3 +327,9 @@ class CheckpointMixin(Trainer):
         )
         load_whole_optimizer_state(self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(scheduler)
+
+
+def _sum_of(seal: dict[str, Any], folder: Path) -> tuple[float, int]:
+    """What `loss` adds up to at a checkpoint; from there on, where it was written by a version that did not sum."""
+    loss_sum, summed_from = seal.get("loss_sum") or (0.0, int(folder.name.rpartition("-")[2]))
+    return loss_sum, summed_from

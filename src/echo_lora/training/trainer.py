@@ -65,7 +65,8 @@ class EchoTrainerMixin(CheckpointMixin):
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
             refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
         refuse_answer_weight(self)
-        self._meter = Meter()
+        self._meter = Meter(self.answer_weight)
+        self._loss_sum, self._summed_to = 0.0, 0
         self._rows_of_step: list[int] = []
         self.initial_adapter_hash: str | None = None
         self.name_of_key: Callable[[str], str] = str  # what a refused resume calls a key of the configuration
@@ -196,13 +197,29 @@ class EchoTrainerMixin(CheckpointMixin):
     # ----------------------------------------------------------------- metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._echo_model is not None and "loss" in logs:
-            if metrics := self._meter.metrics(lambda x: self.accelerator.reduce(x, "sum")):
+        """As Trainer's; `loss` is that of the deployed pass, and `objective` the sum that is optimised. [O]"""
+        if "loss" in logs:
+            if metrics := self._metrics_of_steps():
+                assert self._echo_model is not None
                 step = max(self.state.global_step - 1, 0)
                 metrics["routing_p"] = routing_probability(self._echo_model.echo_config, step, self.state.max_steps)
-                logs |= metrics
+                logs |= {"objective": logs["loss"]} | metrics
             self._meter.reset()
+            self._loss_sum += logs["loss"] * (self.state.global_step - self._summed_to)
+            self._summed_to = self.state.global_step
+        if "train_loss" in logs:  # Trainer's is the objective's, of the steps since a resume
+            logs["train_loss"] = self._sum_of_losses() / max(self.state.global_step - self._summed_from, 1)
         super().log(logs, start_time)
+
+    def _metrics_of_steps(self) -> dict[str, float]:
+        """Of the steps since the last log; empty without the echo. Every process has to ask."""
+        return self._meter.metrics(lambda x: self.accelerator.reduce(x, "sum"))
+
+    def _sum_of_losses(self) -> float:
+        """`loss`, summed over steps up to this one. Every process has to ask."""
+        if metrics := self._metrics_of_steps():
+            return self._loss_sum + metrics["loss"] * self._meter.optimizer_steps
+        return self._loss_sum + self.accelerator.reduce(self._tr_loss.detach().clone(), "mean").item()
 
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -238,6 +255,8 @@ class EchoTrainerMixin(CheckpointMixin):
 
     def _begin(self) -> None:
         self._meter.reset()  # auto_find_batch_size starts anew after a step that did not fit
+        self._loss_sum, self._summed_from = self._sum_before
+        self._summed_to = self.state.global_step
         if isinstance(model := self.accelerator.unwrap_model(self.model), PeftModel):
             self.initial_adapter_hash = self.initial_adapter_hash or adapter_hash(model, model.active_adapters[0])
             logger.info("initial adapter sha256 %s", self.initial_adapter_hash)
