@@ -98,6 +98,28 @@ def prepare_rows(
     if isinstance(rows, Iterator):
         rows = list(rows)
     check_forms(rows, source, ignore_columns, chat=chat)
+    return tokenize_rows(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        on_overlength=on_overlength,
+        chat=chat,
+        train_on_prompt=train_on_prompt,
+        source=source,
+    )
+
+
+def tokenize_rows(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    on_overlength: Overlength,
+    chat: bool,
+    train_on_prompt: bool,
+    source: str,
+) -> PreparedData:
+    """`prepare_rows` after the form of all rows has been checked."""
     check = RowCheck(max_length, on_overlength, end_token_ids(tokenizer), added_bos(tokenizer), source)
     writer = _Writer(train_on_prompt)
     for index, row in enumerate(rows):

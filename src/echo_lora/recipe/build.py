@@ -139,7 +139,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         report_to=training.report_to or "none",
         seed=recipe.seeds.initialisation,
         data_seed=recipe.seeds.data_order,
-        max_length=None,  # rows are checked before they come here
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and checked before they come here
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,  # _Progress shows what there is to see
     )

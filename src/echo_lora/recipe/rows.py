@@ -13,7 +13,7 @@ import numpy as np
 
 from echo_lora.data.forms import check_forms, is_learned, row_number, texts_of
 from echo_lora.data.generated import reasoning_gym_splits
-from echo_lora.data.prepared import PreparedData, prepare_rows
+from echo_lora.data.prepared import PreparedData, tokenize_rows
 from echo_lora.data.sources import ROW, RowFile, where_is
 from echo_lora.data.tokenize import end_token_ids, render_prompt
 from echo_lora.errors import EchoConfigError, EchoDataError
@@ -55,16 +55,15 @@ def check_rows(recipe: Recipe) -> None:
 
 
 def prepare_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: str) -> list[PreparedData]:
-    """The tokenised and checked rows of each source of a part; none if the recipe does not give the part."""
+    """The tokenised and checked rows of each source of a part, after `check_rows`; none if the part is not given."""
     return [
-        prepare_rows(
+        tokenize_rows(
             source_rows(recipe, source, part),
             tokenizer,
             max_length=recipe.data.max_length,
             on_overlength=recipe.data.on_overlength,
             chat=recipe.data.chat,
             train_on_prompt=recipe.data.train_on_prompt,
-            ignore_columns=recipe.data.ignore_columns,
             source=source.file or source.name,
         )
         for source in getattr(recipe.data, part) or []
