@@ -167,7 +167,7 @@ def test_what_runs_in_which_dtype(precision, computes, lora_input, keys, site, m
     def note(what, *tensors):
         seen.setdefault(what, set()).update(t.dtype for t in tensors)
 
-    watch(losses, "chunk_terms", lambda args, terms: (note("logits", *args[0]), note("terms", *terms)))
+    watch(losses, "chunk_terms", lambda args, terms: (note("logits", *args[0]), note("terms", *terms.to_tuple())))
     watch(losses, "distillation", lambda _, kl: note("distillation", kl))
     watch(inject, "_add", lambda args, total: (note("injected into", args[0]), note("injected", total)))
     watch(

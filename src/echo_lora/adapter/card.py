@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from echo_lora.method import losses
 from echo_lora.method.config import EchoConfig
 
 METHODS = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
 
 CARD_METRICS = (
-    *("loss", "eval_loss", "ce_off", "ce_on", "distillation", "ce_prompt", "mean_token_accuracy"),
-    *("echo_norm", "gate_mean"),
+    *("loss", "eval_loss", *losses.SHOWN),
+    *("mean_token_accuracy", "echo_norm", "gate_mean"),
 )
 
 

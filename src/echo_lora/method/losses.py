@@ -18,12 +18,14 @@ Shapes: `N` supervised positions, `n` of a chunk, `M` that predict prompt tokens
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers.utils import ModelOutput
 
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.lm_head import Head
@@ -31,16 +33,25 @@ from echo_lora.method.lm_head import Head
 CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; about ten of them exist at one time, 32 MiB each in float32
 
 
-class Terms(NamedTuple):
-    """Sums over the supervised positions; float32 scalars. Only `loss` carries gradient."""
+@dataclass
+class Terms(ModelOutput):
+    """Sums over the supervised positions, or means; float32 scalars. Only `loss` carries gradient.
 
-    loss: Tensor  # w · (CE(off) + CE(on) + μ · distillation) + CE(prompt)
-    ce_off: Tensor
-    ce_on: Tensor
-    distillation: Tensor
-    entropy: Tensor  # of the echo-off distribution, in nats
-    correct: Tensor  # positions where the echo-off argmax is the target
-    ce_prompt: Tensor
+    What a term is called here is its name in the step's output, in logs, plots and model cards.
+    """
+
+    loss: Tensor | None = None  # w · (CE(off) + CE(on) + μ · distillation) + CE(prompt)
+    ce_off: Tensor | None = None
+    ce_on: Tensor | None = None
+    distillation: Tensor | None = None
+    ce_prompt: Tensor | None = None
+    entropy: Tensor | None = None  # of the echo-off distribution, in nats
+    token_accuracy: Tensor | None = None  # positions where the echo-off argmax is the target
+
+
+NAMES = tuple(field.name for field in fields(Terms))
+ROUTED = ("ce_on", "distillation")  # those of the echo-on pass; zero in a step that is not routed
+SHOWN = ("ce_off", *ROUTED, "ce_prompt")  # what people follow, in this order
 
 
 @torch.compiler.disable  # it finds gradients on its way, which torch.compile can't trace
@@ -60,21 +71,18 @@ def loss_terms(
     and distillation are zero. targets_N: (N,) int64, all of them supervised. head: makes logits (n, V) of them, with
     parameters that need no gradient; None where the states are logits already, (N, V). With N = 0 every term is zero,
     and the loss is still connected to the states, so that no rank waits for a gradient. prompt: echo-off states (M, d)
-    and targets (M,) of prompt tokens that are trained on too; they count in the loss, the entropy and `correct`.
+    and targets (M,) of prompt tokens that are trained on too; they count in the loss, the entropy and the accuracy.
     answer_weight: w, in the loss alone.
     """
     terms = Terms(*_ChunkedTerms.apply(off_Nd, on_Nd, targets_N, config, head))
     if answer_weight != 1:
-        terms = terms._replace(loss=answer_weight * terms.loss)
-    if prompt is None:
-        return terms
-    of_prompt = Terms(*_ChunkedTerms.apply(prompt[0], None, prompt[1], config, head))
-    return terms._replace(
-        loss=terms.loss + of_prompt.loss,
-        entropy=terms.entropy + of_prompt.entropy,
-        correct=terms.correct + of_prompt.correct,
-        ce_prompt=of_prompt.ce_off,
-    )
+        terms["loss"] = answer_weight * terms["loss"]
+    if prompt is not None:
+        of_prompt = Terms(*_ChunkedTerms.apply(prompt[0], None, prompt[1], config, head))
+        for name in ("loss", "entropy", "token_accuracy"):
+            terms[name] = terms[name] + of_prompt[name]
+        terms["ce_prompt"] = of_prompt["ce_off"]
+    return terms
 
 
 class _ChunkedTerms(torch.autograd.Function):
@@ -91,7 +99,7 @@ class _ChunkedTerms(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         states = [off_Nd] if on_Nd is None else [off_Nd, on_Nd]
         gradients = [torch.empty_like(x) for x in states] if any(ctx.needs_input_grad) else []
-        sums = torch.zeros(len(Terms._fields), device=off_Nd.device)
+        sums = torch.zeros(len(NAMES), device=off_Nd.device)
         chunk = max(1, CHUNK_ELEMENTS // (off_Nd.shape[-1] if head is None else head.vocabulary))
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
@@ -100,9 +108,9 @@ class _ChunkedTerms(torch.autograd.Function):
                 logits = [leaf if head is None else head(leaf) for leaf in leaves]  # (n, V) each
                 terms = chunk_terms(logits, targets_N[part], config)
             if gradients:
-                for gradient, found in zip(gradients, torch.autograd.grad(terms.loss, leaves), strict=True):
+                for gradient, found in zip(gradients, torch.autograd.grad(terms["loss"], leaves), strict=True):
                     gradient[part] = found
-            sums += torch.stack(terms).detach()
+            sums += torch.stack([terms[name] for name in NAMES]).detach()
         ctx.save_for_backward(*gradients)
         loss, *others = (total.clone() for total in sums)
         ctx.mark_non_differentiable(*others)
@@ -126,7 +134,7 @@ def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) 
         correct = (off.argmax(-1) == targets_n).sum().float()
     zero = ce_off.new_zeros(())
     if len(logits_nV) == 1:
-        return Terms(ce_off, ce_off, zero, zero, entropy, correct, zero)
+        return Terms(ce_off, ce_off, zero, zero, zero, entropy, correct)
     on = logits_nV[1].float()
     log_on = F.log_softmax(on, dim=-1)  # (n, V)
     ce_on = F.nll_loss(log_on, targets_n, reduction="sum")
@@ -138,7 +146,7 @@ def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) 
         is_followed = is_better(log_teacher, log_student, targets_n)  # (n,)
         teacher, student = teacher[is_followed], student[is_followed]
     kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)
-    return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, entropy, correct, zero)
+    return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, zero, entropy, correct)
 
 
 @torch.no_grad()

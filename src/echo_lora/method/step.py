@@ -34,7 +34,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig
-from transformers.utils import ModelOutput
 
 from echo_lora.errors import EchoModelError
 from echo_lora.method.alignment import AlignedRows, injection_mask
@@ -42,29 +41,22 @@ from echo_lora.method.config import EchoConfig
 from echo_lora.method.echo import EchoNetworks, apply_control, echo_representation
 from echo_lora.method.injection import Injection, Injector
 from echo_lora.method.lm_head import Head
-from echo_lora.method.losses import loss_terms
+from echo_lora.method.losses import NAMES, Terms, loss_terms
 from echo_lora.method.prefix import PrefixRecorder, PrefixSharing
 
 
 @dataclass
-class EchoOutput(ModelOutput):
+class EchoOutput(Terms):
     """What one training step gives; scalars in float32, and only `loss` carries gradient.
 
-    The terms, the entropy and the accuracy are sums over tokens divided by `num_items_in_batch`; over the
-    micro-batches of one optimizer step they add up to means. Entropy and accuracy are those of all supervised tokens,
-    `ce_off`, `ce_on` and `distillation` those of answer tokens.
+    The terms are sums over tokens divided by `num_items_in_batch`; over the micro-batches of one optimizer step they
+    add up to means. Entropy and accuracy are those of all supervised tokens, `ce_off`, `ce_on` and `distillation` those
+    of answer tokens; `ce_prompt` is None where prompts are not trained on.
     """
 
-    loss: Tensor | None = None
-    ce_off: Tensor | None = None
-    ce_on: Tensor | None = None
-    distillation: Tensor | None = None
     routed: Tensor | None = None  # bool: whether the echo-on pass was run
     echo_norm: Tensor | None = None  # mean norm of δ
     gate_mean: Tensor | None = None  # mean gate, in (0, 1)
-    entropy: Tensor | None = None
-    token_accuracy: Tensor | None = None
-    ce_prompt: Tensor | None = None  # None where prompts are not trained on
 
 
 def training_step(
@@ -143,22 +135,19 @@ def training_step(
         answer_weight=answer_weight * (config.routed_loss_scale if is_routed else 1.0),
     )
     count = max(tokens, 1) if num_items is None else torch.as_tensor(num_items, device=off_Nd.device)
-    loss, ce_off, ce_on, distillation, entropy, correct, ce_prompt = (term / count for term in terms)
+    means = {name: terms[name] / count for name in NAMES}
     if router_aux_loss_coef:
         # a mean over the batch; over the micro-batches of a step these shares add up to 1
-        loss = loss + router_aux_loss_coef * off.aux_loss.to(loss.device) * tokens / count
-    zero = ce_off.new_zeros(())
+        aux_loss = off.aux_loss.to(off_Nd.device) * tokens / count
+        means["loss"] = means["loss"] + router_aux_loss_coef * aux_loss
+    if prompt is None:
+        del means["ce_prompt"]
+    zero = means["ce_off"].new_zeros(())
     return EchoOutput(
-        loss=loss,
-        ce_off=ce_off,
-        ce_on=ce_on,
-        distillation=distillation,
-        routed=torch.tensor(is_routed, device=loss.device),
+        **means,
+        routed=torch.tensor(is_routed, device=off_Nd.device),
         echo_norm=zero if echo_norm is None else echo_norm,
         gate_mean=zero if gate_mean is None else gate_mean,
-        entropy=entropy,
-        token_accuracy=correct,
-        ce_prompt=None if prompt is None else ce_prompt,
     )
 
 

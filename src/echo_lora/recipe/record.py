@@ -12,6 +12,7 @@ from typing import Any
 from echo_lora.environment import gigabytes
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.files import refuse_existing, remove_empty, remove_files, remove_leftovers
+from echo_lora.method import losses
 from echo_lora.training.checkpoint import (
     complete_checkpoints,
     has_complete_checkpoint,
@@ -54,12 +55,12 @@ class RunResult:
 
     def pairs(self) -> dict[str, str]:
         """What a terminal shows of it."""
-        losses = ("loss", "ce_on", "distillation", "eval_loss")
+        shown = ("loss", *losses.SHOWN, "eval_loss")
         return {
             "adapter": str(self.adapter),
             "steps": f"{self.steps} in {self.seconds:.0f} s, peak memory {gigabytes(self.peak_memory)}",
             "parameters": f"{self.deployed_parameters:,} saved, {self.echo_parameters:,} of the echo discarded",
-            "last losses": ", ".join(f"{name} {self.final[name]:.4g}" for name in losses if name in self.final),
+            "last losses": ", ".join(f"{name} {self.final[name]:.4g}" for name in shown if name in self.final),
             "score it": f"echo-lora eval {self.output} --base",
         }
 
@@ -83,8 +84,7 @@ def plot_losses(history: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     has_echo = any("ce_off" in entry for entry in history)
-    terms = ("ce_off", "ce_on", "distillation", "ce_prompt", "eval_loss")
-    for name in terms if has_echo else ("loss", "eval_loss"):
+    for name in (*(losses.SHOWN if has_echo else ["loss"]), "eval_loss"):
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "")

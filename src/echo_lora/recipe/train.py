@@ -33,6 +33,7 @@ from echo_lora.adapter.files import adapter_hash
 from echo_lora.environment import MemoryWatch, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.files import locked, write_file
+from echo_lora.method import losses
 from echo_lora.models import canonical, load_base_model
 from echo_lora.progress import progress_console, stage
 from echo_lora.recipe.build import (
@@ -58,7 +59,7 @@ from echo_lora.recipe.schema import Recipe
 from echo_lora.training.checkpoint import last_complete_checkpoint
 from echo_lora.training.sft import EchoSFTTrainer
 
-SHOWN_METRICS = ("loss", "ce_on", "distillation", "ce_prompt", "routing_p", "eval_loss", "learning_rate")
+SHOWN_METRICS = ("loss", *losses.SHOWN, "routing_p", "eval_loss", "learning_rate")
 
 
 def run(recipe: Recipe, *, resume: bool = False) -> RunResult:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from echo_lora.method import losses
 from echo_lora.method.step import EchoOutput
 
 
@@ -16,8 +17,7 @@ class Meter:
     answer_weight: that of answer tokens beside prompt tokens in the loss.
     """
 
-    ALWAYS = ("ce_off", "ce_prompt", "entropy", "token_accuracy")  # ce_prompt where prompts are trained on
-    ROUTED = ("ce_on", "distillation")  # sums over the tokens of an optimizer step
+    ALWAYS = tuple(name for name in losses.NAMES if name not in ("loss", *losses.ROUTED))
     STATE = ("echo_norm", "gate_mean")  # means over a batch
 
     def __init__(self, answer_weight: float = 1.0) -> None:
@@ -32,7 +32,7 @@ class Meter:
     def add(self, output: EchoOutput) -> None:
         self.is_routed = bool(output.routed)
         self.routed_batches += self.is_routed
-        for name in (*self.ALWAYS, *self.ROUTED, *self.STATE):
+        for name in (*self.ALWAYS, *losses.ROUTED, *self.STATE):
             if name in output:
                 self.sums[name] = self.sums.get(name, 0.0) + output[name].detach()
 
@@ -55,6 +55,6 @@ class Meter:
         out["mean_token_accuracy"] = out.pop("token_accuracy")  # TRL's name
         out["routed"] = self.routed_steps / self.optimizer_steps  # the same on every rank
         if self.routed_steps:
-            out |= {name: total[name] / self.routed_steps for name in self.ROUTED}
+            out |= {name: total[name] / self.routed_steps for name in losses.ROUTED}
             out |= {name: total[name] / (self.routed_batches * ranks) for name in self.STATE}
         return out

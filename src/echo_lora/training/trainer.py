@@ -23,6 +23,7 @@ from echo_lora.adapter.files import adapter_hash
 from echo_lora.data.sources import ROW
 from echo_lora.data.tokenize import ANSWER
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoTrainingError
+from echo_lora.method import losses
 from echo_lora.method.model import EchoModel
 from echo_lora.method.routing import routing_probability
 from echo_lora.training.callback import Watch
@@ -124,8 +125,7 @@ class EchoTrainerMixin(CheckpointMixin):
             return result
         weight = {} if self.answer_weight == 1 else {"answer_weight": self.answer_weight}
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **weight)
-        terms = ("ce_off", "ce_prompt", "ce_on", "distillation", "loss")
-        self._check_loss({name: outputs[name] for name in terms if name in outputs})
+        self._check_loss({name: outputs[name] for name in (*losses.SHOWN, "loss") if name in outputs})
         loss = outputs.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # num_items_in_batch counts the tokens of all ranks, whose gradients DDP averages
