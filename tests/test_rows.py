@@ -176,7 +176,7 @@ def test_questions_to_score_are_complete_too(tmp_path):
 
 
 def test_a_token_beyond_the_embedding_is_named_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("echo_lora.recipe.train.load_base_model", None)
+    monkeypatch.setattr("echo_lora.recipe.build.load_base_model", None)
     path = tiny_recipe(tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<extra-{i}>" for i in range(40)])
@@ -189,7 +189,7 @@ def test_a_token_beyond_the_embedding_is_named_before_the_model_is_loaded(tmp_pa
 
 @pytest.mark.parametrize("kind", [GPT2Config, OPTConfig, GPTJConfig])
 def test_a_row_beyond_a_table_of_positions_is_named_before_the_model_is_loaded(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("echo_lora.recipe.train.load_base_model", None)
+    monkeypatch.setattr("echo_lora.recipe.build.load_base_model", None)
     path = tiny_recipe(tmp_path)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 24}
     extra = {"rotary_dim": 8} if kind is GPTJConfig else {"word_embed_proj_dim": 32, "ffn_dim": 32}

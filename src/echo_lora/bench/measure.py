@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from echo_lora.bench.programs import CASES, Batch, Case, Program, load_base, own_batch, parse_shape, random_batch
+from echo_lora.bench.programs import CASES, Batch, Case, Program, own_batch, parse_shape, random_batch
 from echo_lora.bench.report import Memory, Report, Table, table_of, write_report
 from echo_lora.environment import MemoryWatch, commit, devices, processor, versions
 from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
 from echo_lora.files import refuse_existing
 from echo_lora.models import load_tokenizer
 from echo_lora.progress import progress_console, stage
-from echo_lora.recipe.build import require_packages
+from echo_lora.recipe.build import load_base, require_packages
 from echo_lora.recipe.load import load_recipe
 from echo_lora.recipe.schema import Recipe
 

@@ -35,7 +35,7 @@ from echo_lora.method.echo import echo_representation
 from echo_lora.method.injection import Injection
 from echo_lora.method.model import EchoModel
 from echo_lora.method.step import EchoOutput
-from echo_lora.models import load_base_model, load_config
+from echo_lora.models import load_config
 from echo_lora.recipe.build import add_adapter, training_arguments
 from echo_lora.recipe.rows import check_rows, prepare_part
 from echo_lora.recipe.schema import Recipe
@@ -289,11 +289,4 @@ def recipe_of(case: Case, recipe: Recipe) -> Recipe:
             "echo_config": recipe.echo_config.model_copy(update=routing),
             "training": recipe.training.model_copy(update=training),
         }
-    )
-
-
-def load_base(recipe: Recipe) -> PreTrainedModel:
-    """The recipe's base model."""
-    return load_base_model(
-        recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
     )

@@ -18,7 +18,7 @@ from echo_lora.data.prepared import PreparedData
 from echo_lora.errors import EchoConfigError, EchoError, EchoModelError, nearest
 from echo_lora.method.injection import unmatched_targets
 from echo_lora.method.model import EchoModel, get_echo_model
-from echo_lora.models import empty_model, has_position_table, load_config, load_tokenizer
+from echo_lora.models import empty_model, has_position_table, load_base_model, load_config, load_tokenizer
 from echo_lora.recipe.rows import check_rows, prepare_part
 from echo_lora.recipe.schema import Recipe
 
@@ -54,6 +54,13 @@ def require_packages(recipe: Recipe) -> None:
     for key, package in needs.items():
         if find_spec(package) is None:
             raise EchoConfigError(f"{key} needs the package {package}. Run `pip install {package}`, or leave it out.")
+
+
+def load_base(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's base model. Raises EchoModelError."""
+    return load_base_model(
+        recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
+    )
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:

@@ -24,8 +24,9 @@ from echo_lora.evaluate.harness import require_permission
 from echo_lora.evaluate.programs import described
 from echo_lora.evaluate.tasks import check_rows
 from echo_lora.files import refuse_locked, write_file
-from echo_lora.models import load_base_model, load_tokenizer
+from echo_lora.models import load_tokenizer
 from echo_lora.progress import progress_console, stage
+from echo_lora.recipe.build import load_base
 from echo_lora.recipe.load import load_recipe, recipe_of_run
 from echo_lora.recipe.record import RUN_FILE
 from echo_lora.recipe.rows import evaluation_rows
@@ -129,9 +130,7 @@ def score_recipe(
         for task, rows in tasks:
             check_rows(task, rows)  # before the model is loaded
     with stage(f"Loading {recipe.model}"):
-        base: Any = load_base_model(
-            recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
-        )
+        base: Any = load_base(recipe)
         model = base.eval() if adapter is None else load_adapter(base, adapter, is_named_alike=True)
         _require_numbers(model, recipe.model if adapter is None else str(adapter))
     scores = []

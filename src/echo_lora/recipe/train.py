@@ -34,10 +34,11 @@ from echo_lora.environment import MemoryWatch, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.files import locked, write_file
 from echo_lora.method import losses
-from echo_lora.models import canonical, load_base_model
+from echo_lora.models import canonical
 from echo_lora.progress import progress_console, stage
 from echo_lora.recipe.build import (
     add_adapter,
+    load_base,
     parameter_counts,
     prepare,
     recipe_key,
@@ -111,9 +112,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     with stage(f"Reading rows with the tokenizer of {recipe.model}"):
         tokenizer, prepared = prepare(recipe)
     with stage(f"Loading {recipe.model}"):
-        base = load_base_model(
-            recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
-        )
+        base = load_base(recipe)
     model = add_adapter(recipe, base)
     try:
         arguments = training_arguments(recipe, checkpoints)
