@@ -62,8 +62,11 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         shards = "DTensor" in {type(p.data).__name__ for p in trainer.model.parameters()}
         said = {"type": str(trainer.accelerator.distributed_type), "processes": trainer.accelerator.num_processes}
         (folder / "run.json").write_text(json.dumps(said | {"shards": shards}))
-    trainer.accelerator.end_training()  # gloo's threads may outlive the interpreter otherwise, and abort it
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may outlive the interpreter otherwise, and abort it ("terminate called …")

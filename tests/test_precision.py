@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from architectures import ARCHITECTURES, collate, lora_config, one_row, random_row, tiny_base, tiny_echo_model
 from echo_lora import EchoConfig, EchoTrainer, get_echo_model
+from echo_lora.adapter.export import save_verified
 from echo_lora.method import injection as inject
 from echo_lora.method import losses
 from echo_lora.method.prefix import PrefixRecorder
@@ -275,6 +276,11 @@ def test_bf16_of_the_training_arguments_is_autocast(trainer_class, tmp_path):
         )
         trainer.train()
         logged[bf16] = trainer.state.log_history[0]
+    if trainer_class is EchoTrainer:  # whose checkpoints are proved, and so is what save_verified writes afterwards
+        args = TrainingArguments(str(tmp_path), bf16=True, **arguments | {"save_strategy": "steps", "save_steps": 1})
+        trainer = EchoTrainer(trainer.model, args, train_dataset=data, data_collator=trainer.data_collator)
+        trainer.train()
+        save_verified(trainer.model, tmp_path / "adapter")
     assert logged[True]["loss"] != logged[False]["loss"]
     assert logged[True]["loss"] == pytest.approx(logged[False]["loss"], rel=2e-3)
     assert logged[True]["grad_norm"] == pytest.approx(logged[False]["grad_norm"], rel=2e-2)

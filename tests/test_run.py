@@ -120,6 +120,13 @@ def test_with_and_without_echo_the_adapter_starts_from_the_same_numbers(tmp_path
     assert first == pytest.approx(second, rel=1e-4)  # the same rows, in the same order
 
 
+@pytest.mark.parametrize("echo", ["true", "false"])
+def test_training_in_bfloat16_saves_what_it_trained(tmp_path, echo):
+    result = run(loaded(tmp_path, "training.bf16=true", f"echo={echo}", "training.save_every=2"))
+    assert load_file(result.adapter / "adapter_model.safetensors")
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2").is_dir()
+
+
 @pytest.mark.parametrize("key", ["initialisation", "data_order", "routing"])
 def test_each_seed_changes_the_adapter(tmp_path, key):
     one = run(loaded(tmp_path, "echo_config.routing_start=0.5", "echo_config.routing_end=0.5"))

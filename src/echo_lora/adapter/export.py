@@ -61,8 +61,8 @@ def verify_adapter(
     compare_adapter(folder, adapter_tensors(model, adapter_name), trained=trained)
     with torch.random.fork_rng(), _only(model, adapter_name), torch.no_grad(), _as_written():
         probe = probe_ids(model)  # (1, 16)
-        before = model(input_ids=probe).logits
-        after = _loaded_beside(model, folder, adapter_name)(input_ids=probe).logits
+        before = _logits(model, probe)
+        after = _logits(_loaded_beside(model, folder, adapter_name), probe)
     if not torch.equal(before, after):
         raise EchoCheckpointError(
             f"{folder}: the adapter as PEFT loads it gives other logits than the trained one (largest difference "
@@ -123,6 +123,11 @@ def save_verified(
         if is_changed or base is not None:
             _prove_on(_fresh_base(model) if base is None else base, model, temporary, adapter_name)
     return Path(folder)
+
+
+def _logits(model: PeftModel, probe: Tensor) -> Tensor:
+    """Of the adapted base itself: accelerate wraps the model in autocast (`bf16`, `fp16`), as no loaded adapter is."""
+    return model.get_base_model()(input_ids=probe).logits
 
 
 def probe_ids(model: PeftModel) -> Tensor:
@@ -281,13 +286,13 @@ def _prove_on(base: PreTrainedModel, model: PeftModel, folder: Path, adapter_nam
         advice += "; or, where PEFT does not make the same change of its weights again, save with as_lora=True"
     with torch.random.fork_rng(), _only(model, adapter_name), torch.no_grad(), _as_written():
         probe = probe_ids(model)  # (1, 16)
-        before = model(input_ids=probe).logits.float().cpu()
+        before = _logits(model, probe).float().cpu()
         torch.manual_seed(2605)  # whoever loads it draws other numbers than training did
         try:
             proof = PeftModel.from_pretrained(base, str(folder), adapter_name, torch_device="cpu").eval()
         except (ValueError, RuntimeError) as error:
             raise EchoCheckpointError(f"{folder}: PEFT can't load it onto a fresh base: {error} {advice}.") from error
-        after = proof(input_ids=probe.to(proof.device)).logits.float().cpu()
+        after = _logits(proof, probe.to(proof.device)).float().cpu()
         for name, layer in model.named_modules():
             if (
                 isinstance(layer, LoraLayer)

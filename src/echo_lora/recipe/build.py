@@ -149,6 +149,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and checked before they come here
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # where it is said, bf16 works there too
         disable_tqdm=True,  # _Progress shows what there is to see
     )
 

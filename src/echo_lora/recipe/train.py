@@ -160,6 +160,8 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     history = [numbers(entry) for entry in trainer.state.log_history]
     deployed, echo = parameter_counts(model)
     assert trainer.initial_adapter_hash is not None
+    # without the autocast of training.bf16: scored and proved as it will be loaded
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     result = RunResult(
         output=str(checkpoints.parent),
         recipe=recipe.to_dict(),

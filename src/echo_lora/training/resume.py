@@ -167,7 +167,8 @@ class CheckpointMixin(Trainer):
         adapter = adapter_folder(folder, model)
         use_umask(adapter, [adapter / ADAPTER_FILE])
         if tensors is None:
-            verify_adapter(model, adapter, name, trained=trained)
+            with self.accelerator.autocast():  # in which a base and parts of other types fit together
+                verify_adapter(model, adapter, name, trained=trained)
         else:  # one process can't run a forward
             compare_adapter(adapter, tensors, trained=trained)
 

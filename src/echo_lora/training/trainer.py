@@ -246,7 +246,9 @@ class EchoTrainerMixin(CheckpointMixin):
                 continue  # a last row that is alone has no other's echo
             labels = batch["labels"].where(batch[ANSWER].bool(), -100) if ANSWER in batch else batch["labels"]
             tokens = int((labels != -100).sum())
-            for name, value in model.diagnose(batch["input_ids"], batch.get("attention_mask"), labels).items():
+            with self.accelerator.autocast():  # as in training
+                terms = model.diagnose(batch["input_ids"], batch.get("attention_mask"), labels)
+            for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value * tokens
             count += tokens
         total = torch.tensor([*sums.values(), float(count)], dtype=torch.float64)
