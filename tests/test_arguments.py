@@ -1002,6 +1002,6 @@ def test_a_model_loaded_by_name_gets_all_that_sfttrainer_would_give_it(tmp_path,
         echo_config=ROUTED,
     )
     expected = {"trust_remote_code": False, "revision": "abc", "dtype": "float32", "quantization_config": "four bits"}
-    assert loaded == [expected]
+    assert loaded == [expected | {"use_safetensors": True}]
     assert processors == [{"revision": "abc", "trust_remote_code": False}]
     assert trainer.processing_class is tokenizer

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from architectures import lora_config
 from echo_lora import EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
+from echo_lora.data.prepared import prepare_rows
 from echo_lora.errors import EchoDataError
 from test_forms import TOOL_ROWS, TOOL_TEMPLATE, turns
 from test_trainer import DATASETS, ROUTED, arguments, collator, echo_model, rows, sft_arguments, sft_base, sft_trainer
@@ -259,6 +260,25 @@ def test_a_prepared_dataset_keeps_its_numbers_when_it_is_used_again(tmp_path):
     again = EchoSFTTrainer(model=sft_base()[0], args=args, train_dataset=first, **common)
     assert list(again.train_dataset["_echo_row"]) == [0, 2]
     again.train()
+
+
+def test_a_shortened_prompt_keeps_its_beginning_of_sequence_token_as_in_a_recipe(tmp_path):
+    data = {"prompt": ["one " * 40], "completion": ["two"]}
+    base, _ = sft_base()
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    trainer = EchoSFTTrainer(
+        model=base,
+        args=sft_arguments(tmp_path, max_length=20),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tokenizer,
+        peft_config=lora_config(),
+        echo_config=ROUTED,
+        on_overlength="truncate_prompt",
+    )
+    rows = [{name: column[0] for name, column in data.items()}]
+    expected = prepare_rows(rows, tokenizer, max_length=20, on_overlength="truncate_prompt").rows[0]
+    assert trainer.train_dataset[0]["input_ids"] == expected.input_ids
+    assert expected.input_ids[0] == tokenizer.bos_token_id
 
 
 def test_an_evaluated_dataset_whose_numbers_are_none_is_an_error(tmp_path):

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import maybe_convert_to_chatml
 from trl.trainer.utils import create_model_from_path
 
-from echo_lora.data.check import check_tokenized_dataset
+from echo_lora.data.check import added_bos, check_tokenized_dataset
 from echo_lora.data.forms import checked_row, row_number, unused_texts, without_effect
 from echo_lora.data.sources import KEPT_NAME, ROW, where_is, without_nulls
 from echo_lora.data.tokenize import ANSWER, IGNORED, end_token_ids, tokenize_row
@@ -119,6 +119,7 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
             on_overlength=self._on_overlength,
             end_token_ids=end_token_ids(self._tokenizer),
             source=f"{dataset_name} data",
+            bos_token_id=added_bos(self._tokenizer),
         )
         logger.info("%s data: %s", dataset_name, counts)
         return prepared
@@ -187,7 +188,7 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
 def _load_as_trl(name: str, args: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     """The model that SFTTrainer would load; what it would read from its arguments for that is taken out of them."""
     given = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
-    given |= getattr(args, "model_init_kwargs", None) or {}
+    given |= {"use_safetensors": True} | (getattr(args, "model_init_kwargs", None) or {})
     if (quantization := kwargs.pop("quantization_config", None)) is not None:
         if "quantization_config" in given:
             raise EchoConfigError(
