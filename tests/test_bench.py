@@ -28,7 +28,7 @@ from echo_lora.environment import MemoryWatch
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoModelError
 from echo_lora.models import load_tokenizer
 from echo_lora.recipe.load import load_recipe
-from echo_lora.recipe.rows import prepare_part
+from echo_lora.recipe.rows import prepare_split
 from tiny_recipe import tiny_recipe
 
 MEGABYTE = 2**20
@@ -378,7 +378,7 @@ def test_without_a_shape_the_recipe_s_own_rows_are_measured(tmp_path, quick_chil
     assert table.name == "rows of recipe"
     assert table.rows == 2
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    rows = prepare_part(recipe, load_tokenizer(recipe.model), "train")[0].rows[:2]
+    rows = prepare_split(recipe, load_tokenizer(recipe.model), "train")[0].rows[:2]
     P, A = sum(row.answer_start for row in rows), sum(len(row.labels) - row.answer_start for row in rows)
     assert len({len(row.labels) for row in rows}) == 2  # ragged
     assert table.floor == pytest.approx((P + 2 * A) / (P + A))

@@ -29,6 +29,7 @@ ROOT = Path(echo_lora.__file__).parent.parent.parent
 SOURCE = ROOT / "src" / "echo_lora"
 PAGES = [
     "method",
+    "architecture",
     "architectures",
     "quickstart",
     "recipes",

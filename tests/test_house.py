@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 import echo_lora
+from echo_lora import EchoConfig
+from echo_lora.method import losses
+from echo_lora.recipe.build import VARIANTS
+from echo_lora.recipe.schema import Recipe
 
 SOURCE = Path(echo_lora.__file__).parent
 ROOT = SOURCE.parent.parent
@@ -117,6 +124,66 @@ def test_there_are_few_public_names_and_each_resolves():
         assert getattr(echo_lora, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Echo'"):
         echo_lora.Echo  # noqa: B018
+
+
+def strings_in(path: Path) -> set[str]:
+    """Every string constant of a module but its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)}
+    return {
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    } - texts
+
+
+def modules_with(words: Iterable[str]) -> set[str]:
+    return {module for module in ORDER if strings_in(path_of(module)) & set(words)}
+
+
+def test_only_the_losses_list_the_terms():
+    """Sections of the report show terms that people asked for; they are figures, not lists."""
+    assert modules_with(losses.ROUTED) - {"study.report.curves"} == {"method.losses"}
+
+
+def test_only_the_method_names_the_kinds_of_echo():
+    kinds = set(get_args(get_type_hints(EchoConfig)["echo_kind"])) - {
+        "real",
+        "zero",
+        "noise",
+    }  # words for other things too
+    assert len(kinds) == 2
+    assert modules_with(kinds) <= {"method.config", "method.echo"}
+
+
+def test_every_method_of_a_recipe_is_a_variant():
+    assert set(get_args(Recipe.model_fields["method"].annotation)) == set(VARIANTS)
+    named = modules_with(set(VARIANTS) - {"lora"})
+    assert named - {"adapter.card", "adapter.inspection", "bench.programs"} == {"recipe.schema", "recipe.build"}
+
+
+def test_the_architecture_page_shows_the_imports_as_they_are():
+    spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "scripts" / "draw_architecture.py")
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    assert len(drawing.imports()) == 11
+    text = drawing.PAGE.read_text(encoding="utf-8")
+    assert drawing.page_with(text, drawing.diagram()) == text, "run python scripts/draw_architecture.py --write"
+
+
+def test_the_functions_that_the_architecture_page_names_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Where")[0]
+    named = re.findall(
+        r"\b((?:cli|recipe|data|models|method|training|adapter)(?:\.\w+)+)", text.partition("```\ncli")[2]
+    )
+    assert len(named) > 15
+    for name in named:
+        module, rest = name, []
+        while module not in ORDER:
+            module, _, last = module.rpartition(".")
+            rest.insert(0, last)
+        found = importlib.import_module(f"echo_lora.{module}")
+        for part in rest:
+            found = getattr(found, part)
 
 
 def test_the_make_targets_of_the_readme_exist():

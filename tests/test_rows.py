@@ -17,7 +17,7 @@ from echo_lora.data.sources import ROW
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.recipe.load import load_recipe
 from echo_lora.recipe.plan import plan, preview
-from echo_lora.recipe.rows import evaluation_rows, join, prepare_part, source_rows
+from echo_lora.recipe.rows import evaluation_rows, join, prepare_split, source_rows
 from echo_lora.recipe.scoring import resolve
 from echo_lora.recipe.train import run
 from tiny import tiny_tokenizer
@@ -64,20 +64,20 @@ def test_a_task_of_the_evaluation_draws_from_the_test_rows(tmp_path):
 def test_several_sources_are_one_dataset_with_rows_numbered_through(tmp_path):
     write_rows(tmp_path / "more.jsonl", ROWS[:5])
     recipe = loaded(tmp_path, data={"train": ["train.jsonl", "more.jsonl"]})
-    dataset = join(prepare_part(recipe, tiny_tokenizer(), "train"))
+    dataset = join(prepare_split(recipe, tiny_tokenizer(), "train"))
     assert dataset[ROW][:] == list(range(len(ROWS) + 5))
     assert dataset["input_ids"][len(ROWS)] == dataset["input_ids"][0]
 
 
 def test_limit_keeps_the_first_rows_of_each_source(tmp_path):
     recipe = loaded(tmp_path, "data.limit=2", data={"train": ["train.jsonl", TASK | {"count": 9}]})
-    assert [data.counts.kept for data in prepare_part(recipe, tiny_tokenizer(), "train")] == [2, 2]
+    assert [data.counts.kept for data in prepare_split(recipe, tiny_tokenizer(), "train")] == [2, 2]
 
 
 def test_a_column_that_is_not_there_is_named_with_file_and_line(tmp_path):
     recipe = loaded(tmp_path, "data.columns={prompt: promt}")
     with pytest.raises(EchoDataError, match=r"train\.jsonl:1: row 0 has no column 'promt'.*Did you mean 'prompt'"):
-        prepare_part(recipe, tiny_tokenizer(), "train")
+        prepare_split(recipe, tiny_tokenizer(), "train")
 
 
 def test_a_broken_line_is_named(tmp_path):
@@ -85,7 +85,7 @@ def test_a_broken_line_is_named(tmp_path):
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write('{"prompt": "cut o\n')
     with pytest.raises(EchoDataError, match=rf"train\.jsonl:{len(ROWS) + 1}: not JSON"):
-        prepare_part(recipe, tiny_tokenizer(), "train")
+        prepare_split(recipe, tiny_tokenizer(), "train")
 
 
 # ------------------------------------------------------------------- scoring

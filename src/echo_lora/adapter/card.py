@@ -30,7 +30,7 @@ def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
     return environment.get_template("model_card.md.j2").render(
         **run,
         echo_config=None if echo_config is None else echo_config.to_dict(),
-        method=METHODS[run["recipe"]["method"]],
+        method=METHODS.get(run["recipe"]["method"], run["recipe"]["method"]),
         packaged=run["recipe"]["model"].startswith("packaged:"),
         of_hub=not run["recipe"]["model"].startswith("packaged:") and not Path(run["recipe"]["model"]).is_absolute(),
         shown=CARD_METRICS,

@@ -37,7 +37,7 @@ from echo_lora.method.model import EchoModel
 from echo_lora.method.step import EchoOutput
 from echo_lora.models import load_config
 from echo_lora.recipe.build import add_adapter, training_arguments
-from echo_lora.recipe.rows import check_rows, prepare_part
+from echo_lora.recipe.rows import check_rows, prepare_split
 from echo_lora.recipe.schema import Recipe
 from echo_lora.training.sft import EchoSFTTrainer
 
@@ -167,7 +167,7 @@ def random_batch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, prompt: int
 def own_batch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str, rows: int) -> Batch:
     """The first rows that the recipe trains on."""
     check_rows(recipe)
-    own = [row for data in prepare_part(recipe, tokenizer, "train") for row in data.rows]
+    own = [row for data in prepare_split(recipe, tokenizer, "train") for row in data.rows]
     return Batch(f"rows of {name}", own[:rows])
 
 

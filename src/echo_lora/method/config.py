@@ -153,6 +153,11 @@ class EchoConfig:
         """Indices of the layers that receive the echo. Raises EchoConfigError for an unknown layer."""
         return _resolve_layers("target_layers", self.target_layers, REFERENCE_TARGET_LAYERS, depth)
 
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether the echo of a row depends on the other rows of its batch."""
+        return self.echo_kind == "shuffled"
+
     # ------------------------------------------------------------------ JSON
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from echo_lora.errors import EchoDataError, EchoModelError
+from echo_lora.method import losses
 from echo_lora.method.alignment import AlignedRows, align_rows
 from echo_lora.method.checkpointing import Checkpointing, Freezing, is_compiled
 from echo_lora.method.config import EchoConfig
@@ -317,7 +318,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         """
         with self._injector.measuring() as shares:
             output = self.echo_losses(input_ids, attention_mask, labels, is_routed=True)
-        names = ("ce_off", "ce_on", "distillation", "echo_norm", "gate_mean")
+        names = ("ce_off", *losses.ROUTED, "echo_norm", "gate_mean")
         share = sum(share.item() for share in shares) / len(shares)
         return {name: output[name].item() for name in names} | {"echo_share": share}
 

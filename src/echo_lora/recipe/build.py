@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from echo_lora.errors import EchoConfigError, EchoError, EchoModelError, nearest
 from echo_lora.method.injection import unmatched_targets
 from echo_lora.method.model import EchoModel, get_echo_model
 from echo_lora.models import empty_model, has_position_table, load_base_model, load_config, load_tokenizer
-from echo_lora.recipe.rows import check_rows, prepare_part
+from echo_lora.recipe.rows import check_rows, prepare_split
 from echo_lora.recipe.schema import Recipe
 
 # What decides the result of a training, by the trainer's keys, and the recipe's keys for it.
@@ -44,6 +45,8 @@ RECIPE_KEYS = {
     "training.optim": "training.optimizer",
     "training.seed": "seeds.initialisation",
 }
+
+VARIANTS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 
 
 def require_packages(recipe: Recipe) -> None:
@@ -70,8 +73,7 @@ def lora_config(recipe: Recipe) -> LoraConfig:
         lora_alpha=recipe.lora.alpha,
         lora_dropout=recipe.lora.dropout,
         target_modules=recipe.lora.target_modules,
-        use_dora=recipe.method == "dora",
-        use_rslora=recipe.method == "rslora",
+        **VARIANTS[recipe.method],
         task_type="CAUSAL_LM",
     )
 
@@ -169,10 +171,10 @@ def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, dict[str, list[Pre
     """
     check_rows(recipe)
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-    prepared = {part: prepare_part(recipe, tokenizer, part) for part in ("train", "validation")}
+    prepared = {split: prepare_split(recipe, tokenizer, split) for split in ("train", "validation")}
     config = load_config(recipe.model, recipe.trust_remote_code).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    for data in (data for part in prepared.values() for data in part):
+    for data in itertools.chain(*prepared.values()):
         refuse_unfit_tokens(
             data.dataset,
             data.source,

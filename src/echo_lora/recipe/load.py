@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from echo_lora.data.sources import expanded
 from echo_lora.errors import EchoConfigError, nearest
-from echo_lora.recipe.schema import PARTS, Recipe, Section
+from echo_lora.recipe.schema import SPLITS, Recipe, Section
 from echo_lora.recipe.yaml_file import DEEPEST, find_yaml, is_in, names_in, parse_yaml, parsed_yaml
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
@@ -91,7 +91,7 @@ def _rebase(document: dict[str, Any], folder: Path) -> None:
     if isinstance(model, str) and model.startswith("."):
         document["model"] = str((folder / model).absolute())  # "./base" must not become the hub id "base"
     tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
-    for holder, keys in ((data, PARTS), *((task, ("data",)) for task in (tasks if isinstance(tasks, list) else []))):
+    for holder, keys in ((data, SPLITS), *((task, ("data",)) for task in (tasks if isinstance(tasks, list) else []))):
         for key in keys:
             if isinstance(holder, dict) and key in holder:
                 holder[key] = rebased(holder[key])

@@ -18,7 +18,7 @@ from echo_lora.data.sources import ROW, RowFile, where_is
 from echo_lora.data.tokenize import end_token_ids, render_prompt
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.evaluate.tasks import EvalTask
-from echo_lora.recipe.schema import PARTS, EvaluationTask, Recipe, Source
+from echo_lora.recipe.schema import SPLITS, EvaluationTask, Recipe, Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,37 +28,37 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def source_rows(recipe: Recipe, source: Source, part: str) -> RowFile | list[Row]:
+def source_rows(recipe: Recipe, source: Source, split: str) -> RowFile | list[Row]:
     """The raw rows of one source of `data.train`, `data.validation` or `data.test`.
 
-    Parts that name the same task with the same seed and parameters share no question, and the test rows depend on
+    Splits that name the same task with the same seed and parameters share no question, and the test rows depend on
     neither the number of training rows nor on other sources. Raises EchoDataError.
     """
     if source.file is not None:
         return RowFile(Path(source.file), recipe.data.columns, source.part, recipe.data.limit)
-    sizes = dict.fromkeys(PARTS, 1)  # every part has its place, so that adding one moves no row of another
+    sizes = dict.fromkeys(SPLITS, 1)  # every split has its place, so that adding one moves no row of another
     for name, other in _all_sources(recipe):
         if other.rows_key == source.rows_key:
             sizes[name] = max(sizes[name], other.count or 1)
     params = json.dumps(source.params or {})
     splits = _generated(str(source.task), source.seed or 0, params, tuple(sizes.values()))
-    return splits[part][: source.count][: recipe.data.limit]
+    return splits[split][: source.count][: recipe.data.limit]
 
 
 def check_rows(recipe: Recipe) -> None:
     """Check the form of every row to train on, without a tokenizer. Raises EchoDataError with file and line."""
-    for part in ("train", "validation"):
-        for source in getattr(recipe.data, part) or []:
+    for split in ("train", "validation"):
+        for source in getattr(recipe.data, split) or []:
             if source.file is not None:  # those of a task are our own
-                rows = source_rows(recipe, source, part)
+                rows = source_rows(recipe, source, split)
                 check_forms(rows, source.file, recipe.data.ignore_columns, chat=recipe.data.chat)
 
 
-def prepare_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: str) -> list[PreparedData]:
-    """The tokenised and checked rows of each source of a part, after `check_rows`; none if the part is not given."""
+def prepare_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str) -> list[PreparedData]:
+    """The tokenised and checked rows of each source of a split, after `check_rows`; none if the split is not given."""
     return [
         tokenize_rows(
-            source_rows(recipe, source, part),
+            source_rows(recipe, source, split),
             tokenizer,
             max_length=recipe.data.max_length,
             on_overlength=recipe.data.on_overlength,
@@ -66,7 +66,7 @@ def prepare_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: str) 
             train_on_prompt=recipe.data.train_on_prompt,
             source=source.file or source.name,
         )
-        for source in getattr(recipe.data, part) or []
+        for source in getattr(recipe.data, split) or []
     ]
 
 
@@ -81,28 +81,28 @@ def join(prepared: list[PreparedData]) -> Dataset:
 
 
 def evaluation_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, part: Literal["validation", "test"] = "test"
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: Literal["validation", "test"] = "test"
 ) -> list[tuple[EvalTask, list[Row]]]:
     """Tasks and their rows for `evaluate.score`.
 
     Without `evaluation.tasks` each source of `data.test` is a task that generates an answer. Tasks without a stop
-    of their own end where the model's turns end. part: `validation` takes the rows of `data.validation` instead.
+    of their own end where the model's turns end. split: `validation` takes the rows of `data.validation` instead.
     Raises EchoConfigError if there is nothing to score.
     """
-    tasks = recipe.evaluation.tasks or _default_tasks(recipe, part)
+    tasks = recipe.evaluation.tasks or _default_tasks(recipe, split)
     ends = tokenizer.convert_ids_to_tokens(sorted(end_token_ids(tokenizer)))
     scored = []
     for task in tasks:
-        if task.data and recipe.evaluation.tasks and part != "test":
+        if task.data and recipe.evaluation.tasks and split != "test":
             raise EchoConfigError(
-                f"evaluation task {task.name!r} has test rows of its own, so it can't be scored on data.{part}."
+                f"evaluation task {task.name!r} has test rows of its own, so it can't be scored on data.{split}."
             )
-        sources = task.data or getattr(recipe.data, part)
+        sources = task.data or getattr(recipe.data, split)
         if not sources:
-            raise EchoConfigError(f"evaluation task {task.name!r} has no rows. Give it data, or give data.{part}.")
+            raise EchoConfigError(f"evaluation task {task.name!r} has no rows. Give it data, or give data.{split}.")
         rendered = []
         for source in sources:
-            where, rows = source.file or source.name, source_rows(recipe, source, part)
+            where, rows = source.file or source.name, source_rows(recipe, source, split)
             check_forms(rows, where, recipe.data.ignore_columns, chat=recipe.data.chat, is_scored=True)
             for index, row in enumerate(rows):
                 place = where_is(where, row_number(row, index))
@@ -114,21 +114,21 @@ def evaluation_rows(
 
 
 def _all_sources(recipe: Recipe) -> list[tuple[str, Source]]:
-    """Every source with its part; rows that only a task of the evaluation names count as test rows."""
-    sources = [(part, source) for part in PARTS for source in getattr(recipe.data, part) or []]
+    """Every source with its split; rows that only a task of the evaluation names count as test rows."""
+    sources = [(split, source) for split in SPLITS for source in getattr(recipe.data, split) or []]
     return sources + [("test", source) for task in recipe.evaluation.tasks for source in task.data or []]
 
 
 @cache
 def _generated(task: str, seed: int, params: str, sizes: tuple[int, ...]) -> dict[str, list[Row]]:
-    """The splits of a task; params in JSON, sizes in the order of PARTS."""
-    return reasoning_gym_splits(task, dict(zip(PARTS, sizes, strict=True)), seed, json.loads(params))
+    """The splits of a task; params in JSON, sizes in the order of SPLITS."""
+    return reasoning_gym_splits(task, dict(zip(SPLITS, sizes, strict=True)), seed, json.loads(params))
 
 
-def _default_tasks(recipe: Recipe, part: str) -> list[EvaluationTask]:
-    sources: list[Source] = getattr(recipe.data, part) or []
+def _default_tasks(recipe: Recipe, split: str) -> list[EvaluationTask]:
+    sources: list[Source] = getattr(recipe.data, split) or []
     if not sources:
-        raise EchoConfigError(f"the recipe has nothing to score. Give data.{part}, or evaluation.tasks with data.")
+        raise EchoConfigError(f"the recipe has nothing to score. Give data.{split}, or evaluation.tasks with data.")
     names: list[str] = []
     for source in sources:
         name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(source.name).stem)

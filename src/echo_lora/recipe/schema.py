@@ -17,7 +17,7 @@ from echo_lora.data.sources import expanded
 from echo_lora.evaluate.tasks import EvalTask
 from echo_lora.method.config import LARGEST_FACTOR, LARGEST_RANK, EchoConfig
 
-PARTS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
 # No machine has room or time for more; what is above is a slip, and refused before anything is tried.
@@ -96,7 +96,7 @@ class Source(Section):
     count: int | None = _option(None, "number of rows to generate", ge=1, le=MOST_ROWS)
     params: dict[str, Any] | None = _option(None, "parameters of the task")
     seed: int | None = _option(
-        None, "seed of the task; parts with equal seed and params share no question; default: 0", ge=0, le=LARGEST_SEED
+        None, "seed of the task; splits with equal seed and params share no question; default: 0", ge=0, le=LARGEST_SEED
     )
 
     @model_validator(mode="after")
@@ -151,9 +151,9 @@ class DataSection(Section):
     )
     limit: int | None = _option(None, "use only this many first rows of each source, for a trial run", ge=1, le=MOST)
 
-    _one_or_many = field_validator(*PARTS, mode="before")(lambda value: None if value is None else _as_list(value))
+    _one_or_many = field_validator(*SPLITS, mode="before")(lambda value: None if value is None else _as_list(value))
 
-    @field_validator(*PARTS)
+    @field_validator(*SPLITS)
     @classmethod
     def _named_once(cls, sources: list[Source] | None) -> list[Source] | None:
         for place, source in enumerate(sources or []):
@@ -172,7 +172,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> DataSection:
-        sources = [source for part in PARTS for source in getattr(self, part) or []]
+        sources = [source for split in SPLITS for source in getattr(self, split) or []]
         if self.columns is not None and all(source.file is None for source in sources):
             raise ValueError("columns renames the columns of files, but every source is a task; leave it out")
         if self.on_overlength != "error" and self.max_length is None:

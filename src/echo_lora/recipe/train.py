@@ -112,8 +112,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     with stage(f"Reading rows with the tokenizer of {recipe.model}"):
         tokenizer, prepared = prepare(recipe)
     with stage(f"Loading {recipe.model}"):
-        base = load_base(recipe)
-    model = add_adapter(recipe, base)
+        model = add_adapter(recipe, load_base(recipe))
     try:
         arguments = training_arguments(recipe, checkpoints)
     except (ValueError, ImportError) as error:  # bf16 on hardware without it, for example

@@ -196,7 +196,7 @@ class CheckpointMixin(Trainer):
         # several processes fill the last round of batches up with rows of the first
         comes_out_even = has_order and len(self.train_dataset) % (processes * batch) == 0
         is_alone = has_order and processes == 1 and not args.dataloader_drop_last
-        mixes_rows = self._echo_model is not None and self._echo_model.echo_config.echo_kind == "shuffled"
+        mixes_rows = self._echo_model is not None and self._echo_model.echo_config.mixes_rows
         if (comes_out_even or is_alone) and not (
             mixes_rows or self.is_deepspeed_enabled or args.accelerator_config.split_batches
         ):

@@ -160,7 +160,7 @@ def keep_float32(fsdp: Any) -> None:
 
 def refuse_lonely_rows(trainer: Any) -> None:
     """The control `shuffled` needs two rows in every batch."""
-    if trainer._echo_model.echo_config.echo_kind != "shuffled":
+    if not trainer._echo_model.echo_config.mixes_rows:
         return
     batch = trainer.args.per_device_train_batch_size
     rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else 0  # of a stream, not known

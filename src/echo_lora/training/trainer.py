@@ -242,7 +242,7 @@ class EchoTrainerMixin(CheckpointMixin):
             batch = self._prepare_inputs(batch)
             if "labels" not in batch:
                 continue  # rows to predict
-            if len(batch["labels"]) == 1 and model.echo_config.echo_kind == "shuffled":
+            if len(batch["labels"]) == 1 and model.echo_config.mixes_rows:
                 continue  # a last row that is alone has no other's echo
             labels = batch["labels"].where(batch[ANSWER].bool(), -100) if ANSWER in batch else batch["labels"]
             tokens = int((labels != -100).sum())
