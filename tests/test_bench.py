@@ -19,7 +19,7 @@ from architectures import collate, random_row, tiny_echo_model
 from echo_lora import EchoSFTTrainer
 from echo_lora.bench import measure
 from echo_lora.bench.measure import ChildError, in_own_process, run_bench, time_steps
-from echo_lora.bench.programs import CASES, VARIANTS, Batch, Case, Program, load_base, parse_shape, random_batch
+from echo_lora.bench.programs import CASES, VARIANTS, Batch, Case, Program, parse_shape, random_batch
 from echo_lora.bench.programs import three_pass as literal_step
 from echo_lora.bench.report import Interval, Memory, interval, table_of
 from echo_lora.cli import app
@@ -27,6 +27,7 @@ from echo_lora.data.tokenize import TokenizedRow
 from echo_lora.environment import MemoryWatch
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoModelError
 from echo_lora.models import load_tokenizer
+from echo_lora.recipe.build import load_base
 from echo_lora.recipe.load import load_recipe
 from echo_lora.recipe.rows import prepare_split
 from tiny_recipe import tiny_recipe
