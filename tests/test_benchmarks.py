@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import llm_adapters
 from echo_lora.benchmarks.hub import HUB
-from echo_lora.benchmarks.local import TASK_FILES, import_data
+from echo_lora.benchmarks.importing import TASK_FILES, import_data
 from echo_lora.benchmarks.protocols import (
     BENCHMARKS,
     COMMONSENSE,

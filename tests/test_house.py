@@ -23,8 +23,8 @@ ROOMS = {
     ],
     "base": ["packaged", "models"],
     "data": ["sources", "generated", "forms", "template", "tokenize", "check", "preview", "prepared"],
-    "evaluate": ["inside", "programs", "answers", "tasks", "lm", "harness"],
-    "benchmarks": ["protocols", "copies", "hub", "local"],
+    "evaluate": ["worker", "programs", "answers", "tasks", "lm", "harness"],
+    "benchmarks": ["protocols", "folder", "hub", "importing"],
     "adapter": ["files", "card", "export", "inspection", "merge"],
     "training": [
         *("metrics", "collator", "support", "optimizer", "checkpoint", "state", "callback", "resume", "trainer", "sft"),

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoError
-from echo_lora.evaluate import inside, programs
+from echo_lora.evaluate import programs, worker
 
 TEST = "def check(candidate):\n    assert candidate(2) == 4\n"
 Runs = Callable[..., bool]
@@ -476,9 +476,9 @@ def test_windows_is_refused(monkeypatch):
 
 
 def test_what_runs_inside_needs_no_package():
-    names = {name.split(".")[0] for name in vars(inside) if not name.startswith("_")}
+    names = {name.split(".")[0] for name in vars(worker) if not name.startswith("_")}
     assert "main" in names
-    text = Path(inside.__file__).read_text(encoding="utf-8")
+    text = Path(worker.__file__).read_text(encoding="utf-8")
     shown = subprocess.run(
         [sys.executable, "-I", "-S", "-c", text.replace("__main__", "nothing")], capture_output=True, text=True
     )

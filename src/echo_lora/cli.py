@@ -364,7 +364,7 @@ def import_(
         raise typer.BadParameter("give SOURCE and OUTPUT, or --hub and OUTPUT")
     require_place(output or source)
     with starting():
-        from echo_lora.benchmarks.local import import_data
+        from echo_lora.benchmarks.importing import import_data
 
     report = import_data(None if hub else source, output or source, tasks=task or (), hold_out=hold_out)
     print_table([part.table_row() for part in report.parts])

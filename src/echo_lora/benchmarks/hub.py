@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from echo_lora.benchmarks.copies import Found, check_columns
+from echo_lora.benchmarks.folder import Found, check_columns
 from echo_lora.benchmarks.protocols import Row, answer_of, instruction_of
 from echo_lora.errors import EchoDataError
 

@@ -1,6 +1,6 @@
 """Running a generated program on its test: in a sandbox, within limits, and judged from outside.
 
-Two processes take part, and `inside.py` is what they run. One runs the program and calls its function; the other runs
+Two processes take part, and `worker.py` is what they run. One runs the program and calls its function; the other runs
 the test, gets plain values for its calls, and alone can say that the test was passed. Each is held to
 
     3 s of CPU time, and 10 s by the clock, after which it is killed
@@ -39,7 +39,7 @@ MEMORY_BYTES, OPEN_FILES = 2 * 10**9, 64
 MOST_SAID = 4096  # bytes that are read of a verdict
 NOBODY = 65534
 NOT_PLAIN = "the test calls its function with"
-_INSIDE = Path(__file__).with_name("inside.py")
+_WORKER = Path(__file__).with_name("worker.py")
 
 Command = tuple[str, ...]
 
@@ -48,7 +48,7 @@ def passes(prompt: str, answer: str, test: str, entry_point: str, *, allow_unsan
     """Whether prompt and answer, as one program, pass `test`.
 
     `test` defines `check`, which is called with what `entry_point` names; it may use what the prompt defines. Values
-    that go to and from the function are plain (`inside.py`); any other is wrong.
+    that go to and from the function are plain (`worker.py`); any other is wrong.
     Raises EchoConfigError as `confinement`, EchoDataError if the test gives the function anything else than plain
     values, EchoError if the program could not be started.
     """
@@ -178,12 +178,12 @@ def _run(command: Command, prompt: str, answer: str, test: str, entry_point: str
 def _start(
     command: Command, role: str, order: dict[str, Any], ends: tuple[int, int], folder: str, errors: int
 ) -> subprocess.Popen[bytes]:
-    """Start a process of `inside.py`. Its order lies in a file: a pipe may have to wait for its reader."""
+    """Start a process of `worker.py`. Its order lies in a file: a pipe may have to wait for its reader."""
     with TemporaryFile() as file:
         file.write(json.dumps(order).encode())
         file.seek(0)
         return subprocess.Popen(
-            [*command, sys.executable, "-I", "-c", _INSIDE.read_text(encoding="utf-8"), role, *map(str, ends)],
+            [*command, sys.executable, "-I", "-c", _WORKER.read_text(encoding="utf-8"), role, *map(str, ends)],
             stdin=file,
             stdout=subprocess.PIPE if role == "judge" else subprocess.DEVNULL,
             stderr=errors,

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from echo_lora.benchmarks.copies import COLUMNS, Found, check_columns, from_folder
+from echo_lora.benchmarks.folder import COLUMNS, Found, check_columns, from_folder
 from echo_lora.benchmarks.hub import from_hub
 from echo_lora.benchmarks.protocols import (
     BENCHMARKS,
