@@ -262,7 +262,7 @@ def received(trained, tmp_path, monkeypatch) -> Path:
 )
 def test_code_of_a_received_run_is_run_only_if_this_call_says_so(received, command, monkeypatch):
     monkeypatch.chdir(received)
-    assert "--trust-remote-code to eval or merge" in invoke(*command, code=1).stderr
+    assert "--trust-remote-code (eval, merge)" in invoke(*command, code=1).stderr
     assert not (received / "marker").exists()
     invoke(*command, "--trust-remote-code")
     assert (received / "marker").exists()
