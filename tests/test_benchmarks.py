@@ -806,20 +806,20 @@ def test_the_command_runs_generated_programs_only_with_its_flag(tmp_path):
     assert "Allow it with --run-generated-code" in invoke("eval", path, code=1).stderr
     shown = invoke("eval", path, "--run-generated-code", "--allow-unsandboxed")
     assert re.search(r"^base +code +3 +0\.0% ", shown.stdout, re.MULTILINE)
-    assert f"Generated code runs {programs.described(True)}" in shown.stderr
+    assert f"Generated code runs {programs.describe_sandbox(True)}" in shown.stderr
 
 
 def test_the_command_wants_a_sandbox_or_one_flag_more(tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "_sandbox", lambda: ((), "bubblewrap (bwrap) is not installed."))
-    programs.confinement.cache_clear()
+    programs.sandbox_command.cache_clear()
     path = tiny_recipe(tmp_path, evaluation={"tasks": [{"name": "code", "kind": "code", "data": "code.jsonl"}]})
     (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CODE_ROWS))
     try:
         shown = invoke("eval", path, "--run-generated-code", code=1).stderr
     finally:
-        programs.confinement.cache_clear()
+        programs.sandbox_command.cache_clear()
     assert "evaluation task 'code' runs programs that the model writes, and no sandbox works here: bubblewrap" in shown
-    assert "allow it with --allow-unsandboxed" in shown
+    assert "add --allow-unsandboxed" in shown
 
 
 def test_a_task_file_of_generated_code_asks_for_confirmation(tmp_path):

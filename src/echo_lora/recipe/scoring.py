@@ -21,7 +21,7 @@ from echo_lora.environment import versions
 from echo_lora.errors import EchoCheckpointError, EchoModelError
 from echo_lora.evaluate import TaskResult, score
 from echo_lora.evaluate.harness import require_permission
-from echo_lora.evaluate.programs import described
+from echo_lora.evaluate.programs import describe_sandbox
 from echo_lora.evaluate.tasks import check_rows
 from echo_lora.files import refuse_locked, write_file
 from echo_lora.models import load_base_model, load_tokenizer
@@ -117,7 +117,7 @@ def score_recipe(
     """
     require_permission([task.build() for task in recipe.evaluation.tasks], run_generated_code, allow_unsandboxed)
     if any(task.kind == "code" for task in recipe.evaluation.tasks):
-        progress_console().print(f"Generated code runs {described(allow_unsandboxed)}")
+        progress_console().print(f"Generated code runs {describe_sandbox(allow_unsandboxed)}")
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     options: dict[str, Any] = {
         "batch_size": recipe.evaluation.batch_size,
