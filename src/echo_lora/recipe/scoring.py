@@ -132,7 +132,7 @@ def score_recipe(
         base: Any = load_base_model(
             recipe.model, recipe.dtype, recipe.attn_implementation, recipe.quantization, recipe.trust_remote_code
         )
-        model = base.eval() if adapter is None else load_adapter(base, adapter, is_named_alike=True)
+        model = base.eval() if adapter is None else load_adapter(base, adapter, require_same_name=True)
         _require_numbers(model, recipe.model if adapter is None else str(adapter))
     scores = []
     if adapter is None or with_base:
