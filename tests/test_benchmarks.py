@@ -589,11 +589,17 @@ def test_rows_of_the_hub_become_those_of_llm_adapters(tmp_path, monkeypatch):
     assert any(warning.startswith("google/boolq:validation: 40 of 3,270") for warning in report.warnings)
 
 
+BOOLQ = {"question": "is it", "answer": True, "passage": "left out"}
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (OSError("no route"), r"google/boolq \(train\) can't be downloaded: no route\. Try again"),
-        ([{"query": "x"}], r"google/boolq \(train\): row 0 no longer has the columns of boolq: KeyError: 'question'"),
+        (
+            [BOOLQ, {"query": "x"}],
+            r"google/boolq \(train\): row 1 no longer has the columns of boolq: KeyError: 'question'",
+        ),
     ],
 )
 def test_a_failed_download_and_changed_columns_are_errors(tmp_path, monkeypatch, answer, message):

@@ -80,14 +80,14 @@ def from_hub(name: str) -> Splits:
     for split, sources in hub.splits.items():
         raw: list[Row] = []
         for configuration, hub_split in sources:
-            rows = _load(hub.path, configuration, hub_split)
-            try:
-                raw += [_from_native(name, hub, row) | _size_of(name, split, configuration) for row in rows]
-            except (KeyError, ValueError, TypeError) as error:
-                raise EchoDataError(
-                    f"{hub.path} ({hub_split}): row {len(raw)} no longer has the columns of {name}: "
-                    f"{type(error).__name__}: {error}. Import a local copy."
-                ) from error
+            for index, row in enumerate(_load(hub.path, configuration, hub_split)):
+                try:
+                    raw.append(_from_native(name, hub, row) | _size_of(name, split, configuration))
+                except (KeyError, ValueError, TypeError) as error:
+                    raise EchoDataError(
+                        f"{hub.path} ({hub_split}): row {index} no longer has the columns of {name}: "
+                        f"{type(error).__name__}: {error}. Import a local copy."
+                    ) from error
         where = f"{hub.path}:{sources[0][1]}"
         check_columns(name, raw, where)
         splits[split] = where, raw
