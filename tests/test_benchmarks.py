@@ -393,6 +393,18 @@ def test_held_out_rows_are_not_trained_on_and_duplicates_stay_together(tmp_path)
     assert [source.name for source in recipe.data.validation] == ["validation.jsonl"]
 
 
+def test_holding_out_every_prompt_is_refused(tmp_path):
+    """Duplicates move together, so the number of prompts counts, not the number of rows."""
+    write_json(tmp_path / "in" / "boolq" / "train.json", [INSTRUCTED] * 3)
+    with pytest.raises(EchoDataError, match=r"train\.json: 1 prompts can't be held out of 1\. Hold out fewer"):
+        import_data(tmp_path / "in", tmp_path / "out", hold_out=1)
+    other = INSTRUCTED | {"instruction": "Is it not?"}
+    write_json(tmp_path / "in" / "boolq" / "train.json", [INSTRUCTED, INSTRUCTED, other])
+    import_data(tmp_path / "in", tmp_path / "out", hold_out=1)
+    rows = [lines_of(tmp_path / "out" / "boolq" / f"{split}.jsonl") for split in ("train", "validation")]
+    assert sorted(map(len, rows)) == [1, 2]
+
+
 def bad_input(folder: Path) -> None:
     write_json(folder / "boolq" / "test.json", [INSTRUCTED, INSTRUCTED | {"input": "x"}])
 
@@ -511,7 +523,7 @@ def test_an_unknown_task_and_an_existing_output_are_refused(tmp_path):
         import_data(tmp_path / "in", tmp_path / "out", tasks=["bolq"])
     with pytest.raises(EchoDataError, match=r"piqa: there is no such folder\. Present: boolq"):
         import_data(tmp_path / "in", tmp_path / "out", tasks=["piqa"])
-    with pytest.raises(EchoDataError, match="1 rows can't be held out of 1"):
+    with pytest.raises(EchoDataError, match="1 prompts can't be held out of 1"):
         import_data(tmp_path / "in", tmp_path / "out", hold_out=1)
     with pytest.raises(EchoCheckpointError, match="in exists and is not empty"):
         import_data(tmp_path / "in", tmp_path / "in")

@@ -345,7 +345,7 @@ def import_(
     task: Annotated[list[str] | None, typer.Option(metavar="NAME", help="import only this task; repeatable")] = None,
     hub: Annotated[bool, typer.Option("--hub", help="download from the hub; give OUTPUT as the only argument")] = False,
     hold_out: Annotated[
-        int, typer.Option(min=0, max=MAX_COUNT, help="rows of each train split to hold out for validation")
+        int, typer.Option(min=0, max=MAX_COUNT, help="prompts of each train split to hold out for validation")
     ] = 0,
     traceback: TracebackOption = False,
 ) -> None:

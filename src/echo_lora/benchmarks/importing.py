@@ -201,9 +201,9 @@ def _write_rows(folder: Path, name: str, splits: Splits, hold_out: int) -> None:
 
 def _held_out(rows: list[Row], count: int, where: str) -> tuple[list[Row], list[Row]]:
     """The rows to train on, and those with the `count` prompts of lowest hash."""
-    if count >= len(rows):
-        raise EchoDataError(f"{where}: {count} rows can't be held out of {len(rows)}. Hold out fewer.")
     order = sorted({row["prompt"] for row in rows}, key=lambda prompt: sha256(prompt.encode()).digest())
+    if count >= len(order):
+        raise EchoDataError(f"{where}: {count} prompts can't be held out of {len(order)}. Hold out fewer.")
     held_out = set(order[:count])
     return [row for row in rows if row["prompt"] not in held_out], [row for row in rows if row["prompt"] in held_out]
 
