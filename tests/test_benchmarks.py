@@ -26,7 +26,6 @@ from echo_lora.benchmarks.protocols import (
     answer_of,
     benchmark_rows,
     commonsense_average,
-    eval_task,
     evaluation_prompt,
     instruction_of,
     training_prompt,
@@ -50,6 +49,10 @@ ROWS = 50  # scored per task
 
 def real_rows(task: str, split: str, count: int | None = None) -> list[dict[str, Any]]:
     return read_rows(DATA / task / f"{split}.parquet")[:count]
+
+
+def eval_task(name: str) -> EvalTask:
+    return EvalTask(name=name, **BENCHMARKS[name].scored)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -121,7 +121,7 @@ def save_verified(
         verify_adapter(model, temporary, adapter_name, trained=trained)
         is_changed = changes_base(config)
         if is_changed and as_lora:
-            _convert_to_lora(model, temporary, adapter_name)
+            _convert_to_lora(model, temporary)
         if is_changed or base is not None:
             _verify_on(_fresh_base(model) if base is None else base, model, temporary, adapter_name)
     return Path(folder)
@@ -222,7 +222,7 @@ def _undo_replication(base: PreTrainedModel, replication: list[tuple[int, int]])
 # ------------------------------------------------------------------------- adapters that changed the base's weights
 
 
-def _convert_to_lora(model: PeftModel, folder: Path, adapter_name: str) -> None:
+def _convert_to_lora(model: PeftModel, folder: Path) -> None:
     """Rewrite the folder's adapter for the original base: W - s·B0 A0 + s·B A = W + s·[B, -B0] [A; A0]."""
     config = LoraConfig.from_pretrained(str(folder))
     tensors = read_adapter(folder)

@@ -7,8 +7,8 @@
     humaneval    the head of a Python function; its body is generated and run on the task's test
 
 LLM-Adapters' training and evaluation prompts differ in white space, and indent every line but the first by sixteen
-blanks (finetune.py and commonsense_evaluate.py at commit 8166572). Rows reproduce both to the byte. `eval_task` makes
-`EvalTask`s; the task files for lm-evaluation-harness alone are in `evaluate/lm_eval_tasks/`.
+blanks (finetune.py and commonsense_evaluate.py at commit 8166572). Rows reproduce both to the byte. The task files for
+lm-evaluation-harness alone are in `evaluate/lm_eval_tasks/`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 from echo_lora.errors import EchoConfigError, EchoDataError, nearest
 from echo_lora.evaluate.answers import read_number
-from echo_lora.evaluate.tasks import EvalTask
 
 INDENT = " " * 16
 
@@ -127,11 +126,6 @@ def benchmark_named(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise EchoConfigError(f"{name!r} is not a known benchmark.{nearest(name, list(BENCHMARKS))}")
     return BENCHMARKS[name]
-
-
-def eval_task(name: str, **changes: Any) -> EvalTask:
-    """The EvalTask that scores a benchmark's imported test rows. changes: fields to override."""
-    return EvalTask(**{"name": name, **benchmark_named(name).scored, **changes})
 
 
 def commonsense_average(accuracies: Mapping[str, float]) -> float | None:
