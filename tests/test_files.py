@@ -1,4 +1,4 @@
-"""Folders and files that appear whole, keep what is not ours, and belong to one process at a time."""
+"""Atomic writes, which keep other files, and locks that keep an output to one process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with locked(sys.argv[1]):
 
 @contextmanager
 def held_by_another(output: Path) -> Iterator[subprocess.Popen]:
-    """A process that holds an output; it is killed at the end, and cleans nothing up."""
+    """A process that locks an output, and is killed at the end without cleaning up."""
     pipe = subprocess.PIPE
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdin=pipe, stdout=pipe, text=True)
     try:
@@ -61,7 +61,7 @@ def mode(path: Path) -> int:
 # ----------------------------------------------------------------------- locks
 
 
-def test_an_output_belongs_to_one_process(tmp_path):
+def test_a_lock_keeps_an_output_to_one_process(tmp_path):
     output = tmp_path / "run"
     with held_by_another(output) as holder:
         with (
@@ -72,20 +72,20 @@ def test_an_output_belongs_to_one_process(tmp_path):
         with pytest.raises(EchoCheckpointError, match="in use by process"):
             refuse_locked(output)
     assert "choose another output" in str(caught.value)
-    with locked(output):  # the process was killed: its lock file is there, and blocks nobody
+    with locked(output):  # the killed process left its lock file, which blocks nobody
         pass
     refuse_locked(output)
     assert names(tmp_path) == set()
 
 
-def test_an_empty_output_that_is_locked_is_still_empty(tmp_path):
+def test_a_locked_empty_folder_is_still_empty(tmp_path):
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run"):
         refuse_existing(tmp_path / "run")
         assert names(tmp_path / "run") == set()
 
 
-def test_the_locks_of_outputs_in_a_folder_are_none_of_its_files(tmp_path):
+def test_lock_files_do_not_count_as_content(tmp_path):
     with locked(tmp_path / "runs" / "first"):
         assert names(tmp_path / "runs") == {".first.lock"}
         refuse_existing(tmp_path / "runs")
@@ -94,7 +94,7 @@ def test_the_locks_of_outputs_in_a_folder_are_none_of_its_files(tmp_path):
             refuse_existing(tmp_path / "runs")
 
 
-def test_two_names_of_one_folder_have_one_lock(tmp_path):
+def test_a_link_and_its_target_share_a_lock(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
     with (
@@ -105,7 +105,7 @@ def test_two_names_of_one_folder_have_one_lock(tmp_path):
         pass
 
 
-def test_the_lock_lies_inside_where_the_parent_is_closed(tmp_path, monkeypatch):
+def test_the_lock_lies_inside_if_the_parent_is_not_writable(tmp_path, monkeypatch):
     mount = tmp_path / "mount"
     mount.mkdir()
     monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
@@ -117,7 +117,7 @@ def test_the_lock_lies_inside_where_the_parent_is_closed(tmp_path, monkeypatch):
     assert names(tmp_path) == {"mount"}
 
 
-def test_folders_that_were_made_for_a_lock_vanish_with_it(tmp_path):
+def test_folders_made_for_a_lock_are_removed_with_it(tmp_path):
     with locked(tmp_path / "a" / "b" / "run"):
         pass
     assert names(tmp_path) == set()
@@ -127,14 +127,14 @@ def test_folders_that_were_made_for_a_lock_vanish_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("output", [Path.cwd().anchor, f"{Path.cwd().anchor}.."])
-def test_the_root_is_no_output(output):
+def test_the_root_folder_is_refused_as_output(output):
     with pytest.raises(EchoCheckpointError, match=r"is the root of a file system\. Name a folder"), locked(output):
         pass
     with pytest.raises(EchoCheckpointError, match="is the root of a file system"):
         refuse_locked(output)
 
 
-def test_nobody_is_told_to_remove_the_folder_that_they_are_in(tmp_path, monkeypatch):
+def test_no_message_suggests_removing_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path / "inner")
     for folder in ("..", tmp_path):
@@ -158,7 +158,7 @@ def test_files_have_the_permissions_of_the_umask(tmp_path):
     assert mode(tmp_path / "out" / "inner" / "x.safetensors") == mode(tmp_path / "file.json") == 0o640
 
 
-def test_only_files_that_are_named_get_these_permissions(tmp_path):
+def test_only_the_given_files_get_these_permissions(tmp_path):
     for name in ("ours", "theirs"):
         (tmp_path / name).touch(mode=0o600)
     with umask(0o027):
@@ -167,8 +167,8 @@ def test_only_files_that_are_named_get_these_permissions(tmp_path):
 
 
 @pytest.mark.parametrize("is_link", [False, True])
-def test_a_folder_that_exists_is_filled_and_not_replaced(tmp_path, is_link):
-    """As a mount point has to be."""
+def test_an_existing_folder_is_filled_not_replaced(tmp_path, is_link):
+    """A mount point can't be replaced."""
     real = tmp_path / "real"
     real.mkdir()
     output = tmp_path / "link" if is_link else real
@@ -183,7 +183,7 @@ def test_a_folder_that_exists_is_filled_and_not_replaced(tmp_path, is_link):
     assert names(real) == {"inner", "inner/x"}
 
 
-def test_overwriting_keeps_what_is_not_ours(tmp_path):
+def test_overwriting_keeps_other_files(tmp_path):
     write = {"adapter": "old", "template": "old", "notes.txt": "mine", "more/notes.txt": "mine"}
     for name, text in write.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -216,7 +216,7 @@ def test_overwriting_never_mixes_old_and_new(tmp_path, monkeypatch):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new"}
 
 
-def test_an_error_is_not_hidden_by_cleaning_up(tmp_path, monkeypatch):
+def test_cleaning_up_does_not_hide_an_error(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -237,8 +237,8 @@ def test_an_error_is_not_hidden_by_cleaning_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in folders")
-def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
-    """As /dev/stdout and /dev/null are to be, whose folder the superuser could write."""
+def test_a_pipe_is_written_to_not_replaced(tmp_path):
+    """So are /dev/stdout and /dev/null, which root could otherwise replace."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
@@ -253,7 +253,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
         write_file(tmp_path, lambda path: path.write_text("scores"))
 
 
-def test_the_first_file_in_the_way_is_named(tmp_path):
+def test_the_message_names_the_first_existing_file(tmp_path):
     (tmp_path / ".hidden").touch()
     with pytest.raises(EchoCheckpointError, match=r"exists and is not empty: it holds \.hidden"):
         refuse_existing(tmp_path)

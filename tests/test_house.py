@@ -1,4 +1,4 @@
-"""The house: a module imports only from modules below it; what the README and the changelog say is so."""
+"""The structure of the package: a module imports only from modules below it; public names; the README's targets."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ROOT = SOURCE.parent.parent
 
 # From the bottom up. A module imports from the rooms before its own, and in its own from the modules before it.
 ROOMS = {
-    "": ["errors", "files", "environment", "progress"],
+    "": ["errors", "text", "files", "environment", "progress"],
     "method": [
         *("config", "routing", "echo", "alignment", "checkpointing", "injection", "prefix", "neftune", "lm_head"),
         *("losses", "step", "sharing", "refusals", "trial", "variants", "kept_echo", "model"),
     ],
     "base": ["packaged", "models"],
     "data": ["sources", "generated", "forms", "template", "tokenize", "check", "preview", "prepared"],
-    "evaluate": ["inside", "programs", "answers", "tasks", "lm", "harness"],
-    "benchmarks": ["protocols", "copies", "hub", "local"],
+    "evaluate": ["worker", "programs", "answers", "tasks", "lm", "harness"],
+    "benchmarks": ["protocols", "folder", "hub", "importing"],
     "adapter": ["files", "card", "export", "inspection", "merge"],
     "training": [
         *("metrics", "collator", "support", "optimizer", "checkpoint", "state", "callback", "resume", "trainer", "sft"),
@@ -45,11 +45,11 @@ ROOMS = {
     ],
     "command": ["terminal", "cli"],
 }
-TOP = ("", "base", "command")  # no folders: their modules lie beside each other
+TOP = ("", "base", "command")  # not folders: their modules lie at the top of the package
 
 
 def _order() -> list[str]:
-    """All modules; a folder's `__init__`, which may hand out its names, follows them."""
+    """All modules. A folder's `__init__`, which may re-export its names, follows them."""
     order = []
     for room, names in ROOMS.items():
         order += names if room in TOP else [*(f"{room}.{name}" for name in names), room]
@@ -81,7 +81,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def misplaced(module: str, imported: set[str]) -> set[str]:
-    """What is imported from modules above."""
+    """The imports from modules above."""
     return {name for name in imported if ORDER.index(name) > ORDER.index(module)}
 
 
@@ -96,7 +96,7 @@ def test_a_module_imports_only_from_modules_below_it(module):
     assert misplaced(module, imports_of(path_of(module))) == set()
 
 
-def test_the_check_above_does_see_an_import_from_above(tmp_path):
+def test_the_check_above_detects_an_import_from_above(tmp_path):
     path = tmp_path / "losses.py"
     path.write_text(
         "from echo_lora.method.config import EchoConfig\n"
@@ -118,7 +118,7 @@ def test_no_private_name_is_imported_from_another_module():
     assert found == []
 
 
-def test_there_are_few_public_names_and_each_resolves():
+def test_public_names_are_few_and_resolve():
     assert 1 <= len(echo_lora.__all__) <= 12
     for name in echo_lora.__all__:
         assert getattr(echo_lora, name).__name__ == name
@@ -194,21 +194,21 @@ def test_the_make_targets_of_the_readme_exist():
     assert named <= targets
 
 
-# Folders that exist on one machine only; spelled so that this file does not name them.
+# Folders of a single machine, spelled so that this file does not match.
 MACHINE_PATH = re.compile(
     r"/(?:" + "|".join(["wor" + "k", "roo" + "t", "ho" + r"me/\w+", "Use" + r"rs/\w+"]) + r")(?:/|\b)"
 )
 
 
-def test_no_tracked_text_names_a_path_of_a_machine():
+def test_no_tracked_file_names_a_path_of_this_machine():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, timeout=60)
     if listed.returncode:
-        pytest.skip("not a git checkout: what is tracked is not known")
+        pytest.skip("not a git checkout, so tracked files are unknown")
     found, read = [], 0
     for name in filter(None, listed.stdout.decode().split("\0")):
         try:
             lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-        except (UnicodeDecodeError, FileNotFoundError):  # a picture, or a file about to be removed
+        except (UnicodeDecodeError, FileNotFoundError):  # an image, or a file that was just removed
             continue
         read += 1
         found += [f"{name}:{n}" for n, line in enumerate(lines, 1) if is_machine_path(line)]
@@ -217,7 +217,7 @@ def test_no_tracked_text_names_a_path_of_a_machine():
 
 
 def is_machine_path(line: str) -> bool:
-    """Whether an absolute path is in the line; an address or a fraction is none."""
+    """Whether the line holds such an absolute path, and not a URL or a fraction."""
     return any(
         line[: match.start()][-1:] in ("", " ", '"', "'", "`", "(", "=", ":") for match in MACHINE_PATH.finditer(line)
     )
@@ -226,5 +226,5 @@ def is_machine_path(line: str) -> bool:
 @pytest.mark.parametrize(
     ("line", "expected"), [('"/{}/main"', True), ("cd /{}", True), ("a/{}", False), ("https://x.y/{}", False)]
 )
-def test_the_check_above_does_see_such_paths(line, expected):
+def test_the_check_above_detects_such_paths(line, expected):
     assert is_machine_path(line.format("wor" + "k")) is expected

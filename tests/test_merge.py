@@ -1,4 +1,4 @@
-"""Merging: the same logits as base and adapter, or nothing at all; and adapters that don't fit their base."""
+"""Merging keeps the logits or writes nothing; adapters that don't fit their base are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IDS = torch.tensor([[5, 60, 200, 7]])
 
 @pytest.fixture(params=["lora"])
 def adapter(tmp_path, request) -> Path:
-    """The folder of an adapter that changes its base, with a tokenizer beside it."""
+    """The folder of a trained adapter, with a tokenizer."""
     recipe = load_recipe(tiny_recipe(tmp_path), [f"method={request.param}", "echo=false"])
     model = add_adapter(recipe, AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def test_a_merge_that_changes_logits_is_not_written(adapter, tmp_path, monkeypat
     assert nothing_was_written(adapter)
 
 
-def test_a_folder_that_reads_back_differently_is_not_left(adapter, tmp_path, monkeypatch):
+def test_a_saved_model_with_other_logits_is_removed(adapter, tmp_path, monkeypatch):
     original = merge_module.load_tokenizer
 
     def damages_the_model(*args, **kwargs):
@@ -99,7 +99,7 @@ def test_a_folder_that_reads_back_differently_is_not_left(adapter, tmp_path, mon
         return original(*args, **kwargs)
 
     monkeypatch.setattr(merge_module, "load_tokenizer", damages_the_model)
-    with pytest.raises(EchoCheckpointError, match="as it reads back changes logits"):
+    with pytest.raises(EchoCheckpointError, match="as it loads changes logits"):
         merge(adapter, tmp_path / "merged", verify=True)
     assert nothing_was_written(adapter)
 
@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_nothing(adapter, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(merge_module, "load_tokenizer", full)  # the last thing before the folder gets its name
+    monkeypatch.setattr(merge_module, "load_tokenizer", full)  # the last step before the folder is renamed
     with pytest.raises(EchoCheckpointError, match=r"merged could not be written: .*No space left"):
         merge(adapter, tmp_path / "merged")
     assert nothing_was_written(adapter)
@@ -135,7 +135,7 @@ def test_a_full_disk_leaves_nothing(adapter, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [ADAPTER_FILE, CONFIG_FILE])
 @pytest.mark.parametrize("kind", ["cut off", "missing"])
-def test_a_damaged_adapter_is_named(adapter, tmp_path, name, kind):
+def test_a_damaged_adapter_is_an_error_that_names_the_file(adapter, tmp_path, name, kind):
     path = adapter / name
     if kind == "missing":
         path.unlink()
@@ -156,7 +156,7 @@ def test_an_adapter_with_values_that_are_not_finite_is_not_merged(adapter, tmp_p
     assert nothing_was_written(adapter)
 
 
-def test_a_base_that_nobody_names_is_asked_for(adapter, tmp_path):
+def test_an_adapter_that_names_no_base_is_an_error(adapter, tmp_path):
     config = json.loads((adapter / CONFIG_FILE).read_text()) | {"base_model_name_or_path": None}
     (adapter / CONFIG_FILE).write_text(json.dumps(config))
     with pytest.raises(EchoCheckpointError, match=r"names no base model\. Name it with --base"):
@@ -191,15 +191,15 @@ def test_an_adapter_for_another_architecture_is_refused(adapter, tmp_path):
         merge(adapter, tmp_path / "merged", base=tmp_path / "gpt2")
 
 
-def test_a_base_of_another_name_is_refused_where_names_must_agree(adapter, tmp_path):
+def test_a_base_of_another_name_is_refused_if_names_must_agree(adapter, tmp_path):
     tiny_folder(tmp_path / "other", seed=1)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
     with pytest.raises(EchoCheckpointError, match=r"was made for .*base, not for .*other"):
-        load_adapter(base, adapter, is_named_alike=True)
+        load_adapter(base, adapter, require_same_name=True)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "base").rename(tmp_path / "elsewhere" / "base")
     moved = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere" / "base")
-    assert not load_adapter(moved, adapter, is_named_alike=True).training
+    assert not load_adapter(moved, adapter, require_same_name=True).training
 
 
 # ---------------------------------------------------------------------- inspection
@@ -228,7 +228,7 @@ def test_a_sound_adapter_is_described(adapter, request):
     ],
     ids=["infinite", "zero"],
 )
-def test_an_adapter_with_a_problem_is_loaded_by_nobody(adapter, change, expected):
+def test_nothing_can_load_an_adapter_with_a_problem(adapter, change, expected):
     tensors = {name: change(name, tensor) for name, tensor in load_file(adapter / ADAPTER_FILE).items()}
     save_file(tensors, adapter / ADAPTER_FILE)
     report = inspect_adapter(adapter)
@@ -239,7 +239,7 @@ def test_an_adapter_with_a_problem_is_loaded_by_nobody(adapter, change, expected
 def test_foreign_keys_are_a_problem(adapter):
     tensors = load_file(adapter / ADAPTER_FILE) | {"echo.branches.W1.weight": torch.zeros(2)}
     save_file(tensors, adapter / ADAPTER_FILE)
-    assert "echo.branches.W1.weight is not a key of PEFT (1 such keys)" in inspect_adapter(adapter).problems
+    assert "echo.branches.W1.weight is not a PEFT key (1 such keys)" in inspect_adapter(adapter).problems
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_foreign_keys_are_a_problem(adapter):
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern.q_proj = -1 must be"),
     ],
 )
-def test_a_configuration_that_no_adapter_has_is_refused_by_all_who_read_it(adapter, changes, expected, tmp_path):
+def test_an_impossible_configuration_is_refused_by_every_reader(adapter, changes, expected, tmp_path):
     path = adapter / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(EchoCheckpointError, match=rf"adapter_config\.json: {re.escape(expected)}"):
@@ -267,20 +267,20 @@ def test_a_configuration_that_no_adapter_has_is_refused_by_all_who_read_it(adapt
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"r": 8}, "of the shapes (4, 32) and (32, 4), which are not those of rank 8"),
+        ({"r": 8}, "of shapes (4, 32) and (32, 4), which do not fit rank 8"),
         ({"lora_alpha": 0}, "lora_alpha = 0: the adapter changes nothing"),
-        ({"use_dora": True}, "has no magnitude of DoRA, but use_dora = True"),
-        ({"peft_type": "IA3"}, "the weights are those of LoRA, but peft_type = IA3"),
+        ({"use_dora": True}, "has no DoRA magnitude, but use_dora = True"),
+        ({"peft_type": "IA3"}, "the weights are LoRA weights, but peft_type = IA3"),
         ({"target_modules": ["q_proj"]}, "has weights, but target_modules = ['q_proj'] does not name it"),
-        ({"target_modules": "("}, "is no regular expression"),
-        ({"task_type": "SEQ_CLS"}, "task_type = SEQ_CLS is not that of a language model, CAUSAL_LM"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type = SEQ_2_SEQ_LM is not that of a language model"),
-        ({"lora_bias": True}, "model.layers.0.mlp.up_proj has no bias of lora_B, but lora_bias = True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, but there are no weights of it"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices = [1], but there are no weights of tokens"),
+        ({"target_modules": "("}, "is not a valid regular expression"),
+        ({"task_type": "SEQ_CLS"}, "task_type = SEQ_CLS is not that of a causal language model, CAUSAL_LM"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type = SEQ_2_SEQ_LM is not that of a causal language model"),
+        ({"lora_bias": True}, "model.layers.0.mlp.up_proj has no lora_B bias, but lora_bias = True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, but there are no weights for it"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices = [1], but there are no token weights"),
     ],
 )
-def test_weights_that_are_not_those_of_their_configuration_are_a_problem(adapter, changes, expected, tmp_path):
+def test_weights_that_do_not_match_their_configuration_are_a_problem(adapter, changes, expected, tmp_path):
     path = adapter / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     report = inspect_adapter(adapter)
@@ -290,16 +290,16 @@ def test_weights_that_are_not_those_of_their_configuration_are_a_problem(adapter
         merge(adapter, tmp_path / "merged")
 
 
-def test_a_module_that_the_base_does_not_have_may_be_named(adapter, tmp_path):
-    """As in a list of modules_to_save for several architectures; PEFT loads it."""
+def test_modules_to_save_may_name_a_missing_module(adapter, tmp_path):
+    """A list of modules_to_save may serve several architectures; PEFT loads it."""
     path = adapter / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["wte"]}))
     merge(adapter, tmp_path / "merged")
 
 
-@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # of lora_bias without a bias in the base
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # about lora_bias without a bias in the base
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"]])
-def test_modules_that_were_saved_are_no_problem(modules, tmp_path):
+def test_saved_modules_are_not_a_problem(modules, tmp_path):
     tiny_folder(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=modules, task_type="CAUSAL_LM", lora_bias=True)
@@ -307,7 +307,7 @@ def test_modules_that_were_saved_are_no_problem(modules, tmp_path):
     assert inspect_adapter(tmp_path / "adapter").problems == ["every lora_B is zero: the adapter changes nothing"]
 
 
-def test_a_misfit_to_its_own_base_is_not_blamed_on_the_base(adapter, tmp_path):
+def test_a_mismatch_with_its_own_base_is_blamed_on_the_adapter(adapter, tmp_path):
     path = adapter / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"exclude_modules": ["q_proj"]}))
     with pytest.raises(EchoCheckpointError, match=r"Is adapter_config\.json the one that was saved with the weights"):

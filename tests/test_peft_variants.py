@@ -366,18 +366,18 @@ def test_the_base_is_read_anew_from_where_it_came(tmp_path):
 
 def test_a_base_from_nowhere_has_to_be_given(tmp_path):
     model = trained('`init_lora_weights="pissa"`')
-    with pytest.raises(EchoCheckpointError, match=r"came from no folder.*save_verified\(base=…\)"):
+    with pytest.raises(EchoCheckpointError, match=r"not loaded from a folder.*save_verified\(base=…\)"):
         save_verified(model, tmp_path / "adapter")
     for base in (model.get_base_model(), get_peft_model(tiny_base(), lora_config())):
-        with pytest.raises(EchoCheckpointError, match="is a base with an adapter"):
+        with pytest.raises(EchoCheckpointError, match="got a base with an adapter"):
             save_verified(model, tmp_path / "adapter", base=base)
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"init_lora_weights": "pissa", "use_dora": True}, "lora_magnitude_vector is no part of a LoRA"),
-        ({"kasa_config": KasaConfig()}, "lora_diag is no part of a LoRA"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "lora_magnitude_vector does not belong to a plain LoRA"),
+        ({"kasa_config": KasaConfig()}, "lora_diag does not belong to a plain LoRA"),
     ],
 )
 def test_what_is_no_lora_is_not_converted(config, words, tmp_path):

@@ -1,4 +1,4 @@
-"""Generated programs: what passes, and that hostile ones neither pass, nor stay, nor make anyone wait."""
+"""Generated programs: which pass, and that hostile ones neither pass, nor survive, nor block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoError
-from echo_lora.evaluate import inside, programs
+from echo_lora.evaluate import programs, worker
 
 TEST = "def check(candidate):\n    assert candidate(2) == 4\n"
 Runs = Callable[..., bool]
@@ -27,19 +27,19 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="what it attacks is L
 @pytest.fixture
 def no_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(programs, "_sandbox", lambda: ((), "bubblewrap (bwrap) is not installed."))
-    programs.confinement.cache_clear()
+    programs.sandbox_command.cache_clear()
     yield
-    programs.confinement.cache_clear()
+    programs.sandbox_command.cache_clear()
 
 
 @pytest.fixture(params=["sandboxed", "bare"])
 def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Runs]:
-    """`programs.passes`, in the sandbox and without one, in folders that tell its processes from others."""
+    """`programs.passes`, with and without the sandbox, in folders that identify its processes."""
     is_bare = request.param == "bare"
     if is_bare:
         request.getfixturevalue("no_bubblewrap")
     try:
-        programs.confinement(is_bare)
+        programs.sandbox_command(is_bare)
     except EchoConfigError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -61,7 +61,7 @@ def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def processes_in(home: Path) -> list[psutil.Process]:
-    """Processes whose HOME is below the folder, which they inherit; a dead one is none."""
+    """Running processes whose inherited HOME is below the folder."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -94,12 +94,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         "try:\n    raise SystemExit\nexcept SystemExit:\n    return 2 * x",
     ],
 )
-def test_a_right_program_passes(passes, body):
+def test_a_correct_program_passes(passes, body):
     assert passes(body)
 
 
 @pytest.mark.parametrize("body", ["return x", "return 2 *", "return undefined", "pass", "return '4'", "return [4]"])
-def test_a_wrong_program_does_not(passes, body):
+def test_a_wrong_program_fails(passes, body):
     assert not passes(body)
 
 
@@ -129,13 +129,13 @@ VALUES = {
 }
 
 
-def test_plain_values_arrive_as_they_are(passes):
+def test_plain_values_round_trip(passes):
     lines = [f"    said = f({text!r}); assert said {expected}, said\n" for text, expected in VALUES.items()]
     body = "import collections, decimal, enum, fractions, numpy; return eval(x)"
     assert passes(body, "def check(f):\n" + "".join(lines))
 
 
-def test_arguments_arrive_and_changes_of_them_come_back(passes):
+def test_arguments_and_their_changes_round_trip(passes):
     test = """
     def check(candidate):
         numbers, names, pairs = [3, 1, 2], {"a": [1]}, {1}
@@ -180,9 +180,11 @@ def test_a_test_may_use_what_the_prompt_defines(passes):
     )
 
 
-def test_a_test_that_hands_over_what_is_not_plain_is_named(passes):
+def test_a_test_that_passes_other_values_is_an_error(passes):
     test = "def check(f):\n    try:\n        f(lambda: 1)\n    except Exception:\n        pass\n"
-    with pytest.raises(EchoDataError, match=r"double: the test calls its function with .*function is no plain value"):
+    with pytest.raises(
+        EchoDataError, match=r"double: the test calls its function with .*function is not a plain value"
+    ):
         passes("return 1", test)
 
 
@@ -272,7 +274,7 @@ FORGERIES = {
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("name", FORGERIES)
-def test_a_result_can_not_be_forged(passes, name):
+def test_a_pass_can_not_be_forged(passes, name):
     catches_all = "def check(f):\n    try:\n        assert f(2) == 4\n    except ValueError:\n        raise\n"
     start = time.monotonic()
     assert not passes(FORGERIES[name])
@@ -281,11 +283,11 @@ def test_a_result_can_not_be_forged(passes, name):
 
 
 @pytest.mark.parametrize("body", ["import os; os._exit(0)", "raise SystemExit", "import os; os.closerange(0, 64)"])
-def test_a_test_that_catches_everything_does_not_hide_an_early_end(passes, body):
+def test_an_early_exit_fails_even_if_the_test_catches_everything(passes, body):
     assert not passes(body, "def check(f):\n    try:\n        f(2)\n    except BaseException:\n        pass\n")
 
 
-def test_stop_iteration_does_not_end_the_test_s_loop(passes):
+def test_stop_iteration_does_not_end_a_loop_of_the_test(passes):
     assert not passes("raise StopIteration", "def check(f):\n    assert all(map(f, [1, 2]))\n")
 
 
@@ -350,16 +352,16 @@ time.sleep(600)
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("name", STAYING)
-def test_nothing_outlives_its_program_or_makes_others_wait(passes, name):
-    """The fixture looks for processes and files that are left."""
+def test_nothing_outlives_its_program_or_blocks(passes, name):
+    """The fixture checks that no processes and files are left."""
     start = time.monotonic()
     assert not passes(STAYING[name])
     assert time.monotonic() - start < 20
 
 
 @linux
-def test_a_judge_shows_neither_its_memory_nor_its_pipes(passes):
-    """Without a sandbox its process is in sight; with one there is no /proc at all."""
+def test_the_judge_hides_its_memory_and_pipes(passes):
+    """Without a sandbox its process is visible; with one there is no /proc."""
     body = """
     import ctypes, os
     libc, seen = ctypes.CDLL(None), 0
@@ -372,7 +374,7 @@ def test_a_judge_shows_neither_its_memory_nor_its_pipes(passes):
         except OSError:
             continue  # it has ended
         if parent != os.getppid():
-            continue  # the judge of a test beside this one, which may only be starting
+            continue  # the judge of a parallel test, which may still be starting
         if b"judge" in words and words[0].endswith(b"python"):
             seen += 1
             for name in ("mem", "environ", *(f"fd/{number}" for number in range(20))):
@@ -382,12 +384,12 @@ def test_a_judge_shows_neither_its_memory_nor_its_pipes(passes):
     """
     is_five = "def check(f):\n    assert f(2) == 5\n"
     assert not passes(body)
-    assert passes(body, is_five) == (programs.described(True) != "in a sandbox of bubblewrap")
+    assert passes(body, is_five) == (programs.describe_sandbox(True) != "in a bubblewrap sandbox")
 
 
-def test_the_sandbox_shows_nothing_of_the_machine(monkeypatch, tmp_path):
+def test_the_sandbox_hides_files_environment_and_processes(monkeypatch, tmp_path):
     try:
-        programs.confinement()
+        programs.sandbox_command()
     except EchoConfigError as error:
         pytest.skip(str(error))
     (tmp_path / "private").write_text("key")
@@ -411,7 +413,7 @@ def check(look):
 
 @linux
 @pytest.mark.parametrize("place", ["sandboxed", "bare"])
-def test_programs_do_not_outlive_the_one_who_started_them(tmp_path, place):
+def test_programs_do_not_outlive_their_parent(tmp_path, place):
     """kill -9 while a program sleeps."""
     script = (
         "import sys, tempfile; from echo_lora.evaluate import programs; tempfile.tempdir = sys.argv[1]\n"
@@ -440,12 +442,12 @@ def test_programs_do_not_outlive_the_one_who_started_them(tmp_path, place):
 
 
 @pytest.mark.usefixtures("no_bubblewrap")
-def test_without_a_sandbox_programs_run_by_permission_only():
+def test_without_a_sandbox_programs_need_permission():
     with pytest.raises(EchoConfigError, match=r"bwrap\) is not installed.*--allow-unsandboxed.*read your files"):
         programs.passes("def f(x):\n", "    return 4\n", TEST, "f")
 
 
-def test_a_sandbox_that_does_not_work_is_none(monkeypatch, tmp_path):
+def test_a_broken_sandbox_is_not_used(monkeypatch, tmp_path):
     broken = tmp_path / "bwrap"
     broken.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -455,15 +457,15 @@ def test_a_sandbox_that_does_not_work_is_none(monkeypatch, tmp_path):
     assert problem == "a program did not start: bwrap: setting up uid map: Permission denied."
 
 
-def test_a_program_that_does_not_start_is_no_wrong_answer(monkeypatch):
+def test_a_program_that_does_not_start_is_an_error_not_a_wrong_answer(monkeypatch):
     for command, message in (("false", "did not start"), ("no-such-program", "could not be started: .*No such file")):
-        monkeypatch.setattr(programs, "confinement", lambda allow, command=command: (command,))
+        monkeypatch.setattr(programs, "sandbox_command", lambda allow, command=command: (command,))
         with pytest.raises(EchoError, match=message):
             programs.passes("def f(x):\n", "    return 4\n", TEST, "f")
 
 
-def test_where_programs_can_start_others_none_is_run(monkeypatch):
-    """What stands before the command does nothing here: the superuser is held by no limit of processes."""
+def test_programs_that_can_start_others_are_refused(monkeypatch):
+    """With an empty command prefix root stays root, whom process limits do not apply to."""
     if os.geteuid() != 0:
         pytest.skip("only the superuser's programs can start others")
     assert "could start others" in programs._problem(())
@@ -472,13 +474,13 @@ def test_where_programs_can_start_others_none_is_run(monkeypatch):
 def test_windows_is_refused(monkeypatch):
     monkeypatch.setattr(programs.sys, "platform", "win32")
     with pytest.raises(EchoConfigError, match="Linux or macOS"):
-        programs.confinement.__wrapped__(True)
+        programs.sandbox_command.__wrapped__(True)
 
 
-def test_what_runs_inside_needs_no_package():
-    names = {name.split(".")[0] for name in vars(inside) if not name.startswith("_")}
+def test_the_worker_needs_only_the_standard_library():
+    names = {name.split(".")[0] for name in vars(worker) if not name.startswith("_")}
     assert "main" in names
-    text = Path(inside.__file__).read_text(encoding="utf-8")
+    text = Path(worker.__file__).read_text(encoding="utf-8")
     shown = subprocess.run(
         [sys.executable, "-I", "-S", "-c", text.replace("__main__", "nothing")], capture_output=True, text=True
     )

@@ -114,9 +114,9 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path, before,
         ("evaluation.tasks=[{name: a}, {name: a}]", "evaluation.tasks: the name 'a' is given 2 times"),
         (
             "evaluation.tasks=[{name: a, answer_pattern: '('}]",
-            "evaluation.tasks.0: evaluation task 'a': answer_pattern = '(': the",
+            "evaluation.tasks.0: evaluation task 'a': answer_pattern = '(' must be a valid",
         ),
-        ("evaluation.tasks=[{name: a, kind: choice, stop: [x]}]", "stop is for generated answers"),
+        ("evaluation.tasks=[{name: a, kind: choice, stop: [x]}]", "stop works with generated answers only"),
     ],
 )
 def test_a_wrong_value_names_the_override_and_what_is_allowed(tmp_path, override, expected):

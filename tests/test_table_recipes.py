@@ -1,4 +1,4 @@
-"""The recipes of the commonsense table: a dry run at the models' true shapes, and the published parameter counts."""
+"""The recipes of the commonsense table: dry runs at the real model shapes, and published parameter counts."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("table")
     for task in TASKS:
         (folder / "data/commonsense" / task).mkdir(parents=True)
-        for part in ("train", "validation", "test"):
+        for split in ("train", "validation", "test"):
             rows = [
                 {"prompt": f"Count {n} of {task}:\n", "completion": f"true {n}", "answer": "true"} for n in range(3)
             ]
             lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / "data/commonsense" / task / f"{part}.jsonl").write_text(lines)
+            (folder / "data/commonsense" / task / f"{split}.jsonl").write_text(lines)
     for name, shape in SHAPES.items():
         LlamaConfig(**shape, tie_word_embeddings=False).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
@@ -98,13 +98,13 @@ def test_the_dry_run_counts_the_published_parameters(folder, name, method, echo)
     share = 100 * expected / (expected + result.base_parameters)
     assert f"{share:.2f}" == PUBLISHED[name, method]
     assert result.why_full is None
-    assert result.steps == 3 * 2  # 24 rows in batches of 16, three times
+    assert result.steps == 3 * 2  # three epochs of 24 rows in batches of 16
     assert any(line.startswith("prompts are trained on too") for line in result.rows)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_echo_is_counted_apart_and_deploys_nothing(folder, name, method):
+def test_echo_parameters_are_counted_separately_and_not_deployed(folder, name, method):
     with_echo, without = planned(folder, name, method, True), planned(folder, name, method, False)
     assert with_echo.deployed_parameters == without.deployed_parameters
     assert without.echo_parameters == 0

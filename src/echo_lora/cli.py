@@ -1,6 +1,6 @@
 """The command `echo-lora`: parse, call one function, print.
 
-What a command needs is imported inside it: torch and transformers take seconds, and `--help` answers at once.
+Commands import what they need when they run: torch and transformers take seconds, and `--help` must not.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 import typer
 
 from echo_lora import __version__
-from echo_lora.environment import require_place
+from echo_lora.environment import require_writable
 from echo_lora.errors import EchoError
 from echo_lora.terminal import (
-    MOST,
+    MAX_COUNT,
     STYLES,
     Group,
     RecipeArgument,
@@ -65,15 +65,15 @@ def _root(
 def train(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest complete checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume from the newest complete checkpoint")] = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Train the recipe's adapter. It is read back and proved before it gets its name."""
+    """Train the recipe's adapter. The saved copy is verified before its folder appears."""
     from echo_lora.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     if not resume:
-        require_place(loaded.output)
+        require_writable(loaded.output)
     with starting():
         from echo_lora.recipe.train import run
 
@@ -85,10 +85,10 @@ def train(
 def preview(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    rows: Annotated[int, typer.Option("--rows", min=0, max=MOST, help="rows to show of each source")] = 3,
+    rows: Annotated[int, typer.Option(min=0, max=MAX_COUNT, help="rows to show from each source")] = 3,
     traceback: TracebackOption = False,
 ) -> None:
-    """Show training rows token by token. Prompt, boundary, answer and ignored tokens are told apart."""
+    """Show training rows token by token. Prompt, boundary, answer and ignored tokens are marked."""
     from echo_lora.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -109,7 +109,7 @@ def preview(
 
 @app.command(epilog="Example: echo-lora plan tiny --set method=dora")
 def plan(recipe: RecipeArgument, overrides: SetOption = None, traceback: TracebackOption = False) -> None:
-    """Show what training would do. A dry run: layers, parameters, steps, estimates of memory and cost; no weights."""
+    """Show what training would do. A dry run: layers, parameters, steps, estimated memory and cost; no weights."""
     from echo_lora.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -122,33 +122,30 @@ def plan(recipe: RecipeArgument, overrides: SetOption = None, traceback: Traceba
 @app.command("eval", epilog="Example: echo-lora eval tiny --set data.limit=16")
 def evaluate(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_ADAPTER", help="recipe, output folder of a run, or adapter in one")
+        str, typer.Argument(metavar="RECIPE_OR_ADAPTER", help="recipe, output folder of a run, or its adapter folder")
     ],
     overrides: SetOption = None,
     adapter: Annotated[
-        Path | None,
-        typer.Option("--adapter", help="adapter to score; default: the one in the recipe's output folder", parser=path),
+        Path | None, typer.Option(help="adapter to score; default: the one in the recipe's output folder", parser=path)
     ] = None,
-    base: Annotated[bool, typer.Option("--base", help="score the base too")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="write scores and predictions as JSON", parser=path)
-    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="score the base model too")] = False,
+    output: Annotated[Path | None, typer.Option(help="write scores and predictions as JSON", parser=path)] = None,
     run_generated_code: Annotated[
         bool,
-        typer.Option("--run-generated-code", help="allow tasks of kind code, which run what the model writes"),
+        typer.Option("--run-generated-code", help="allow tasks of kind code, which run code that the model writes"),
     ] = False,
     allow_unsandboxed: Annotated[
-        bool,
-        typer.Option("--allow-unsandboxed", help="run it even where no sandbox works: it can then read your files"),
+        bool, typer.Option("--allow-unsandboxed", help="run it even if no sandbox works: it can then read your files")
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run code that comes with the base; a run's folder can't say so")
+        bool,
+        typer.Option("--trust-remote-code", help="run code that comes with the base model; run.json can't allow it"),
     ] = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Score adapter and base on the recipe's tasks. Without an adapter, the base alone."""
+    """Score the adapter on the recipe's tasks. An untrained recipe scores the base model."""
     if output is not None:
-        require_place(output, is_file=True)
+        require_writable(output, is_file=True)
     with starting():
         from echo_lora.files import locked
         from echo_lora.recipe.scoring import resolve, score_recipe, write_scores
@@ -156,13 +153,8 @@ def evaluate(
     trusted = ["trust_remote_code=true"] if trust_remote_code else []
     recipe, found = resolve(target, [*(overrides or ()), *trusted], adapter)
     with nullcontext() if output is None else locked(output):
-        scores = score_recipe(
-            recipe,
-            found,
-            with_base=base,
-            run_generated_code=run_generated_code,
-            allow_unsandboxed=allow_unsandboxed,
-        )
+        allowed = {"run_generated_code": run_generated_code, "allow_unsandboxed": allow_unsandboxed}
+        scores = score_recipe(recipe, found, with_base=base, **allowed)
         if output is not None:
             write_scores(recipe, scores, output)
     if found is not None:
@@ -178,19 +170,19 @@ def evaluate(
 def merge(
     adapter: Annotated[Path, typer.Argument(help="folder of the adapter", parser=path)],
     output: Annotated[Path, typer.Argument(help="folder for the merged model; must not exist", parser=path)],
-    base: Annotated[str | None, typer.Option("--base", help="base model; default: the one the adapter names")] = None,
+    base: Annotated[str | None, typer.Option(help="base model; default: the one named by the adapter")] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="type to merge and write in; auto: as the base is stored"),
+        typer.Option(help="dtype to merge and save in; auto: the base model's"),
     ] = "auto",
-    verify: Annotated[bool, typer.Option("--verify", help="read the folder back and compare its logits too")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="load the saved model and compare its logits too")] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run code that comes with the base")
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the base model")
     ] = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Merge an adapter into its base. Logits are compared before anything is written."""
-    require_place(output)
+    """Merge an adapter into its base model. Logits are compared before anything is written."""
+    require_writable(output)
     with starting():
         from echo_lora.adapter.merge import merge as merge_adapter
 
@@ -200,10 +192,10 @@ def merge(
 
 @app.command(epilog="Example: echo-lora doctor")
 def doctor(
-    adapter: Annotated[Path | None, typer.Argument(help="folder of an adapter to look into", parser=path)] = None,
+    adapter: Annotated[Path | None, typer.Argument(help="folder of an adapter to inspect", parser=path)] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Show versions and devices. With a folder: what the adapter in it is, and who can load it.
+    """Show versions and devices. Given an adapter folder, inspect it and say what can load it.
 
     The exit status is 1 if the adapter has problems.
     """
@@ -222,24 +214,26 @@ def doctor(
     typer.echo()
     print_pairs(report.pairs())
     if report.problems:
-        raise EchoError(f"{report.folder} has problems, named above. Don't use it: save it again, or fetch it again.")
+        raise EchoError(
+            f"{report.folder} has the problems listed above. Don't use it: save it again, or download it again."
+        )
 
 
 @app.command(epilog="Example: echo-lora demo --output runs/demo")
 def demo(
-    output: Annotated[Path, typer.Option("--output", help="folder for both arms and the scores", parser=path)] = Path(
+    output: Annotated[Path, typer.Option(help="folder for both adapters and the scores", parser=path)] = Path(
         "runs/demo"
     ),
     traceback: TracebackOption = False,
 ) -> None:
-    """Train LoRA and Echo-LoRA on the same rows, score both and the base."""
-    require_place(output)
+    """Train LoRA and Echo-LoRA on the same rows. Then score both, and the base model."""
+    require_writable(output)
     with starting():
         from echo_lora.study.demo import run_demo
 
     lines = run_demo(output)
     rows = sum(result.total for result in lines[0].results)
-    typer.echo(f"\nExact match on {rows} held-out rows, one seed; the interval is Wilson's, of all rows together.\n")
+    typer.echo(f"\nExact match on {rows} held-out rows, one seed; the interval is Wilson's, over all rows.\n")
     print_table([line.table_row() for line in lines])
     typer.echo()
     print_pairs({line.name: str(line.run.adapter) for line in lines if line.run is not None})
@@ -248,27 +242,25 @@ def demo(
 @app.command(epilog="Example: echo-lora bench --quick")
 def bench(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="whose model and rows; default: tiny, on random rows")
+        str | None,
+        typer.Argument(metavar="RECIPE", help="recipe with the model and rows; default: tiny, on random rows"),
     ] = None,
     overrides: SetOption = None,
     shape: Annotated[
-        list[str] | None,
-        typer.Option("--shape", metavar="PxA", help="random rows of P prompt and A answer tokens; repeatable"),
+        list[str] | None, typer.Option(metavar="PxA", help="random rows of P prompt and A answer tokens; repeatable")
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=1, max=MOST, help="rows of a step; default: training.batch_size")
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="rows per step; default: training.batch_size")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option("--rounds", min=2, max=MOST, help="timed steps of each kind; default: 7")
+        int | None, typer.Option(min=2, max=MAX_COUNT, help="timed steps of each method; default: 7")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="a trial: 2 rows, 3 rounds, one shape")] = False,
-    output: Annotated[Path, typer.Option("--output", help="folder for bench.json, .md and .png", parser=path)] = Path(
-        "runs/bench"
-    ),
+    quick: Annotated[bool, typer.Option("--quick", help="quick trial: 2 rows, 3 rounds, one shape")] = False,
+    output: Annotated[Path, typer.Option(help="folder for bench.json, .md and .png", parser=path)] = Path("runs/bench"),
     traceback: TracebackOption = False,
 ) -> None:
-    """Measure seconds and memory of a training step: Echo-LoRA, LoRA, and TRL's own."""
-    require_place(output)
+    """Measure time and memory of a training step. Compares Echo-LoRA, LoRA, and TRL's SFTTrainer."""
+    require_writable(output)
     with starting():
         from echo_lora.bench import NOTES, run_bench
 
@@ -299,26 +291,26 @@ def compare(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the study; repeatable")
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, max=1024, help="runs at a time on this machine")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="parallel runs on this machine")] = 1,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", min=0, help="begin no run after this time; call again to go on")
+        float | None, typer.Option(min=0, help="start no run after this time; run again to resume")
     ] = None,
     until_decided: Annotated[
-        bool, typer.Option("--until-decided", help="stop at the first of the study's looks that decides it")
+        bool, typer.Option("--until-decided", help="stop at the first of the study's looks that decides")
     ] = False,
     slurm: Annotated[
         list[str] | None,
-        typer.Option("--slurm", metavar="KEY=VALUE", help="do the runs as Slurm job arrays; an option of submitit"),
+        typer.Option(metavar="KEY=VALUE", help="submit runs as Slurm job arrays; KEY is an option of submitit"),
     ] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Compare methods: arms, learning rates and seeds, paired, with a verdict. Goes on where it was stopped."""
+    """Compare methods in a study. Arms, learning rates and seeds, paired, with a verdict. Run it again to resume."""
     from echo_lora.study.design import load_study, slurm_options
 
     if minutes is not None and not math.isfinite(minutes):
         raise typer.BadParameter("--minutes must be a finite number; leave it out for no limit")
     loaded = load_study(study, overrides or ())
-    require_place(loaded.output)
+    require_writable(loaded.output)
     options = None if slurm is None else slurm_options(slurm)
     with starting():
         from echo_lora.study.compare import compare as compare_arms
@@ -331,13 +323,13 @@ def compare(
     typer.echo("\n".join(summary_lines(loaded.output)))
     typer.echo(f"\nWritten to {report}")
     if not is_complete:
-        typer.echo("Time is up before the study was complete. The same command goes on with it.")
+        typer.echo("The time limit was reached before the study was complete. Run the same command to resume.")
 
 
 data_app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Bring the benchmarks into the form of recipes and of lm-eval.",
+    help="Import the published benchmarks for recipes and lm-eval.",
     epilog="Example, beside LLM-Adapters' dataset/: echo-lora data import dataset data/commonsense",
 )
 
@@ -347,27 +339,25 @@ app.add_typer(data_app, name="data")
 @data_app.command("import", epilog="Example, beside LLM-Adapters' dataset/: echo-lora data import dataset data/all")
 def import_(
     source: Annotated[
-        Path, typer.Argument(help="folder with a folder for each task, or commonsense_170k.json", parser=path)
+        Path, typer.Argument(help="folder with one folder per task, or commonsense_170k.json", parser=path)
     ],
     output: Annotated[Path | None, typer.Argument(help="folder for the rows; must not exist", parser=path)] = None,
-    task: Annotated[
-        list[str] | None, typer.Option("--task", metavar="NAME", help="import this task only; repeatable")
-    ] = None,
-    hub: Annotated[bool, typer.Option("--hub", help="download; then the only argument is OUTPUT")] = False,
+    task: Annotated[list[str] | None, typer.Option(metavar="NAME", help="import only this task; repeatable")] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="download from the hub; give OUTPUT as the only argument")] = False,
     hold_out: Annotated[
-        int, typer.Option("--hold-out", min=0, max=MOST, help="rows of each train part to set aside for validation")
+        int, typer.Option(min=0, max=MAX_COUNT, help="prompts of each train split to hold out for validation")
     ] = 0,
     traceback: TracebackOption = False,
 ) -> None:
-    """Import the benchmarks: rows with whole prompts, task files for lm-eval, a recipe. Counts are checked."""
+    """Import benchmarks. Writes rows with complete prompts, lm-eval tasks and a recipe, and checks row counts."""
     if hub != (output is None):
         raise typer.BadParameter("give SOURCE and OUTPUT, or --hub and OUTPUT")
-    require_place(output or source)
+    require_writable(output or source)
     with starting():
-        from echo_lora.benchmarks.local import import_data
+        from echo_lora.benchmarks.importing import import_data
 
     report = import_data(None if hub else source, output or source, tasks=task or (), hold_out=hold_out)
-    print_table([part.table_row() for part in report.parts])
+    print_table([count.table_row() for count in report.counts])
     for note in report.notes:
         typer.echo(f"Note: {note}")
     for warning in report.warnings:
@@ -377,10 +367,10 @@ def import_(
 
 @app.command(epilog="Example, after `echo-lora compare quick`: echo-lora report runs/study-quick")
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a study, whole or in part", parser=path)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a study, complete or not", parser=path)],
     traceback: TracebackOption = False,
 ) -> None:
-    """Write the report of a study from its records: report.html, one page to look at, and report.md."""
+    """Write the report of a study. Makes report.html and report.md from its records."""
     with starting():
         from echo_lora.study.report.page import summary_lines, write_report
 
@@ -391,7 +381,7 @@ def report(
 
 def main() -> None:
     """The entry point."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is no text in the terminal's encoding stops nothing
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that its encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="echo-lora")
 

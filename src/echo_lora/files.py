@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all, and belong to one process at a time.
+"""Atomic writes of files and folders, and a lock that keeps an output to one process.
 
-Only what this package wrote is ever replaced or removed; whatever else lies in a folder stays there.
+Only files that this package wrote are replaced or removed; other files in a folder are kept.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ LOCK = ".lock"
 
 @contextmanager
 def new_folder(folder: str | Path, *, overwrite: bool = False, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A temporary folder whose content is found under `folder` when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes `folder` if the block succeeds, and is removed if it fails.
 
-    A folder that exists already is filled and keeps its other files, be it a mount point or the target of a symbolic
-    link. overwrite: it need not be empty; files of the same names are replaced, and those named in `stale` are
-    removed. An interruption of that leaves files missing, never old files among new ones.
+    An existing folder, which may be a mount point or a symbolic link, is filled instead and keeps its other files.
+    overwrite: it need not be empty; files of the same names are replaced and those named in `stale` removed. If that is
+    interrupted, files may be missing, but old and new files never mix. Raises EchoCheckpointError.
     """
     refuse_existing(folder, overwrite=overwrite)
     target = Path(os.path.realpath(folder))
-    is_there = target.is_dir()
-    temporary = (target if is_there else target.parent) / f".{target.name}.{secrets.token_hex(4)}"
+    exists = target.is_dir()
+    temporary = (target if exists else target.parent) / f".{target.name}.{secrets.token_hex(4)}"
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -49,23 +49,23 @@ def new_folder(folder: str | Path, *, overwrite: bool = False, stale: Iterable[s
     try:
         yield temporary
         use_umask(temporary)
-        if is_there:
+        if exists:
             _fill(target, temporary, stale)
         else:
             temporary.rename(target)
     except (OSError, SafetensorError) as error:
         raise EchoCheckpointError(
-            f"{folder} could not be written: {error}. Free some space or choose another folder; nothing was left."
+            f"{folder} could not be written: {error}. No partial output was left. Free some space, or choose another "
+            "folder."
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # of our own making
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write a file under a temporary name, then rename it: the file is complete or absent.
+    """Write a file atomically: `write` gets a temporary path, which is then renamed.
 
-    A device or a pipe, such as /dev/stdout, is written to and not replaced. Raises EchoCheckpointError if the disk
-    refuses.
+    A device or a pipe, such as /dev/stdout, is written to directly. Raises EchoCheckpointError if writing fails.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -80,16 +80,22 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
             write(temporary)
             temporary.replace(target)
         finally:
-            with contextlib.suppress(OSError):  # which would hide why it was not written
+            with contextlib.suppress(OSError):  # it would hide why writing failed
                 temporary.unlink(missing_ok=True)
     except OSError as error:
         raise EchoCheckpointError(
-            f"{path} could not be written: {error}. Free some space or choose another place; nothing was left behind."
+            f"{path} could not be written: {error}. No partial output was left. Free some space, or choose another "
+            "path."
         ) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically; see `write_file`."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def remove_leftovers(target: Path) -> None:
-    """Remove what killed processes left of a file or folder under temporary names. To be called under its lock."""
+    """Remove temporary files and folders that killed processes left of an output. Call it under the output's lock."""
     target = Path(os.path.realpath(target))
     for folder in (target.parent, target):
         for path in folder.glob(f".{glob.escape(target.name)}.*"):
@@ -98,7 +104,7 @@ def remove_leftovers(target: Path) -> None:
 
 
 def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Raises EchoCheckpointError if the folder holds anything, unless it may be replaced."""
+    """Raise EchoCheckpointError if the folder is not empty, unless `overwrite` is set."""
     folder = Path(folder)
     try:
         if folder.exists() and not folder.is_dir():
@@ -106,17 +112,18 @@ def refuse_existing(folder: str | Path, *, overwrite: bool = False) -> None:
         names = sorted(entry.name for entry in os.scandir(folder)) if folder.is_dir() else []
     except OSError as error:
         raise EchoCheckpointError(f"{folder} can't be read: {error}. Choose another folder.") from error
-    found = [name for name in names if not _is_lock(name)]
+    # a lock file is the folder's own, or of an output in it
+    found = [name for name in names if not (name.startswith(".") and name.endswith(LOCK))]
     if found and not overwrite:
-        is_around_us = Path.cwd().is_relative_to(folder.resolve())
-        advice = "Choose another folder" + ("." if is_around_us else ", or remove this one.")
+        holds_cwd = Path.cwd().is_relative_to(folder.resolve())
+        advice = "Choose another folder" + ("." if holds_cwd else ", or remove this one.")
         raise EchoCheckpointError(f"{folder} exists and is not empty: it holds {found[0]}. {advice}")
 
 
 def use_umask(folder: Path, files: Iterable[Path] | None = None) -> None:
-    """Give files the permissions that the umask gave their folder: safetensors makes its own 0600.
+    """Give files the permissions of the umask, read from their folder: safetensors creates files with mode 0600.
 
-    files: by default all of a folder of our own making.
+    files: default: all files in the folder.
     """
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for path in folder.rglob("*") if files is None else files:
@@ -125,7 +132,7 @@ def use_umask(folder: Path, files: Iterable[Path] | None = None) -> None:
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Remove these files, and the folders in which they were if nothing else is there."""
+    """Remove these files, and their subfolders that are then empty."""
     paths = [folder / name for name in names]
     for path in paths:
         path.unlink(missing_ok=True)
@@ -135,19 +142,19 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove a folder of our own making if nothing is in it."""
+    """Remove a folder if it is empty."""
     if folder.is_dir() and not folder.is_symlink() and not any(os.scandir(folder)):
         folder.rmdir()
 
 
 def _is_special(path: str | Path) -> bool:
-    """Whether there is something that is neither a file nor a folder."""
+    """Whether the path is a device, a pipe or a socket."""
     path = Path(path)
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _fill(target: Path, temporary: Path, stale: Iterable[str]) -> None:
-    """Move the files of a temporary folder, in subfolders too, into one that exists."""
+    """Move the files of a temporary folder, with its subfolders, into an existing one."""
     new = [str(path.relative_to(temporary)) for path in sorted(temporary.rglob("*")) if path.is_file()]
     for name in (*stale, *new):
         (target / name).unlink(missing_ok=True)
@@ -161,12 +168,12 @@ def _fill(target: Path, temporary: Path, stale: Iterable[str]) -> None:
 
 @contextmanager
 def locked(output: str | Path) -> Iterator[None]:
-    """Hold an output, a file or a folder, for this process alone.
+    """Lock an output, a file or a folder, for this process.
 
-    The system frees the lock when the process ends, however it ends: a lock file that is left blocks nobody. It lies
-    beside the output, which therefore is as empty as it was. Raises EchoCheckpointError, which names the other process.
+    The operating system releases the lock when the process ends, so a lock file left behind blocks nobody. It lies
+    beside the output, so that an empty folder stays empty. Raises EchoCheckpointError, which names the other process.
     """
-    if _is_special(output):  # a device or a pipe, which many may write to
+    if _is_special(output):  # several processes may write to it
         yield
         return
     path = _lock_file(output)
@@ -178,31 +185,31 @@ def locked(output: str | Path) -> Iterator[None]:
         raise EchoCheckpointError(f"{output} can't be locked: {error}. Choose another output.") from error
     try:
         holder = f"process {os.getpid()} on {platform.node()}, since {datetime.now():%Y-%m-%d %H:%M}\n"
-        with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file; then the holder has no name
+        with contextlib.suppress(OSError):  # Windows refuses writes to a locked file; then the holder stays unnamed
             path.write_text(holder, encoding="utf-8")
         yield
     finally:
         _release(lock, path)
-        with contextlib.suppress(OSError):  # what holds something is not empty
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
             for folder in made:
                 folder.rmdir()
 
 
 def refuse_locked(output: str | Path) -> None:
-    """Raises EchoCheckpointError if another process holds an output that is only to be read."""
+    """Raise EchoCheckpointError if another process has locked an output that is about to be read."""
     path = _lock_file(output)
     if path.exists():
         try:
             _release(_acquire(path, output), path)
         except OSError as error:
             raise EchoCheckpointError(
-                f"{path} can't be opened: {error}. It is another user's, whose run may be going on; if it has ended, "
-                "have the file removed."
+                f"{path} can't be opened: {error}. It belongs to another user, whose run may still be active. If the "
+                "run has ended, have the file removed."
             ) from error
 
 
 def _lock_file(output: str | Path) -> Path:
-    """Beside the output; inside one whose parent is closed to us, such as a mount point."""
+    """The lock file beside the output, or inside it where its parent is not writable, as for a mount point."""
     target = Path(os.path.realpath(output))
     if not target.name:
         raise EchoCheckpointError(f"{output} is the root of a file system. Name a folder in it.")
@@ -211,15 +218,10 @@ def _lock_file(output: str | Path) -> Path:
     return target.with_name(f".{target.name}{LOCK}")
 
 
-def _is_lock(name: str) -> bool:
-    """Whether a file is called as the lock of the folder that it lies in, or of an output in it."""
-    return name.startswith(".") and name.endswith(LOCK)
-
-
 def _acquire(path: Path, output: str | Path) -> FileLock:
     try:
         holder = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):  # there is none yet, or the system lets nobody read a locked file
+    except (OSError, UnicodeDecodeError):  # there is no lock file yet, or Windows refuses to read a locked one
         holder = ""
     lock = FileLock(path)
     try:
@@ -232,7 +234,7 @@ def _acquire(path: Path, output: str | Path) -> FileLock:
 
 
 def _release(lock: FileLock, path: Path) -> None:
-    if os.name != "nt":  # while it is held: who waits for this very file sees that it is gone, and makes another
-        with contextlib.suppress(OSError):  # a file that can't be removed blocks nobody
+    if os.name != "nt":  # removed while still locked: a process that waits for this file notices and makes a new one
+        with contextlib.suppress(OSError):  # a lock file that stays blocks nobody
             path.unlink()
     lock.release()

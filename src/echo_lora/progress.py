@@ -1,4 +1,4 @@
-"""Bars on a terminal, plain lines anywhere else, both on stderr."""
+"""Progress on stderr: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 def progress_console() -> Console:
-    """Where progress is shown."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def stage(text: str, *, bar: bool = True, line: bool = True) -> Iterator[None]:
-    """A stage of unknown length: on a terminal a moving bar with the time it takes, elsewhere one line.
+    """Show a stage of unknown length: a moving bar and the elapsed time on a terminal, one line elsewhere.
 
-    bar: False for a stage that shows a bar of its own. line: False for a stage that is not worth a line.
+    bar: False for a stage that shows its own bar. line: False to print nothing where there is no terminal.
     """
     console = progress_console()
     if not (bar and console.is_terminal):

@@ -1,4 +1,4 @@
-"""How commands talk to a terminal: errors and exit statuses, tables, coloured rows."""
+"""What commands share: arguments, errors and exit statuses, tables, coloured rows."""
 
 from __future__ import annotations
 
@@ -22,51 +22,44 @@ if TYPE_CHECKING:
     from echo_lora.data.preview import Segment
 
 
-MOST = 1_000_000_000  # of what can be counted: more is a slip
+MAX_COUNT = 1_000_000_000  # of an option that counts something: more is a typing error
 STYLES = {"prompt": "none", "boundary": "black on yellow", "answer": "green", "ignored": "dim"}
 
 
 def path(text: str | Path) -> Path:
-    """A path in which `~` stands for the home folder: shells leave it as it is in `--output=~/scores.json`."""
-    if not str(text).strip():  # as of a variable that is not set; it would be the working directory
+    """Parse a path. Expands `~`, which shells leave alone in `--output=~/scores.json`."""
+    if not str(text).strip():  # from an unset variable; Path("") would be the working directory
         raise typer.BadParameter(f"{text!r} is blank. Name a path.")
     return expanded(text)
 
 
 class Group(TyperGroup):
-    """Reports an EchoError as its message and exit status 1, a Ctrl-C with exit status 130."""
+    """Reports an error as its message, with exit status 1, or 130 for Ctrl-C. `--traceback` shows the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        _calm_libraries()
+        _quiet_libraries()
         try:
             done = super().invoke(ctx)
-            sys.stdout.flush()  # a full disk is to show here
+            sys.stdout.flush()  # raises here if the disk is full
             return done
-        except KeyboardInterrupt as error:
-            if ctx.meta.get("traceback"):
-                raise
-            typer.echo(str(error) or "Interrupted.", err=True)
-            raise typer.Exit(130) from error
-        except EchoError as error:
-            message = str(error)
-            if ctx.meta.get("traceback"):
-                raise
-            typer.echo(f"Error: {message}", err=True)
-            raise typer.Exit(1) from error
-        except (OSError, MemoryError) as error:  # the machine's; with what is tried, the last remedy is known here only
+        except (KeyboardInterrupt, EchoError, OSError, MemoryError) as error:
             if ctx.meta.get("traceback") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            reason = shortened(str(error) or "there is not enough memory")
-            typer.echo(f"Error: the system refuses: {reason}. Make room, or run again with --traceback.", err=True)
-            raise typer.Exit(1) from error
+            status = 1
+            if isinstance(error, KeyboardInterrupt):
+                message, status = str(error) or "Interrupted.", 130
+            elif isinstance(error, EchoError):
+                message = f"Error: {error}"
+            else:
+                reason = shortened(str(error) or "not enough memory")
+                message = f"Error: the system reports: {reason}. Free some space, or run again with --traceback."
+            typer.echo(message, err=True)
+            raise typer.Exit(status) from error
 
 
-def remember(ctx: typer.Context, value: bool) -> bool:
+def _set_traceback(ctx: typer.Context, value: bool) -> bool:
     ctx.meta["traceback"] = ctx.meta.get("traceback", False) or value  # meta is shared with the group's context
     return value
-
-
-# ------------------------------------------------------------------- printing
 
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe")]
@@ -76,12 +69,15 @@ SetOption = Annotated[
 ]
 
 TracebackOption = Annotated[
-    bool, typer.Option("--traceback", callback=remember, help="show where in the program an error arose")
+    bool, typer.Option("--traceback", callback=_set_traceback, help="show the Python traceback of an error")
 ]
 
 
+# ------------------------------------------------------------------- printing
+
+
 def starting() -> Any:
-    """A bar for the seconds that importing torch and transformers takes."""
+    """A progress bar while torch and transformers are imported, which takes seconds."""
     from echo_lora.progress import stage
 
     return stage("Starting", line=False)
@@ -94,21 +90,21 @@ def new_console() -> Console:
 
 
 def print_pairs(pairs: dict[str, str]) -> None:
-    """Two columns, 80 characters wide but for words that are longer."""
+    """Print two columns, wrapped at 80 characters."""
     from textwrap import wrap
 
     for name, value in pairs.items():
         lines = [
-            part
+            wrapped
             for line in value.split("\n")
-            for part in wrap(line, 63, break_long_words=False, break_on_hyphens=False) or [""]
+            for wrapped in wrap(line, 63, break_long_words=False, break_on_hyphens=False) or [""]
         ]
         for i, line in enumerate(lines):
             typer.echo(f"{name if i == 0 else '':16} {line}".rstrip())
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
-    """Columns as wide as their longest cell; each row is a mapping from the heads."""
+    """Print rows, each a mapping from the column heads, in columns as wide as their longest cell."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
@@ -116,7 +112,7 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 def print_wide_table(title: str, rows: list[dict[str, str]]) -> None:
-    """As wide as the terminal allows; each row is a mapping from the heads."""
+    """Print rows, each a mapping from the column heads, in a table that fits the terminal."""
     from rich import box
     from rich.table import Table
 
@@ -130,7 +126,7 @@ def print_wide_table(title: str, rows: list[dict[str, str]]) -> None:
 
 
 def print_segments(console: Console, segments: list[Segment]) -> None:
-    """In colours on a terminal, else each run of one kind as a quoted text."""
+    """Print tokens in colours on a terminal, elsewhere each run of one kind as a quoted string."""
     import json
     from itertools import groupby
 
@@ -148,17 +144,17 @@ def print_segments(console: Console, segments: list[Segment]) -> None:
         console.print(f"{kind:9} {len(pieces):4}  {quoted}", markup=False)
 
 
-def _calm_libraries() -> None:
-    """Warnings and errors only, and no bars but our own."""
+def _quiet_libraries() -> None:
+    """Limit libraries to warnings and errors, and hide their progress bars."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     if not sys.warnoptions:
-        for category in (FutureWarning, DeprecationWarning):  # of the libraries about each other
+        for category in (FutureWarning, DeprecationWarning):  # libraries about each other
             warnings.simplefilter("ignore", category)
 
 
 def command_line() -> str:
-    """What was typed, as it can be typed again."""
+    """The command line, quoted so that it can be run again."""
     return shlex.join(["echo-lora", *sys.argv[1:]])

@@ -1,4 +1,8 @@
-"""A trained adapter as files: save and prove, inspect, merge, describe.
+"""A trained adapter as files: save and verify, inspect, load, merge, describe. Nothing here trains.
 
-Nothing here trains.
+export.py        `save_verified`, `verify_adapter`
+inspection.py    `inspect_adapter`: what a folder holds, and its problems
+merge.py         `load_adapter`, `merge`
+files.py         names, tensors, configuration and hash of an adapter
+card.py          the model card
 """

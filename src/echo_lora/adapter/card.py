@@ -18,10 +18,7 @@ CARD_METRICS = (
 
 
 def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
-    """README.md of an adapter: how it was made, and that nothing of the echo is needed to use it.
-
-    run: the fields of `run.json`.
-    """
+    """README.md of an adapter: how it was trained and how to load it. run: the fields of `run.json`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

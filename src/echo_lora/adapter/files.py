@@ -26,7 +26,7 @@ CONFIG_FILE = "adapter_config.json"
 
 LARGEST_CONFIG = 10_000_000  # bytes
 
-# What a tokenizer may leave in a folder: an earlier one must not stay beside the files of another.
+# files that tokenizers save; those of an earlier tokenizer must not stay beside another's
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
@@ -34,17 +34,17 @@ TOKENIZER_FILES = (
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, gathered if each process holds a part of it: then all have to ask, in the same order."""
+    """The tensor on the CPU. A sharded one is gathered: all processes must call this in the same order."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
 def adapter_tensors(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The adapter's tensors, whole, by the names that PEFT saves them under."""
+    """The adapter's whole tensors, under the names that PEFT saves them with."""
     return {name: whole(t) for name, t in get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
 
 
 def adapter_hash(model: PeftModel, adapter_name: str = "default") -> str:
-    """SHA-256 of the adapter's names, dtypes and bytes: equal exactly if two adapters are."""
+    """SHA-256 of the adapter's names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(adapter_tensors(model, adapter_name).items()):
         data = tensor.contiguous()
@@ -57,19 +57,19 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder. Raises EchoCheckpointError if the file is missing or corrupted."""
     path = Path(folder) / ADAPTER_FILE
     if not os.path.isfile(path):
-        raise EchoCheckpointError(f"{path} is missing. Name the folder that holds adapter_config.json beside it.")
+        raise EchoCheckpointError(f"{path} is missing. Name the folder that holds it and adapter_config.json.")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise EchoCheckpointError(
-            f"{path} can't be read: {error}. The file is corrupted or cut off; restore it or save the adapter again."
+            f"{path} can't be read: {error}. The file is corrupted or truncated: restore it, or save the adapter again."
         ) from error
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """The adapter_config.json of a folder.
 
-    Raises EchoCheckpointError if it is missing, not an adapter's, or says of a LoRA adapter what none can have.
+    Raises EchoCheckpointError if it is missing, not a PEFT adapter's, or has values that no LoRA adapter can have.
     """
     path = Path(folder) / CONFIG_FILE
     try:
@@ -98,7 +98,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 class _LoraFile(BaseModel):
-    """What an adapter_config.json says of the weights beside it, and what PEFT does not check when it reads it."""
+    """The fields of a LoRA adapter_config.json that PEFT does not check."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -119,10 +119,7 @@ class _LoraFile(BaseModel):
 
 
 def compare_adapter(folder: Path, expected: Mapping[str, Tensor], *, trained: bool = True) -> None:
-    """Compare an adapter folder with `adapter_tensors`: same keys, same values, all finite, lora_B trained.
-
-    Raises EchoCheckpointError.
-    """
+    """Raise EchoCheckpointError unless a folder holds the expected keys and values, all finite, with lora_B trained."""
     saved = read_adapter(folder)
     missing, extra = expected.keys() - saved.keys(), saved.keys() - expected.keys()
     if missing or extra:
@@ -133,14 +130,14 @@ def compare_adapter(folder: Path, expected: Mapping[str, Tensor], *, trained: bo
     for name, tensor in saved.items():
         if not torch.isfinite(tensor).all():
             raise EchoCheckpointError(
-                f"{folder / ADAPTER_FILE}: {name} holds values that are not finite. Training diverged: go back to an "
-                "earlier checkpoint and lower the learning rate."
+                f"{folder / ADAPTER_FILE}: {name} holds values that are not finite: training diverged. Go back to an "
+                "earlier checkpoint, and lower the learning rate."
             )
         if not torch.equal(tensor, expected[name].to(tensor.dtype)):
             raise EchoCheckpointError(f"{folder / ADAPTER_FILE}: {name} differs from the trained adapter. Save again.")
     lora_B = [tensor for name, tensor in saved.items() if "lora_B" in name]
     if trained and lora_B and not any(tensor.any() for tensor in lora_B):
         raise EchoCheckpointError(
-            f"{folder / ADAPTER_FILE}: every lora_B is zero, so the adapter does nothing. It was never trained: check "
-            "the learning rate and that the adapter's parameters require gradients."
+            f"{folder / ADAPTER_FILE}: every lora_B is zero: the adapter was not trained. Check the learning rate, and "
+            "that the adapter's parameters require gradients."
         )

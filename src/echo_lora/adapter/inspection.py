@@ -1,4 +1,4 @@
-"""What an adapter's folder holds, and what would keep PEFT from loading it."""
+"""What an adapter folder holds, and the problems in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from echo_lora.method.variants import changes_base
 
 
 def adapter_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Why the tensors of an adapter file are not those of its configuration, or not to be used."""
+    """Why an adapter's tensors are unusable or do not match its configuration."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             yield f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers"
@@ -24,16 +24,16 @@ def adapter_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             yield f"{name} holds values that are not finite"
     foreign = sorted(name for name in tensors if not name.startswith("base_model.model."))
     if foreign:
-        yield f"{foreign[0]} is not a key of PEFT ({len(foreign)} such keys)"
+        yield f"{foreign[0]} is not a PEFT key ({len(foreign)} such keys)"
     if config.get("task_type") not in (None, TaskType.CAUSAL_LM, TaskType.FEATURE_EXTRACTION):
-        yield f"task_type = {config['task_type']} is not that of a language model, {TaskType.CAUSAL_LM.value}"
+        yield f"task_type = {config['task_type']} is not that of a causal language model, {TaskType.CAUSAL_LM.value}"
     if config["peft_type"] != PeftType.LORA:
         if any(".lora_A." in name for name in tensors):
-            yield f"the weights are those of LoRA, but peft_type = {config['peft_type']}"
+            yield f"the weights are LoRA weights, but peft_type = {config['peft_type']}"
         return
     modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
     if not modules:
-        yield "it has no weights of LoRA"
+        yield "there are no LoRA weights"
     if config["lora_alpha"] == 0:
         yield "lora_alpha = 0: the adapter changes nothing"
     for module in sorted(modules):
@@ -41,25 +41,29 @@ def adapter_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 
 def missing_modules(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """What the configuration says is trained beside LoRA and has no weights: PEFT fails on a base that has it."""
+    """What the configuration says is trained besides LoRA but has no weights. PEFT fails where the base has it."""
     names = config.get("modules_to_save")
     for name in names if isinstance(names, list) else []:
         if not any(f".{name}." in key for key in tensors):
-            yield f"modules_to_save names {name}, but there are no weights of it"
+            yield f"modules_to_save names {name}, but there are no weights for it"
     if config.get("trainable_token_indices") and not any("trainable_tokens" in key for key in tensors):
-        yield f"trainable_token_indices = {config['trainable_token_indices']}, but there are no weights of tokens"
+        yield f"trainable_token_indices = {config['trainable_token_indices']}, but there are no token weights"
 
 
 def _module_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor], module: str) -> Iterator[str]:
     own = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.lora_")}
     named = module.removeprefix("base_model.model.")
     try:
-        ranks = [rank for name, rank in (config.get("rank_pattern") or {}).items() if _is_named(named, name)]
+        ranks = [  # matched as PEFT does
+            rank
+            for pattern, rank in (config.get("rank_pattern") or {}).items()
+            if re.fullmatch(rf"(.*\.)?({pattern})", named)
+        ]
         targets = config.get("target_modules")
         if isinstance(targets, str) and targets != "all-linear" and not re.fullmatch(targets, named):
             yield f"{named} has weights, but target_modules = {targets!r} does not name it"
     except re.error as error:
-        yield f"a pattern in {CONFIG_FILE} is no regular expression: {error}"
+        yield f"a pattern in {CONFIG_FILE} is not a valid regular expression: {error}"
         return
     if isinstance(targets, list) and not any(named == name or named.endswith(f".{name}") for name in targets):
         yield f"{named} has weights, but target_modules = {targets} does not name it"
@@ -70,19 +74,13 @@ def _module_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor], m
         rank = (ranks or [config["r"]])[0]
         if A.dim() < 2 or B.dim() != A.dim() or (A.shape[0], B.shape[1]) != (rank, rank) or not A.numel() * B.numel():
             shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
-            yield f"{named} has lora_A and lora_B of the shapes {shapes}, which are not those of rank {rank}"
-        has_magnitude = any("magnitude" in name for name in own)
-        if has_magnitude != bool(config.get("use_dora")):
-            has = "a magnitude" if has_magnitude else "no magnitude"
-            yield f"{named} has {has} of DoRA, but use_dora = {config.get('use_dora', False)}"
-        if ("lora_B.bias" in own) != bool(config.get("lora_bias")):
-            has = "a bias" if "lora_B.bias" in own else "no bias"
-            yield f"{named} has {has} of lora_B, but lora_bias = {config.get('lora_bias', False)}"
-
-
-def _is_named(module: str, pattern: str) -> bool:
-    """Whether PEFT takes an entry of rank_pattern for this module."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+            yield f"{named} has lora_A and lora_B of shapes {shapes}, which do not fit rank {rank}"
+        for what, is_there, key in (
+            ("DoRA magnitude", any("magnitude" in name for name in own), "use_dora"),
+            ("lora_B bias", "lora_B.bias" in own, "lora_bias"),
+        ):
+            if is_there != bool(config.get(key)):
+                yield f"{named} has {'a' if is_there else 'no'} {what}, but {key} = {config.get(key, False)}"
 
 
 @dataclass(frozen=True)
@@ -94,44 +92,38 @@ class AdapterReport:
     rank: int
     alpha: float
     base: str | None
-    modules: list[str]  # the ends of the names of the changed modules
-    layers: int  # number of changed modules
+    modules: list[str]  # last parts of the names of the adapted modules
+    layers: int  # number of adapted modules
     parameters: int
     dtypes: list[str]
     files: list[str]
     has_chat_template: bool
-    problems: list[str]  # why it should not be used; empty for a sound one
-    readers: list[str]  # who can load it
+    problems: list[str]  # why not to use it; empty if there are none
+    readers: list[str]  # what can load it
 
     def pairs(self) -> dict[str, str]:
-        """What a terminal shows of it."""
+        """The report as names and values for a terminal."""
         return {
             "adapter": str(self.folder),
             "method": f"{self.method}, rank {self.rank}, alpha {self.alpha:g}",
-            "made for": self.base or "a base that it does not name",
+            "made for": self.base or "a base model that it does not name",
             "changes": f"{self.layers} modules: {', '.join(self.modules)}",
             "parameters": f"{self.parameters:,} in {', '.join(self.dtypes)}",
             "files": ", ".join(self.files),
             "chat template": "yes" if self.has_chat_template else "no",
             "problems": "\n".join(self.problems) or "none",
-            "loaded by": "\n".join(self.readers) or "nobody, as long as it has problems",
+            "loaded by": "\n".join(self.readers) or "nothing while it has problems",
         }
 
 
 def inspect_adapter(folder: str | Path) -> AdapterReport:
-    """Look into an adapter folder without a model. Raises EchoCheckpointError if it is none, or corrupted."""
+    """Inspect an adapter folder without a model. Raises EchoCheckpointError if it is not one, or corrupted."""
     folder = Path(folder)
     config, tensors = read_adapter_config(folder), read_adapter(folder)
     is_lora = config["peft_type"] == PeftType.LORA
-    method = (
-        config["peft_type"].lower()
-        if not is_lora
-        else "dora"
-        if config.get("use_dora")
-        else "rslora"
-        if config.get("use_rslora")
-        else "lora"
-    )
+    method = config["peft_type"].lower()
+    if is_lora and (config.get("use_dora") or config.get("use_rslora")):
+        method = "dora" if config.get("use_dora") else "rslora"
     changed = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
     lora_B = [tensor for name, tensor in tensors.items() if ".lora_B" in name]
     problems = [*adapter_problems(config, tensors), *missing_modules(config, tensors)]
@@ -141,11 +133,13 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
         problems += _refused_by_peft(folder)
     readers = ["PEFT: peft.PeftModel.from_pretrained", "transformers: model.load_adapter"]
     if changed_by := changes_base(config):
-        readers = [f"PEFT, which changes the base's weights as it loads ({changed_by}); no server: save it as_lora"]
+        readers = [
+            f"PEFT, which changes the base's weights on loading ({changed_by}); no server: save it with as_lora=True"
+        ]
     elif method == "dora":
-        readers.append("servers without DoRA (such as vLLM): merge it first, with `echo-lora merge`")
+        readers.append("servers without DoRA (such as vLLM): first merge it with `echo-lora merge`")
     else:
-        readers.append("servers that read PEFT's LoRA folders; any other after `echo-lora merge`")
+        readers.append("servers that read PEFT LoRA folders; others after `echo-lora merge`")
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     return AdapterReport(
         folder=folder,
@@ -165,9 +159,9 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
 
 
 def _refused_by_peft(folder: Path) -> list[str]:
-    """What PEFT objects to in the configuration of a folder. It raises whatever its own code happens to raise."""
+    """Why PEFT can't read the configuration, which may be any exception of its code."""
     try:
         PeftConfig.from_pretrained(str(folder))
     except Exception as error:
-        return [f"PEFT does not take {CONFIG_FILE}: {type(error).__name__}: {error}"]
+        return [f"PEFT can't read {CONFIG_FILE}: {type(error).__name__}: {error}"]
     return []

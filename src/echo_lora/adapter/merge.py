@@ -1,14 +1,13 @@
-"""Loading an adapter onto its base, and merging it into the base's weights, each with its proof.
+"""Load an adapter onto its base model, and merge it into the base's weights, with checks.
 
-PEFT loads an adapter whose keys don't match with a warning at most, and scales a merge in whatever the weights'
-type is. Here a key that does not match is an error that names the module, and a merge is compared, logit by logit,
-with the model that it stands for.
+PEFT at most warns if an adapter's keys don't match, and merges in whatever dtype the weights have. Here a mismatch is
+an error that names the module, and a merged model's logits are compared with those of base and adapter.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from echo_lora.adapter.export import TOLERANCE, probe_ids
+from echo_lora.adapter.export import logit_tolerance, probe_ids
 from echo_lora.adapter.files import CONFIG_FILE, read_adapter, read_adapter_config
 from echo_lora.adapter.inspection import adapter_problems, missing_modules
 from echo_lora.errors import EchoCheckpointError, EchoModelError
@@ -30,17 +29,17 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A merged model and how far its logits are from those of base and adapter."""
+    """A merged model, and the difference of its logits from those of base and adapter."""
 
     output: Path
     dtype: str
     max_difference: float  # of logits, on a short probe
     largest_logit: float
     tolerance: float  # of max_difference / largest_logit
-    reloaded_difference: float | None  # the same, of the folder as it reads back; None if not verified
+    reloaded_difference: float | None  # the same for the saved model as it loads; None if not verified
 
     def pairs(self) -> dict[str, str]:
-        """What a terminal shows of it."""
+        """The result as names and values for a terminal."""
         allowed = f"{self.tolerance * self.largest_logit:.3g} allowed in {self.dtype}"
         difference = f"{self.max_difference:.3g} ({allowed}, largest logit {self.largest_logit:.3g})"
         pairs = {"merged model": str(self.output), "logit difference": difference}
@@ -56,105 +55,97 @@ def merge(
     verify: bool = False,
     trust_remote_code: bool = False,
 ) -> MergeResult:
-    """Write the base with the adapter merged into its weights, and its tokenizer, as a model of its own.
+    """Write the base model with the adapter merged into its weights, and the tokenizer, to a new folder.
 
-    base: by default the one that the adapter names. dtype: type in which to load, merge and write; "auto" is the
-    type in which the base is stored. verify: read the written folder back and compare it too. trust_remote_code: run
-    code that comes with the base, or with a tokenizer beside the adapter. Raises EchoCheckpointError if the logits
-    differ by more than the type's rounding or another process writes the output, EchoModelError for a quantised base.
+    base: default: the one that the adapter names. dtype: to load, merge and save in; "auto" is that of the stored base.
+    verify: load the saved model and compare it too. trust_remote_code: run code that comes with the base, or with a
+    tokenizer beside the adapter. Raises EchoCheckpointError if the logits differ by more than rounding or another
+    process writes the output, EchoModelError for a quantised base.
     """
-    with locked(output):
+    with locked(output), torch.no_grad():
         remove_leftovers(Path(output))
         refuse_existing(output)
-        return _merge(adapter, output, base, dtype, verify, trust_remote_code)
-
-
-def _merge(
-    adapter: str | Path,
-    output: str | Path,
-    base: str | Path | None,
-    dtype: Dtype,
-    verify: bool,
-    trust_remote_code: bool,
-) -> MergeResult:
-    config = read_adapter_config(adapter)
-    reference = base if base is not None else config.get("base_model_name_or_path")
-    if not reference:
-        raise EchoCheckpointError(f"{adapter} names no base model. Name it with --base.")
-    _refuse_quantised(reference, load_config(reference, trust_remote_code))
-    with stage(f"Loading {reference} and the adapter"):
-        model = load_adapter(load_base_model(reference, dtype, trust_remote_code=trust_remote_code), adapter)
-    probe = probe_ids(model)
-    with torch.no_grad():
+        reference = base if base is not None else read_adapter_config(adapter).get("base_model_name_or_path")
+        if not reference:
+            raise EchoCheckpointError(f"{adapter} names no base model. Name it with --base.")
+        _refuse_quantised(reference, load_config(reference, trust_remote_code))
+        with stage(f"Loading {reference} and the adapter"):
+            model = load_adapter(load_base_model(reference, dtype, trust_remote_code=trust_remote_code), adapter)
+        probe = probe_ids(model)
         before = model(input_ids=probe).logits.float()
-        try:
-            merged = model.merge_and_unload(safe_merge=True)
-        except ValueError as error:  # weights that are not finite
-            raise EchoCheckpointError(f"{adapter} can't be merged: {error}. Don't use this adapter.") from error
-        except NotImplementedError as error:  # variants that act on some tokens only
-            raise EchoModelError(
-                f"{adapter} can't be merged: {error} Load it beside its base with peft.PeftModel.from_pretrained."
-            ) from error
-        difference = _compare(merged, before, probe, f"{adapter}: merging")
-        reread = None
-        with new_folder(output) as temporary, stage("Writing" + " and reading back" * verify):
+        merged = _merged(model, adapter)
+        result = MergeResult(
+            output=Path(output),
+            dtype=str(merged.dtype).removeprefix("torch."),
+            max_difference=_compare(merged, before, probe, f"{adapter}: merging"),
+            largest_logit=before.abs().max().item(),
+            tolerance=logit_tolerance(merged.dtype),
+            reloaded_difference=None,
+        )
+        with new_folder(output) as temporary, stage("Writing" + " and verifying" * verify):
             merged.save_pretrained(temporary)
             tokenizer_folder = adapter if (Path(adapter) / "tokenizer_config.json").is_file() else reference
             load_tokenizer(tokenizer_folder, trust_remote_code).save_pretrained(temporary)
             if verify:
-                again = AutoModelForCausalLM.from_pretrained(
+                saved = AutoModelForCausalLM.from_pretrained(
                     temporary, dtype=merged.dtype, trust_remote_code=trust_remote_code, use_safetensors=True
                 )
-                reread = _compare(again.eval(), before, probe, f"{output}: the merged model as it reads back")
-    return MergeResult(
-        output=Path(output),
-        dtype=str(merged.dtype).removeprefix("torch."),
-        max_difference=difference,
-        largest_logit=before.abs().max().item(),
-        tolerance=TOLERANCE.get(merged.dtype, TOLERANCE[torch.bfloat16]),
-        reloaded_difference=reread,
-    )
+                difference = _compare(saved.eval(), before, probe, f"{output}: the merged model as it loads")
+                result = replace(result, reloaded_difference=difference)
+    return result
 
 
-def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_named_alike: bool = False) -> PeftModel:
-    """The base with the adapter of a folder, in eval mode, as stock PEFT loads it.
+def _merged(model: PeftModel, adapter: str | Path) -> PreTrainedModel:
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # weights that are not finite
+        raise EchoCheckpointError(f"{adapter} can't be merged: {error}. Don't use this adapter.") from error
+    except NotImplementedError as error:  # variants that act on some tokens only
+        raise EchoModelError(
+            f"{adapter} can't be merged: {error} Load it with its base in peft.PeftModel.from_pretrained."
+        ) from error
 
-    is_named_alike: demand that the base is called as the adapter says, but for the folders above it. Raises
-    EchoCheckpointError if the adapter is corrupted or does not fit the base, naming the first module where it doesn't.
+
+def load_adapter(base: PreTrainedModel, folder: str | Path, *, require_same_name: bool = False) -> PeftModel:
+    """The base with a folder's adapter, in eval mode, as PEFT loads it.
+
+    require_same_name: refuse a base whose name, without the folders above it, is not the one recorded in the adapter.
+    Raises EchoCheckpointError if the adapter is corrupted, or does not fit the base: then it names the first module.
     """
     folder, name = Path(folder), base.name_or_path
     config, saved = read_adapter_config(folder), read_adapter(folder)
     made_for = config.get("base_model_name_or_path")
-    advice = f"The adapter was made for {made_for or 'a base that it does not name'}. Name its own base."
+    advice = f"The adapter was made for {made_for or 'a base model that it does not name'}. Name its base model."
     if made_for and Path(made_for).name == Path(name).name:
-        advice = f"Is {CONFIG_FILE} the one that was saved with the weights, and {name} the base that was trained on?"
-    if is_named_alike and made_for and Path(made_for).name != Path(name).name:
+        advice = f"Is {CONFIG_FILE} the one that was saved with the weights, and {name} the base it was trained on?"
+    elif require_same_name and made_for:
         raise EchoCheckpointError(
             f"{folder} was made for {made_for}, not for {name}. Name that base as the recipe's model; or, if the two "
             f"are the same, correct base_model_name_or_path in {folder / CONFIG_FILE}."
         )
     for what in adapter_problems(config, saved):
-        raise EchoCheckpointError(f"{folder}: {what}. Don't use this adapter; save it again, or fetch it again.")
+        raise EchoCheckpointError(f"{folder}: {what}. Don't use this adapter; save it again, or download it again.")
     try:
-        with warnings.catch_warnings():  # of every key that does not fit: the first one is named below
+        with warnings.catch_warnings():  # about keys that don't fit: the error below names the first
             for text in ("Found missing adapter keys", "Some weights of"):
                 warnings.filterwarnings("ignore", text, UserWarning)
             model = PeftModel.from_pretrained(base, str(folder), ignore_mismatched_sizes=True)
-    except Exception as error:  # whatever PEFT's own code meets where none of the target modules is there, for example
+    except Exception as error:  # any exception of PEFT's code, for example where no target module exists
         for what in missing_modules(config, saved):
-            raise EchoCheckpointError(f"{folder}: {what}. Save the adapter again, or fetch it again.") from error
+            raise EchoCheckpointError(f"{folder}: {what}. Save the adapter again, or download it again.") from error
         raise EchoCheckpointError(f"{folder} does not fit {name}: {error}. {advice}") from error
-    # PEFT asks the hub for the base that it names, which may be a path of another machine
+    # else PEFT looks up the recorded base on the hub, which may be a path of another machine
     model.peft_config["default"].base_model_name_or_path = name
     expected = get_peft_model_state_dict(model)
     for key in sorted(expected.keys() | saved.keys()):
-        problem = _misfit(key, expected.get(key), saved.get(key))
+        problem = _misfit(expected.get(key), saved.get(key))
         if problem:
-            raise EchoCheckpointError(f"{folder} does not fit {name}: {_module(key)} {problem} ({key}). {advice}")
+            module = key.removeprefix("base_model.model.").partition(".lora_")[0]
+            raise EchoCheckpointError(f"{folder} does not fit {name}: {module} {problem} ({key}). {advice}")
     return model.eval()
 
 
-def _misfit(key: str, expected: Tensor | None, saved: Tensor | None) -> str | None:
+def _misfit(expected: Tensor | None, saved: Tensor | None) -> str | None:
     if saved is None:
         return "has no weights in the adapter"
     if expected is None:
@@ -162,10 +153,6 @@ def _misfit(key: str, expected: Tensor | None, saved: Tensor | None) -> str | No
     if expected.shape != saved.shape:
         return f"needs the shape {tuple(expected.shape)}, but the adapter holds {tuple(saved.shape)}"
     return None
-
-
-def _module(key: str) -> str:
-    return key.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
 def _refuse_quantised(reference: str | Path, config: Any) -> None:
@@ -180,14 +167,14 @@ def _refuse_quantised(reference: str | Path, config: Any) -> None:
 
 
 def _compare(model: nn.Module, before: Tensor, probe: Tensor, what: str) -> float:
-    """The largest difference of logits. Raises EchoCheckpointError if the weights' type does not explain it."""
+    """The largest difference of logits. Raises EchoCheckpointError if it exceeds the dtype's rounding."""
     dtype = next(model.parameters()).dtype
     after = model(input_ids=probe).logits.float()
     difference, largest = (after - before).abs().max().item(), before.abs().max().item()
-    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
-    if not difference <= tolerance * largest:  # also where it is not a number
+    tolerance = logit_tolerance(dtype)
+    if not difference <= tolerance * largest:  # also if it is NaN
         raise EchoCheckpointError(
             f"{what} changes logits by {difference:.3g}, of at most {largest:.3g}; {dtype} explains up to "
-            f"{tolerance * largest:.3g}. Nothing was written. Merge in a wider type: --dtype float32."
+            f"{tolerance * largest:.3g}. Nothing was written. Merge in a wider dtype: --dtype float32."
         )
     return difference

@@ -1,24 +1,22 @@
-"""The same benchmarks from the hub, brought into one form."""
+"""The benchmarks on the hub, converted to the columns of local files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from echo_lora.benchmarks.copies import Found, check_columns
+from echo_lora.benchmarks.folder import Splits, check_columns
 from echo_lora.benchmarks.protocols import Row, answer_of, instruction_of
 from echo_lora.errors import EchoDataError
 
-# --------------------------------------------------------------------------------------------------- the hub
-
 
 @dataclass(frozen=True)
-class _Hub:
-    """Where the hub has a benchmark: the (configuration, split) pairs of each part, and how a row reads natively."""
+class HubDataset:
+    """Where the hub has a benchmark, and how its rows are converted."""
 
     path: str
-    parts: Mapping[str, Sequence[tuple[str | None, str]]]
-    native: Callable[[Row], tuple[str, list[str], int]] | None = None  # to question, choices, label
+    splits: Mapping[str, Sequence[tuple[str | None, str]]]  # our split → (configuration, split) pairs on the hub
+    native: Callable[[Row], tuple[str, list[str], int]] | None = None  # row → question, choices, label
 
 
 def _lettered(row: Row, question: str) -> tuple[str, list[str], int]:
@@ -28,21 +26,24 @@ def _lettered(row: Row, question: str) -> tuple[str, list[str], int]:
 
 _SIZES = ("xs", "s", "m", "l", "xl", "debiased")
 
-_TRAIN_AND_VALIDATION = {"train": [(None, "train")], "test": [(None, "validation")]}
 
-# What LLM-Adapters calls test is the labelled validation part of these sets, for their test labels are secret.
+def _splits(configuration: str | None, test: str = "test") -> dict[str, list[tuple[str | None, str]]]:
+    return {"train": [(configuration, "train")], "test": [(configuration, test)]}
+
+
+# LLM-Adapters' test split is the validation split of these sets, whose test labels are not public.
+_TRAIN_AND_VALIDATION = _splits(None, test="validation")
+
 HUB = {
-    "boolq": _Hub(
+    "boolq": HubDataset(
         "google/boolq",
         _TRAIN_AND_VALIDATION,
         lambda row: (row["question"], ["true", "false"], 0 if row["answer"] else 1),
     ),
-    "piqa": _Hub(
-        "baber/piqa",
-        _TRAIN_AND_VALIDATION,
-        lambda row: (row["goal"], [row["sol1"], row["sol2"]], int(row["label"])),
+    "piqa": HubDataset(
+        "baber/piqa", _TRAIN_AND_VALIDATION, lambda row: (row["goal"], [row["sol1"], row["sol2"]], int(row["label"]))
     ),
-    "social_i_qa": _Hub(
+    "social_i_qa": HubDataset(
         "lighteval/siqa",
         _TRAIN_AND_VALIDATION,
         lambda row: (
@@ -51,59 +52,49 @@ HUB = {
             int(row["label"]) - 1,
         ),
     ),
-    "hellaswag": _Hub(
+    "hellaswag": HubDataset(
         "Rowan/hellaswag",
         _TRAIN_AND_VALIDATION,
         lambda row: (f"{row['activity_label']}: {row['ctx']}", list(row["endings"]), int(row["label"])),
     ),
-    "winogrande": _Hub(
+    "winogrande": HubDataset(
         "allenai/winogrande",
-        {
-            "train": [(f"winogrande_{size}", "train") for size in _SIZES],
-            "test": [("winogrande_xl", "validation")],
-        },
+        {"train": [(f"winogrande_{size}", "train") for size in _SIZES], "test": [("winogrande_xl", "validation")]},
         lambda row: (row["sentence"], [row["option1"], row["option2"]], int(row["answer"]) - 1),
     ),
     **{
-        name: _Hub(
-            "allenai/ai2_arc",
-            {"train": [(name, "train")], "test": [(name, "test")]},
-            lambda row: _lettered(row, "question"),
-        )
+        name: HubDataset("allenai/ai2_arc", _splits(name), lambda row: _lettered(row, "question"))
         for name in ("ARC-Easy", "ARC-Challenge")
     },
-    "openbookqa": _Hub(
-        "allenai/openbookqa",
-        {"train": [("main", "train")], "test": [("main", "test")]},
-        lambda row: _lettered(row, "question_stem"),
-    ),
-    "gsm8k": _Hub("openai/gsm8k", {"train": [("main", "train")], "test": [("main", "test")]}),
-    "mmlu": _Hub("cais/mmlu", {part: [("all", part)] for part in ("dev", "validation", "test")}),
-    "humaneval": _Hub("openai/openai_humaneval", {"test": [(None, "test")]}),
+    "openbookqa": HubDataset("allenai/openbookqa", _splits("main"), lambda row: _lettered(row, "question_stem")),
+    "gsm8k": HubDataset("openai/gsm8k", _splits("main")),
+    "mmlu": HubDataset("cais/mmlu", {split: [("all", split)] for split in ("dev", "validation", "test")}),
+    "humaneval": HubDataset("openai/openai_humaneval", {"test": [(None, "test")]}),
 }
 
 
-def from_hub(name: str) -> Found:
+def from_hub(name: str) -> Splits:
+    """The splits of a benchmark. Raises EchoDataError if they can't be downloaded or have other columns."""
     hub = HUB[name]
-    found: Found = {}
-    for part, places in hub.parts.items():
+    splits: Splits = {}
+    for split, sources in hub.splits.items():
         raw: list[Row] = []
-        for configuration, split in places:
-            rows = _load(hub.path, configuration, split)
-            try:
-                raw += [_from_native(name, hub, row) | _part_of(name, part, configuration) for row in rows]
-            except (KeyError, ValueError, TypeError) as error:
-                raise EchoDataError(
-                    f"{hub.path} ({split}): row {len(raw)} is not what {name} was when this was written: "
-                    f"{type(error).__name__}: {error}. Import a local copy."
-                ) from error
-        where = f"{hub.path}:{places[0][1]}"
+        for configuration, hub_split in sources:
+            for index, row in enumerate(_load(hub.path, configuration, hub_split)):
+                try:
+                    raw.append(_from_native(name, hub, row) | _size_of(name, split, configuration))
+                except (KeyError, ValueError, TypeError) as error:
+                    raise EchoDataError(
+                        f"{hub.path} ({hub_split}): row {index} no longer has the columns of {name}: "
+                        f"{type(error).__name__}: {error}. Import a local copy."
+                    ) from error
+        where = f"{hub.path}:{sources[0][1]}"
         check_columns(name, raw, where)
-        found[part] = where, raw
-    return found
+        splits[split] = where, raw
+    return splits
 
 
-def _from_native(name: str, hub: _Hub, row: Row) -> Row:
+def _from_native(name: str, hub: HubDataset, row: Row) -> Row:
     if hub.native is None:
         return row
     question, choices, label = hub.native(row)
@@ -118,9 +109,9 @@ def _from_native(name: str, hub: _Hub, row: Row) -> Row:
     }
 
 
-def _part_of(name: str, part: str, configuration: str | None) -> Row:
-    """The configurations of winogrande/train repeat each other; each row says where it comes from."""
-    if name != "winogrande" or part != "train":
+def _size_of(name: str, split: str, configuration: str | None) -> Row:
+    """The column `part` of winogrande/train: the size it comes from, because the sizes overlap."""
+    if name != "winogrande" or split != "train":
         return {}
     return {"part": str(configuration).removeprefix("winogrande_")}
 
@@ -132,5 +123,5 @@ def _load(path: str, configuration: str | None, split: str) -> Iterable[Row]:
         return datasets.load_dataset(path, configuration, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise EchoDataError(
-            f"{path} ({split}) can't be had from the hub: {error}. Try again, or import a local copy without --hub."
+            f"{path} ({split}) can't be downloaded: {error}. Try again, or import a local copy without --hub."
         ) from error

@@ -1,14 +1,14 @@
-"""The benchmarks of the method's text, as rows: eight tasks by the protocol of LLM-Adapters, and three more.
+"""The benchmarks and their protocols: the eight commonsense tasks of LLM-Adapters, GSM8K, MMLU and HumanEval.
 
     boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa
-                 an instruction; "the correct answer is …" is generated with four beams, and its first match is read
-    gsm8k        a question; the worked solution is generated, its number is read
-    mmlu         five solved questions of the same subject, then one; A, B, C or D by log-likelihood
+                 an instruction; "the correct answer is …" is generated with four beams, and the first match is read
+    gsm8k        a question; the worked solution is generated, and its number is read
+    mmlu         five-shot, with examples of the same subject; A, B, C or D by log-likelihood
     humaneval    the head of a Python function; its body is generated and run on the task's test
 
-LLM-Adapters trains and evaluates with prompts that differ in white space, and indents every line but the first by
-sixteen blanks (finetune.py and commonsense_evaluate.py at commit 8166572). The rows keep both to the byte. `EvalTask`s
-are made by `eval_task`; the task files for lm-evaluation-harness itself are in `lm_eval_tasks/`.
+LLM-Adapters' training and evaluation prompts differ in white space, and indent every line but the first by sixteen
+blanks (finetune.py and commonsense_evaluate.py at commit 8166572). Rows reproduce both to the byte. The task files for
+lm-evaluation-harness alone are in `evaluate/lm_eval_tasks/`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 from echo_lora.errors import EchoConfigError, EchoDataError, nearest
 from echo_lora.evaluate.answers import read_number
-from echo_lora.evaluate.tasks import EvalTask
 
 INDENT = " " * 16
 
@@ -34,20 +33,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is published of a data set, and how it is scored."""
+    """A benchmark's published counts and how it is scored."""
 
     name: str
-    published: Mapping[str, int]  # rows of each part
+    published: Mapping[str, int]  # rows of each split
     scored: Mapping[str, Any]  # fields of its EvalTask
-    repeats: int = 0  # train rows that are published more than once, beyond the first of each
-    intro: str = ""  # of the instruction; empty for the three that have none
-    option: str = ""  # what its choices are called
-    between: str = " "  # two choices
-    before_format: str = "\n\n"  # the line that names the possible answers
+    repeats: int = 0  # duplicates among the published train rows, beyond the first of each
+    intro: str = ""  # start of the instruction; empty for the three without one
+    option: str = ""  # name of its choices
+    between: str = " "  # separator of two choices
+    before_format: str = "\n\n"  # separator before the line that lists the possible answers
 
     @property
     def has_instructions(self) -> bool:
-        """Whether it is one of the eight in the form of LLM-Adapters."""
+        """Whether it is one of LLM-Adapters' eight."""
         return bool(self.intro)
 
 
@@ -119,23 +118,18 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in _LIST}
 
 COMMONSENSE = [name for name, benchmark in BENCHMARKS.items() if benchmark.has_instructions]
 
-UNION, UNION_ROWS = "commonsense_170k", 170_420  # the eight train files as one, in an order of its own
+UNION, UNION_ROWS = "commonsense_170k", 170_420  # the eight train files in one, in its own order
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """Raises EchoConfigError, with the nearest name, for an unknown one."""
+    """Raises EchoConfigError for an unknown name."""
     if name not in BENCHMARKS:
-        raise EchoConfigError(f"{name!r} is no benchmark.{nearest(name, list(BENCHMARKS))}")
+        raise EchoConfigError(f"{name!r} is not a known benchmark.{nearest(name, list(BENCHMARKS))}")
     return BENCHMARKS[name]
 
 
-def eval_task(name: str, **changes: Any) -> EvalTask:
-    """The EvalTask that scores a benchmark's imported test rows by its protocol. Raises EchoConfigError."""
-    return EvalTask(**{"name": name, **benchmark_named(name).scored, **changes})
-
-
 def commonsense_average(accuracies: Mapping[str, float]) -> float | None:
-    """LLM-Adapters' reported average: the unweighted mean of the eight accuracies, by name; None if one is missing."""
+    """LLM-Adapters' average: the unweighted mean of the eight accuracies, by name; None if one is missing."""
     if not accuracies.keys() >= set(COMMONSENSE):
         return None
     return sum(accuracies[name] for name in COMMONSENSE) / len(COMMONSENSE)
@@ -145,9 +139,9 @@ def commonsense_average(accuracies: Mapping[str, float]) -> float | None:
 
 
 def training_prompt(instruction: str) -> str:
-    """LLM-Adapters' training text up to the output: two blanks after `request.`, a line of blanks before the response.
+    """LLM-Adapters' training text before the output: two blanks after `request.`, a line of blanks before the response.
 
-    A tokenizer may join the last blanks to what follows; then the boundary lies before them.
+    A tokenizer may merge the last blanks with the output; the boundary then lies before them.
     """
     return f"{_HEAD}  \n\n{INDENT}### Instruction:\n{INDENT}{instruction}\n{INDENT}\n{INDENT}{RESPONSE}\n{INDENT}"
 
@@ -158,7 +152,7 @@ def evaluation_prompt(instruction: str) -> str:
 
 
 def instruction_of(name: str, question: str, choices: Sequence[str]) -> str:
-    """A native item in the words of LLM-Adapters. boolq: the question without its `?`."""
+    """LLM-Adapters' instruction for a question of the original data set. boolq: the question comes without its `?`."""
     benchmark = benchmark_named(name)
     if not benchmark.option:
         return f"{benchmark.intro}{question}?\n\nAnswer format: true/false"
@@ -169,7 +163,7 @@ def instruction_of(name: str, question: str, choices: Sequence[str]) -> str:
 
 
 def answer_of(name: str, choices: Sequence[str], label: int) -> str:
-    """The answer's name: `true`, `solution2`, …"""
+    """The answer as LLM-Adapters names it: `true`, `solution2`, …"""
     option = benchmark_named(name).option
     return f"{option}{label + 1}" if option else choices[label]
 
@@ -177,19 +171,18 @@ def answer_of(name: str, choices: Sequence[str], label: int) -> str:
 # --------------------------------------------------------------------------------------------------- the rows
 
 
-def benchmark_rows(name: str, part: str, raw: Sequence[Row], examples: Sequence[Row] = ()) -> list[Row]:
-    """Rows to train on or to score, with complete prompts, of a part's raw rows.
+def benchmark_rows(name: str, split: str, raw: Sequence[Row], dev: Sequence[Row] = ()) -> list[Row]:
+    """Rows to train on or to score, with complete prompts, from a split's raw rows.
 
-    raw: with the columns that `docs/data.md` lists. Rows of `test` have no completion: their prompt is not cut to a
-    token boundary. examples: the rows of mmlu's part dev. Raises KeyError, of a column that a row does not have,
-    EchoDataError if there are fewer than five examples of a subject.
+    raw: rows with the columns listed in `docs/data.md`. dev: mmlu's dev split, the few-shot examples. Test rows have no
+    completion. Raises KeyError for a missing column, EchoDataError for a subject with fewer than five examples.
     """
     if benchmark_named(name).has_instructions:
-        return [_instructed(row, is_test=part == "test") for row in raw]
+        return [_instructed(row, is_test=split == "test") for row in raw]
     if name == "gsm8k":
-        return [_solved(row, is_test=part == "test") for row in raw]
+        return [_solved(row, is_test=split == "test") for row in raw]
     if name == "mmlu":
-        shots = {subject: _shots(subject, examples) for subject in {row["subject"] for row in raw}}
+        shots = {subject: _shots(subject, dev) for subject in {row["subject"] for row in raw}}
         return [
             {
                 "prompt": shots[row["subject"]] + _question(row),
@@ -217,13 +210,13 @@ def _solved(row: Row, *, is_test: bool) -> Row:
     return {"prompt": prompt} | ({} if is_test else {"completion": f" {row['answer']}"}) | answer
 
 
-def _shots(subject: str, examples: Sequence[Row]) -> str:
-    """What stands before a question of the subject, as in lm-eval's mmlu."""
+def _shots(subject: str, dev: Sequence[Row]) -> str:
+    """The prompt before a question of the subject, as in lm-eval's mmlu."""
     head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-    own = [row for row in examples if row["subject"] == subject][:5]
+    own = [row for row in dev if row["subject"] == subject][:5]
     if len(own) < 5:
         raise EchoDataError(
-            f"mmlu: dev has {len(own)} examples of the subject {subject!r}; each prompt needs five. Complete it."
+            f"mmlu: dev has {len(own)} examples of the subject {subject!r}; each prompt needs five. Add the others."
         )
     return head + "".join(f"{_question(row)} {LETTERS[row['answer']]}\n\n" for row in own)
 

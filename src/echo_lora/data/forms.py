@@ -16,6 +16,7 @@ from typing import Any
 
 from echo_lora.data.sources import KEPT_NAME, ROW, where_is
 from echo_lora.errors import EchoDataError
+from echo_lora.text import check_unicode
 
 ROW_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "part", ROW)
 
@@ -318,13 +319,7 @@ def _require_answer(messages: list[dict[str, Any]], what: str, where: str) -> No
 def _check_text(text: Any, name: str, where: str) -> None:
     if not isinstance(text, str):
         raise EchoDataError(f"{where}: {name} is a {_kind(text)}. Write it as a text.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise EchoDataError(
-            f"{where}: {name} holds half of a character, {text[error.start]!r} at position {error.start}, which no "
-            "tokenizer takes. Write the whole character."
-        ) from error
+    check_unicode(text, name, where)
 
 
 def _kind(value: Any) -> str:

@@ -1,8 +1,10 @@
-"""Scoring a model on local rows through lm-evaluation-harness.
+"""Score a model on local rows with lm-evaluation-harness. Use `score`, `EvalTask`, `TaskResult` and `write_task`.
 
-    tasks.py     EvalTask and the task files that are written for it
-    harness.py   score: a model and its tasks in, correct answers with a 95 % interval out
-    lm.py        the model as lm-eval sees it: every prompt reaches it token by token as in training
+    tasks.py      EvalTask, checks of its rows, and lm-eval's task files
+    harness.py    score: correct answers with a 95 % interval
+    lm.py         the model class for lm-eval: prompts reach the model token by token as in training
+    answers.py    how answers are read and marked; named in task files
+    programs.py   run generated code, in two processes (worker.py)
 
 Neither torch nor lm-eval is imported before `score` is called.
 """

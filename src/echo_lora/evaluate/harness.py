@@ -1,4 +1,4 @@
-"""`score`: run lm-evaluation-harness on a model and count its correct answers."""
+"""`score`: run lm-evaluation-harness on a model and count correct answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
 from echo_lora.evaluate.answers import UNREADABLE, macro_accuracy
-from echo_lora.evaluate.programs import confinement
+from echo_lora.evaluate.programs import sandbox_command
 from echo_lora.evaluate.tasks import FILTER, METRIC, TASK_VERSION, EvalTask, check_rows, location, write_task
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model got right on one task, and what it said."""
+    """A model's correct answers and predictions on one task."""
 
     task: str
     kind: str
@@ -35,11 +35,11 @@ class TaskResult:
     filter: str  # lm-eval's name of the filter that read the responses
     correct: int
     total: int
-    accuracy: float  # over rows; where rows have groups, also called micro
+    accuracy: float  # over rows: the micro average where rows have groups
     low: float  # the 95 % Wilson interval of the accuracy
     high: float
-    unreadable: float  # share of answers in which nothing was found to read; 0 for kind choice
-    seconds: float  # inside the model
+    unreadable: float  # share of answers in which nothing was found; 0 for kind choice
+    seconds: float  # spent in the model
     lm_eval_version: str
     task_version: float
     correct_per_row: list[bool]  # in the order of the rows, for paired statistics
@@ -61,25 +61,24 @@ def score(
     run_generated_code: bool = False,
     allow_unsandboxed: bool = False,
 ) -> list[TaskResult]:
-    """Score `model` on each task's rows, in that order, without sampling and without few-shot examples.
+    """Score `model` on each task's rows, without sampling and without few-shot examples.
 
-    tasks: pairs of a task and its rows; `tasks.py` describes a row. seed: of torch, for a model that draws
-    random numbers even in eval mode. progress: bars, on a terminal only. run_generated_code: allow tasks of kind
-    code, which run what the model wrote, in the sandbox of `programs.py`. allow_unsandboxed: do without one where none
-    works.
-    Nothing is downloaded. Training modes, padding token and random states are left as they were.
-    Raises EchoError if lm-eval is missing, EchoDataError for a row that can't be scored or is too long,
-    EchoConfigError for a name used twice or code that may not be run here, EchoModelError for a model that gives NaN.
+    tasks: pairs of a task and its rows, which `tasks.py` describes. seed: torch's, for models that draw random numbers
+    in eval mode. progress: show bars on a terminal. run_generated_code: allow tasks of kind code, which run what the
+    model writes in the sandbox of `programs.py`. allow_unsandboxed: run it without one where none works.
+    Returns one result per task, in order. Downloads nothing; training modes, padding token and random states are
+    restored. Raises EchoError if lm-eval is missing, EchoDataError for a row that can't be scored or is too long,
+    EchoConfigError for a duplicate task name or code that may not run, EchoModelError for NaN log-likelihoods.
     """
     if find_spec("lm_eval") is None:
         raise EchoError('Evaluation needs lm-evaluation-harness. Run: pip install "echo-lora[eval]"')
     tasks = list(tasks)
     _check_names([task.name for task, _ in tasks])
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise EchoConfigError(f"batch_size = {batch_size!r} must be a whole number of at least 1.")
+        raise EchoConfigError(f"batch_size = {batch_size!r} must be an integer of at least 1. Correct it.")
     require_permission([task for task, _ in tasks], run_generated_code, allow_unsandboxed)
     if tokenizer.eos_token_id is None:
-        raise EchoModelError("The tokenizer has no eos_token, so no answer would end. Set tokenizer.eos_token.")
+        raise EchoModelError("The tokenizer has no eos_token, so answers would never end. Set tokenizer.eos_token.")
     documents = [(task, check_rows(task, rows)) for task, rows in tasks]
 
     import torch
@@ -102,13 +101,13 @@ def score(
             write_task(task, rows, folder, allow_unsandboxed=allow_unsandboxed)
         loaded = TaskManager(include_path=folder, include_defaults=False).load([task.name for task, _ in tasks])
         torch.manual_seed(seed)
-        # not simple_evaluate, which describes the machine with pip and git, and lets git complain on stderr
+        # not simple_evaluate, which also runs pip and git and prints git's complaints
         samples = evaluate(lm, loaded, bootstrap_iters=0, confirm_run_unsafe_code=run_generated_code)["samples"]
     return [_result(task, samples[task.name], lm.seconds[task.name]) for task, _ in documents]
 
 
 def require_permission(tasks: Iterable[EvalTask], run_generated_code: bool, allow_unsandboxed: bool) -> None:
-    """Raises EchoConfigError if a task is of kind code and generated code may not be run, or not safely enough."""
+    """Raise EchoConfigError if a task of kind code may not run its programs here."""
     for task in tasks:
         if task.kind == "code" and not run_generated_code:
             raise EchoConfigError(
@@ -117,7 +116,7 @@ def require_permission(tasks: Iterable[EvalTask], run_generated_code: bool, allo
             )
         if task.kind == "code":
             try:
-                confinement(allow_unsandboxed)
+                sandbox_command(allow_unsandboxed)
             except EchoConfigError as error:
                 raise EchoConfigError(
                     f"evaluation task {task.name!r} runs programs that the model writes, and {error}"
@@ -126,10 +125,10 @@ def require_permission(tasks: Iterable[EvalTask], run_generated_code: bool, allo
 
 def _check_names(names: list[str]) -> None:
     if not names:
-        raise EchoConfigError("There is no evaluation task. Give at least one.")
-    alike = [name.casefold() for name in names]  # some file systems don't tell the files of `a` and `A` apart
+        raise EchoConfigError("There are no evaluation tasks. Give at least one.")
+    folded = [name.casefold() for name in names]  # on some file systems `a.yaml` and `A.yaml` are one file
     for name in names:
-        if (count := alike.count(name.casefold())) > 1:
+        if (count := folded.count(name.casefold())) > 1:
             raise EchoConfigError(f"evaluation task {name!r} is given {count} times. Rename all but one.")
 
 
@@ -163,19 +162,21 @@ def _result(task: EvalTask, samples: list[dict[str, Any]], seconds: float) -> Ta
 
 
 def _prediction(task: EvalTask, sample: dict[str, Any]) -> str:
-    """The answer that was read, or the choice of highest log-likelihood, the first one of equals."""
+    """The answer that was read, or the choice of highest log-likelihood, the first of ties."""
     if task.kind != "choice":
         return sample["filtered_resps"][0]
     loglikelihoods = [loglikelihood for loglikelihood, _ in sample["filtered_resps"]]
     if any(math.isnan(value) for value in loglikelihoods):
         where = location(task, sample["doc_id"])
-        raise EchoModelError(f"{where}: the model's log-likelihoods are {loglikelihoods}. Did its training diverge?")
+        raise EchoModelError(
+            f"{where}: the model's log-likelihoods are {loglikelihoods}. Did training diverge? Score another one."
+        )
     return sample["doc"]["choices"][loglikelihoods.index(max(loglikelihoods))]
 
 
 @contextmanager
 def _untouched(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Undo what scoring does: eval mode, a padding token where there is none, random numbers drawn."""
+    """Restore training modes, padding token and random states afterwards."""
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
@@ -192,7 +193,7 @@ def _untouched(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
 
 @contextmanager
 def _quiet(shows_progress: bool) -> Iterator[None]:
-    """Keep lm-eval's log to errors; its loop over rows has no switch for its bar, so the bar is replaced."""
+    """Limit lm-eval's log to errors. Its loop over rows has no switch for the progress bar, so the bar is replaced."""
     from lm_eval.api import task
 
     logger, bar = logging.getLogger("lm_eval"), task.tqdm

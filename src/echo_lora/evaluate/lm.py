@@ -1,12 +1,12 @@
-"""The model as lm-evaluation-harness sees it.
+"""The lm-evaluation-harness model class for prompts that are rendered already.
 
-lm-eval is made for prompts that it writes itself. Ours are rendered, so five of its habits are switched off:
+lm-eval expects prompts that it builds itself. Five of its behaviours are switched off:
 
-    a token at the start (BOS)           the template has put it where it belongs
-    white space at a prompt's end        is moved into the continuation; chat templates end in a newline
-    cutting prompts that are too long    `check_fits` refuses them instead
-    text after the end of an answer      is kept if the model's own end token is not the tokenizer's
-    a blank at an answer's start         is lost where a tokenizer drops the one before a text's first word
+    adding a BOS token                              the chat template has added it where it belongs
+    moving a prompt's final white space             chat templates end in a newline, which belongs to the prompt
+    cutting long prompts                            `check_fits` refuses them instead
+    keeping text after the end token                happens if the model's end token is not the tokenizer's
+    dropping the space at the start of an answer    happens where a tokenizer drops the one before the first word
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class RenderedPromptLM(HFLM):
     """HFLM for rendered prompts: the model reads exactly `tokenizer(prompt, add_special_tokens=False)`.
 
-    `seconds` holds the time of each task after lm-eval has run. A model's generation_config applies, but for
+    `seconds` holds the time of each task after lm-eval has run. The model's generation_config applies, except for
     sampling and lengths.
     """
 
@@ -52,33 +52,33 @@ class RenderedPromptLM(HFLM):
         self.seconds: dict[str, float] = {}
 
     def check_fits(self, where: str, prompt: str, answer: int | list[str]) -> None:
-        """Raise EchoDataError if the model can't read a prompt and its answer.
+        """Raise EchoDataError if the model can't process a prompt with its answer.
 
         answer: the number of tokens to generate, or the choices to compare.
         """
         ids = self.tok_encode(prompt)
         choices = [] if isinstance(answer, int) else [self._encode_pair(prompt, text)[1] for text in answer]
         if not ids or not all(choices):
-            raise EchoDataError(f"{where}: the tokenizer makes no token of the prompt or a choice. Leave the row out.")
+            raise EchoDataError(f"{where}: the prompt or a choice has no tokens. Leave the row out.")
         rows, largest = self._embeddings(), max(map(max, [ids, *choices]))
         if rows is not None and largest >= rows:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             raise EchoDataError(
-                f"{where}: the token {token!r} has the id {largest}, but the model has embeddings for {rows} tokens. "
+                f"{where}: token {token!r} has id {largest}, but the model has embeddings for {rows} tokens. "
                 "Use the model's own tokenizer, or resize the model's embeddings."
             )
         room = answer if isinstance(answer, int) else max(map(len, choices))
         if len(ids) + room > self.max_length:
             raise EchoDataError(
-                f"{where}: the prompt has {len(ids)} tokens and the answer up to {room}, but the model takes "
+                f"{where}: the prompt has {len(ids)} tokens and the answer up to {room}, but the model's limit is "
                 f"{self.max_length}. Shorten the prompt, lower max_new_tokens, or leave the row out."
             )
 
     def _embeddings(self) -> int | None:
-        """How many tokens the model knows; None if it does not say."""
+        """The number of token embeddings; None if the model does not tell."""
         try:
             return getattr(self.model.get_input_embeddings(), "num_embeddings", None)
-        except NotImplementedError:  # transformers' answer for a model with embeddings of its own kind
+        except NotImplementedError:  # transformers raises it for unusual embeddings
             return None
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -88,7 +88,7 @@ class RenderedPromptLM(HFLM):
         return self._by_task(super().generate_until, requests)
 
     def _by_task(self, run: Callable[..., list[Any]], requests: list[Instance]) -> list[Any]:
-        """Responses in the order of requests; no batch mixes tasks, so none depends on its neighbours."""
+        """Responses in the order of requests. Batches don't mix tasks, so no task affects another one's scores."""
         responses = []
         for name, of_task in groupby(requests, key=lambda request: request.task_name):
             start = time.perf_counter()
@@ -97,14 +97,14 @@ class RenderedPromptLM(HFLM):
         return responses
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt, and of the choice as it reads after it; the prompt's never change."""
+        """Token ids of the prompt, the same for all its choices, and of the choice as it follows the prompt."""
         prompt, whole = self.tok_encode(context), self.tok_encode(context + continuation)
         if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
             return prompt, whole[len(prompt) :]
-        return prompt, self.tok_encode(continuation)  # a token would reach across the border
+        return prompt, self.tok_encode(continuation)  # a token would span both
 
     def tok_decode(self, tokens: int | list[int], skip_special_tokens: bool = True) -> str:
-        """The tokens as they read after others."""
+        """Decode tokens as they follow other text."""
         if isinstance(tokens, int) or not tokens:
             return super().tok_decode(tokens, skip_special_tokens)
         before = self.tok_encode("a")
@@ -112,7 +112,7 @@ class RenderedPromptLM(HFLM):
         return super().tok_decode([*before, *tokens], skip_special_tokens)[len(start) :]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
-        """A stop that is one added token ends its row: decoding may drop it, but not what follows."""
+        """Let a stop that is a single added token end its row: decoding may drop the token but not what follows."""
         own = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
         ends |= {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.content in stop}

@@ -21,7 +21,7 @@ from echo_lora.environment import versions
 from echo_lora.errors import EchoCheckpointError, EchoModelError
 from echo_lora.evaluate import TaskResult, score
 from echo_lora.evaluate.harness import require_permission
-from echo_lora.evaluate.programs import described
+from echo_lora.evaluate.programs import describe_sandbox
 from echo_lora.evaluate.tasks import check_rows
 from echo_lora.files import refuse_locked, write_file
 from echo_lora.models import load_tokenizer
@@ -118,7 +118,7 @@ def score_recipe(
     """
     require_permission([task.build() for task in recipe.evaluation.tasks], run_generated_code, allow_unsandboxed)
     if any(task.kind == "code" for task in recipe.evaluation.tasks):
-        progress_console().print(f"Generated code runs {described(allow_unsandboxed)}")
+        progress_console().print(f"Generated code runs {describe_sandbox(allow_unsandboxed)}")
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     options: dict[str, Any] = {
         "batch_size": recipe.evaluation.batch_size,
@@ -131,7 +131,7 @@ def score_recipe(
             check_rows(task, rows)  # before the model is loaded
     with stage(f"Loading {recipe.model}"):
         base: Any = load_base(recipe)
-        model = base.eval() if adapter is None else load_adapter(base, adapter, is_named_alike=True)
+        model = base.eval() if adapter is None else load_adapter(base, adapter, require_same_name=True)
         _require_numbers(model, recipe.model if adapter is None else str(adapter))
     scores = []
     if adapter is None or with_base:

@@ -1,13 +1,13 @@
-"""What the two processes of a generated program run: `programs.py` starts them with this text as `python -c`.
+"""The two worker processes of a generated program. `programs.py` runs this text with `python -c`.
 
-    solution   runs prompt and answer, and then calls its function as often as it is asked
-    judge      runs the test, whose `candidate` asks the solution; only the judge can say that the test was passed
+    solution   runs prompt and answer, then calls the function on request
+    judge      runs the test, whose `candidate` sends its calls to the solution; only the judge can report a pass
 
-The two share two pipes, on which plain values travel: None, bool, numbers, text, bytes, list, tuple, set, dict, and
-iterators as their items. The judge builds what it compares from these, so that no code of the solution runs in it:
-not an `__eq__` of its own, not a changed builtin. Nothing that the solution can send says "passed".
+They exchange plain values through two pipes: None, bool, numbers, text, bytes, list, tuple, set, dict, and iterators as
+their items. The judge builds new objects from these, so no code of the solution runs in it: neither an `__eq__` nor a
+patched builtin. Nothing that the solution can send means "passed".
 
-Standard library only, and nothing of this package: it can't be imported there.
+Standard library only: this package can't be imported inside the sandbox.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from numbers import Integral
 from types import CodeType
 from typing import Any, NoReturn
 
-LONGEST = 8 * 10**6  # bytes of one call or reply
+MAX_MESSAGE_BYTES = 8 * 10**6  # of one call or reply
 
-# Python's audit events that are refused in the process. This stops accidents; what holds against malice is outside.
+# Python audit events that are refused. This prevents accidents; the sandbox outside is what stops malice.
 REFUSED = {
     *("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen"),
     *("os.kill", "os.killpg", "signal.pthread_kill"),
@@ -40,7 +40,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def confine(limits: Mapping[str, int], seconds: int) -> None:
-    """Set the limits, drop the standard streams, and refuse what a solution has no use for."""
+    """Set resource limits, close the standard streams, and refuse what a solution does not need."""
     import resource
 
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -51,16 +51,16 @@ def confine(limits: Mapping[str, int], seconds: int) -> None:
         try:
             resource.setrlimit(kind, (own, own))
         except ValueError:
-            if sys.platform == "linux" or name != "RLIMIT_AS":  # macOS takes no limit of its address space
+            if sys.platform == "linux" or name != "RLIMIT_AS":  # macOS can't limit address space
                 raise
     try:
         if os.fork() == 0:
             os._exit(0)
     except OSError:
-        pass  # as it should be
+        pass  # as intended
     else:
         sys.exit("a program could start others here, and they could outlive it")
-    signal.alarm(seconds)  # should nobody be left to kill it
+    signal.alarm(seconds)  # ends it even if the parent is gone
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     os.close(nowhere)
@@ -69,18 +69,18 @@ def confine(limits: Mapping[str, int], seconds: int) -> None:
 
 def _refuse(event: str, args: tuple[Any, ...]) -> None:
     if event in REFUSED or (event == "open" and args[2] & WRITING and args[0] != os.devnull):
-        raise PermissionError(f"{event} is refused to a generated program")
+        raise PermissionError(f"{event} is not allowed in a generated program")
 
 
 # ------------------------------------------------------------------------------------------------ plain values
 
 
 class NotPlainError(TypeError):
-    """A value that can't be handed over."""
+    """A value that can't be sent to the other process."""
 
 
 def encode(value: Any) -> Any:
-    """A plain value in JSON's terms: a list there is a tag and what it holds."""
+    """A plain value as JSON: a list holds a type tag, then the items."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.generic):
         value = value.item()
@@ -100,21 +100,21 @@ def encode(value: Any) -> Any:
     for tag, kind in {"list": list, "tuple": tuple, "set": set, "frozenset": AbstractSet, "iterator": Iterable}.items():
         if isinstance(value, kind):
             return [tag, *map(encode, value)]
-    raise NotPlainError(f"{type(value).__name__} is no plain value")
+    raise NotPlainError(f"{type(value).__name__} is not a plain value")
 
 
 DECODERS: dict[str, Callable[[list[Any]], Any]] = {
-    "int": lambda held: int(held[0], 16),
-    "complex": lambda held: complex(*held),
-    "Decimal": lambda held: Decimal(held[0]),
-    "Fraction": lambda held: Fraction(held[0]),
-    "bytes": lambda held: base64.b64decode(held[0]),
-    "dict": lambda held: {decode(key): decode(item) for key, item in held},
-    "list": lambda held: list(map(decode, held)),
-    "tuple": lambda held: tuple(map(decode, held)),
-    "set": lambda held: set(map(decode, held)),
-    "frozenset": lambda held: frozenset(map(decode, held)),
-    "iterator": lambda held: iter(list(map(decode, held))),
+    "int": lambda items: int(items[0], 16),
+    "complex": lambda items: complex(*items),
+    "Decimal": lambda items: Decimal(items[0]),
+    "Fraction": lambda items: Fraction(items[0]),
+    "bytes": lambda items: base64.b64decode(items[0]),
+    "dict": lambda items: {decode(key): decode(item) for key, item in items},
+    "list": lambda items: list(map(decode, items)),
+    "tuple": lambda items: tuple(map(decode, items)),
+    "set": lambda items: set(map(decode, items)),
+    "frozenset": lambda items: frozenset(map(decode, items)),
+    "iterator": lambda items: iter(list(map(decode, items))),
 }
 
 
@@ -125,30 +125,29 @@ def decode(value: Any) -> Any:
 def send(pipe: int, message: Any) -> None:
     """Raises NotPlainError if the message is too long."""
     text = json.dumps(message).encode()
-    if len(text) > LONGEST:
-        raise NotPlainError(f"{len(text)} bytes are more than the {LONGEST} of a message")
+    if len(text) > MAX_MESSAGE_BYTES:
+        raise NotPlainError(f"{len(text)} bytes exceed the {MAX_MESSAGE_BYTES} of a message")
     rest = memoryview(len(text).to_bytes(4, "big") + text)
     while rest:
         rest = rest[os.write(pipe, rest) :]
 
 
 def receive(pipe: int) -> Any:
-    """Raises ValueError or EOFError for anything that `send` does not send."""
+    """Raises ValueError or EOFError for anything that `send` can't have sent."""
     length = int.from_bytes(_read(pipe, 4), "big")
-    if length > LONGEST:
+    if length > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {length} bytes")
     return json.loads(_read(pipe, length))
 
 
-def _read(pipe: int, length: int) -> bytes:
-    parts = []
-    while length:
-        part = os.read(pipe, min(length, 2**16))
-        if not part:
+def _read(pipe: int, length: int) -> bytearray:
+    data = bytearray()
+    while len(data) < length:
+        chunk = os.read(pipe, min(length - len(data), 2**16))
+        if not chunk:
             raise EOFError
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
+        data += chunk
+    return data
 
 
 # -------------------------------------------------------------------------------------------------- the solution
@@ -190,7 +189,7 @@ def _text(error: Exception) -> str:
 
 
 def judge(order: Mapping[str, Any], calls: int, replies: int, tell: Callable[[str], object]) -> None:
-    """Tell "started", then the secret if the test was passed."""
+    """Report "started", and the secret if the test passes."""
     _hide()
     if _reply(replies) == "started":
         tell("started")
@@ -202,7 +201,7 @@ def judge(order: Mapping[str, Any], calls: int, replies: int, tell: Callable[[st
         try:
             send(calls, [encode(list(args)), encode(kwargs)])
         except NotPlainError as error:
-            tell(f"the test calls its function with what can't be handed over: {error}")
+            tell(f"the test calls its function with a value that can't be sent: {error}")
             leave()
         except OSError:  # the solution is gone
             leave()
@@ -230,7 +229,7 @@ def judge(order: Mapping[str, Any], calls: int, replies: int, tell: Callable[[st
 
 
 def _hide() -> None:
-    """Keep memory and pipes from other processes of the same user: without a sandbox the solution is one."""
+    """Hide memory and pipes from the user's other processes: without a sandbox, the solution is one of them."""
     if sys.platform == "linux":
         import ctypes
 
@@ -238,7 +237,7 @@ def _hide() -> None:
 
 
 def _defined(prompt: str) -> CodeType:
-    """What a prompt defines: its lines up to the last ones that are complete without an answer."""
+    """The code that a prompt defines: as many of its lines as are complete without an answer."""
     lines = prompt.splitlines(keepends=True)
     for count in range(len(lines), 0, -1):
         try:
@@ -249,7 +248,7 @@ def _defined(prompt: str) -> CodeType:
 
 
 def _reply(replies: int) -> Any:
-    """What the solution says; without it there is nothing to go on with, whatever the test catches."""
+    """The solution's reply. Without one the judge exits, whatever the test catches."""
     try:
         return receive(replies)
     except Exception:
@@ -257,17 +256,17 @@ def _reply(replies: int) -> Any:
 
 
 def _exception(namespace: Mapping[str, Any], name: str, text: str) -> Exception:
-    """The prompt's or Python's own exception of that name. StopIteration would end a loop of the test early."""
+    """The prompt's or Python's exception of that name, but not StopIteration, which would end a loop of the test."""
     kind = namespace.get(name, getattr(builtins, name, None))
     is_one = isinstance(kind, type) and issubclass(kind, Exception)
     if is_one and not issubclass(kind, (StopIteration, StopAsyncIteration)):
-        with suppress(TypeError):  # it takes other arguments
+        with suppress(TypeError):  # its constructor takes other arguments
             return kind(text)
     return RuntimeError(f"{name}: {text}")
 
 
 def _assign(mine: Any, theirs: Any) -> None:
-    """Let a changed argument change where the test sees it."""
+    """Apply the solution's change of an argument to the test's object."""
     if isinstance(mine, list):
         mine[:] = theirs
     elif isinstance(mine, (dict, set)):
@@ -276,7 +275,7 @@ def _assign(mine: Any, theirs: Any) -> None:
 
 
 def leave() -> NoReturn:
-    """End the process here: the test must not catch it."""
+    """Exit at once, in a way that the test can't catch."""
     os._exit(1)
 
 
