@@ -106,19 +106,19 @@ def test_a_trial_leaves_modes_and_random_numbers_as_they_were():
     model.get_base_model().model.layers[1].eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    model._tried.clear()
-    assert model._why_full(model.get_base_model(), torch.device("cpu")) is None
+    model._abilities._tried.clear()
+    assert model.why_full(torch.device("cpu")) is None
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
-    assert model._tried == {True: None}
+    assert model._abilities._tried == {True: None}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral", "opt"])
 def test_rounding_is_no_reason(name, dtype):
     model = tiny_echo_model(name).to(dtype)
-    model._tried.clear()
-    assert model._why_full(model.get_base_model(), torch.device("cpu")) is None
+    model._abilities._tried.clear()
+    assert model.why_full(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def test_a_model_that_does_more_to_its_logits_keeps_them(caplog):
     base.register_forward_hook(lambda _m, _args, out: out.__setitem__("logits", out.logits * 2))
     with caplog.at_level(logging.WARNING):
         loss = model.echo_losses(**batch, is_routed=True).ce_off
-    assert model._head is None
+    assert model._abilities._head is None
     assert "does more to its logits" in caplog.text
     assert loss != tiny_echo_model().echo_losses(**batch, is_routed=True).ce_off
 
@@ -335,7 +335,7 @@ def test_what_a_model_does_to_its_logits_is_found_whatever_the_first_tokens_are(
     base.lm_head.weight.data *= 0.01
     aligned = align_rows(**batch)
     assert model._usable_head(base, aligned) is not None
-    model._head_is_known = False
+    model._abilities._head_is_known = False
     base.register_forward_hook(lambda _m, _args, out: out.__setitem__("logits", change(out.logits)))
     assert model._usable_head(base, aligned) is None
 
