@@ -82,13 +82,13 @@ def test_answers_with_the_echo_kept_on_are_those_of_whole_passes(site, mask):
 def test_a_model_with_a_state_keeps_no_echo(monkeypatch):
     model = echo_model().eval()
     monkeypatch.setattr(model.get_base_model(), "_is_stateful", True)
-    with model.keeping_echo(), pytest.raises(EchoModelError, match="carries a recurrent state"):
+    with model.keeping_echo(), pytest.raises(EchoModelError, match="has a recurrent state"):
         model.generate(input_ids=torch.tensor([[3, 4, 5]]), max_new_tokens=2)
 
 
 def test_beams_are_refused_while_the_echo_is_kept_on():
     model = echo_model()
-    with model.keeping_echo(), pytest.raises(EchoModelError, match="no beams"):
+    with model.keeping_echo(), pytest.raises(EchoModelError, match="no beam search"):
         model.generate(input_ids=torch.tensor([[5, 6]]), num_beams=2)
 
 

@@ -34,12 +34,12 @@ def boundary_positions(labels: Tensor) -> Tensor:
     for row in (~is_answer.any(1)).nonzero().flatten().tolist():
         raise EchoDataError(
             f"row {row} of the batch has no answer token: all its labels are -100. "
-            "Drop such rows before training, or raise max_length if their answers were cut off."
+            "Drop such rows before training, or raise max_length if the answer was cut off."
         )
     for row in (first == 0).nonzero().flatten().tolist():
         raise EchoDataError(
-            f"row {row} of the batch has no prompt: its first token is already an answer token, so there is no "
-            "boundary to read the echo from. Give the row a prompt, or use a completion-only loss."
+            f"row {row} of the batch has no prompt: its first token is an answer token, so there is no boundary to "
+            "read the echo from. Give the row a prompt, or use a completion-only loss."
         )
     return first - 1
 

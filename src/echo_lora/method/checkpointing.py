@@ -48,9 +48,9 @@ class Freezing:
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         reason = None
         if any(isinstance(parameter, DTensor) for parameter in trained):
-            reason = "with parameters that are shared out among processes, as FSDP2 does"
+            reason = "with parameters that are sharded across processes, as by FSDP2"
         elif is_checkpointed and len({parameter.device for parameter in trained}) > 1:
-            reason = "with gradient checkpointing in a model that lies on several devices"
+            reason = "with gradient checkpointing in a model on several devices"
         if reason is not None:
             raise EchoModelError(
                 f"echo_on_updates='echo_only' can't be combined {reason}: the adapter would not be frozen reliably in "
@@ -116,8 +116,8 @@ class Checkpointing:
         functions = _checkpoint_functions(base)
         if functions and is_compiled(base):
             raise EchoModelError(
-                "torch.compile can't trace gradient checkpointing with a context, which the echo needs. Compile no "
-                "layer, or set gradient_checkpointing=False (activation_checkpointing in newer transformers)."
+                "torch.compile can't trace gradient checkpointing with the contexts that the echo needs. Don't compile "
+                "the layers, or set gradient_checkpointing=False (activation_checkpointing in newer transformers)."
             )
         for function in functions:
             arguments = dict(getattr(function, "keywords", {}))

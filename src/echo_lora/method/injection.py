@@ -50,7 +50,7 @@ def decoder_layers(base_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not found:
         depth = base_model.config.get_text_config().num_hidden_layers
         raise EchoModelError(
-            f"{type(base_model).__name__} holds no list of {depth} decoder layers, so source and target layers "
+            f"{type(base_model).__name__} has no ModuleList of {depth} decoder layers, so source and target layers "
             "can't be found. The echo needs a decoder-only language model of transformers."
         )
     return found[0]
@@ -81,8 +81,8 @@ def target_modules(
         base_layer = module.get_base_layer() if isinstance(module, LoraLayer) else None
         if isinstance(base_layer, nn.Linear) and type(base_layer).__name__.endswith("Router"):
             raise EchoModelError(
-                f"{name} is a router that gives several tensors, and PEFT can't run it as the linear layer that it "
-                f"takes it for. Leave it out: LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])."
+                f"{name} is a router that returns several tensors, which PEFT mistakes for a linear layer and can't "
+                f"run. Exclude it: LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])."
             )
     prefix, layers = decoder_layers(base_model)
     found: dict[str, LoraLayer] = {}
@@ -99,8 +99,8 @@ def target_modules(
         if not in_layer:
             but = f" ({listed(left_out)})" if left_out else ""
             raise EchoModelError(
-                f"target layer {index} ({name}) holds no LoRA linear module of adapter {adapter!r} that the echo could "
-                f"enter{but}. Widen LoraConfig.target_modules or layers_to_transform, or choose other target_layers."
+                f"target layer {index} ({name}) has no linear LoRA module of adapter {adapter!r} that can receive the "
+                f"echo{but}. Widen LoraConfig.target_modules or layers_to_transform, or choose other target_layers."
             )
         found |= in_layer
         without |= left_out
@@ -110,8 +110,8 @@ def target_modules(
             kind = getattr(variant, "__name__", type(variant).__name__)
             if variant is not None and kind not in RUNS_LORA_A:
                 raise EchoModelError(
-                    f"{name} is adapted by PEFT's {kind}, which reads the weights of lora_A and never runs it: an echo "
-                    "at its input could not learn. Use injection_site='output'."
+                    f"{name} is adapted by PEFT's {kind}, which reads the weights of lora_A without running it, so an "
+                    "echo at its input can't learn. Use injection_site='output'."
                 )
     return found, without
 
@@ -133,19 +133,19 @@ def unmatched_targets(model: PeftModel, given: Any, adapter: str) -> list[str]:
 def _why_without_echo(layer: nn.Module, path: str, module: LoraLayer, adapter: str) -> str | None:
     """Why the echo can't enter a LoRA module, found by its type and its path in the layer; None if it can."""
     if isinstance(module, ParamWrapper):
-        return "adapts a parameter, such as those of experts and routers"
+        return "adapts a bare parameter, such as the weights of experts or routers"
     if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], (nn.Linear, BlockDiagonalLinear)):
         return f"adapts a layer of type {type(module.get_base_layer()).__name__}, which is not linear"
     if isinstance(module, MultiheadAttention):
-        return "adapts an attention as a whole"
+        return "adapts a whole attention module"
     parts = path.split(".")
     for end in range(1, len(parts)):
         if "expert" in parts[end - 1] and isinstance(layer.get_submodule(".".join(parts[:end])), nn.ModuleList):
-            return "belongs to one of several experts, which sees some tokens only"
+            return "belongs to one of several experts, each of which sees only some of the tokens"
     if any(part in ("encoder_attn", "crossattention") for part in parts):
-        return "attends to an encoder, of which there is none"
+        return "attends to an encoder, which this model lacks"
     if parts[-1] == "kv_b_proj":  # multi-head latent attention
-        return "expands cached states of all tokens, the prefix's too"
+        return "expands the cached states of all tokens, including the prefix's"
     return None
 
 
@@ -187,7 +187,7 @@ class Injector:
             if base_model.get_submodule(name) is not module or self.adapter not in lora_A:
                 raise EchoModelError(
                     f"{name} lost its adapter {self.adapter!r} after the echo was attached to it, so its echo can't "
-                    "learn. Keep the adapter; with EVA use EvaConfig(rho=1.0), which moves no rank between modules."
+                    "learn. Keep the adapter; with EVA use EvaConfig(rho=1.0), which leaves all ranks as they are."
                 )
             if name in self._hooked and self._hooked[name] is not lora_A[self.adapter]:
                 self._hooked[name] = lora_A[self.adapter]
@@ -198,7 +198,7 @@ class Injector:
         missing = [name for name in self.modules if name not in self._reached]
         if missing and self._reached:  # compiled code does not tell
             raise EchoModelError(
-                f"{missing[0]} was not run in the echo-on pass ({len(missing)} such modules), so its echo can't learn. "
+                f"{missing[0]} did not run in the echo-on pass ({len(missing)} such modules), so its echo can't learn. "
                 "Leave it out of LoraConfig.target_modules, or choose other target_layers."
             )
 
@@ -274,14 +274,14 @@ def _add(x: Tensor, injection: Injection, name: str) -> Tensor:
     """x + a_t δ_m, for x of shape (B, T, width), or (B·T, width) in layers that flatten their rows."""
     if not isinstance(x, Tensor):
         raise EchoModelError(
-            f"{name} gives a {type(x).__name__}, not a tensor of (rows, tokens, width), as routers of experts do: "
-            "there is nothing to add the echo to. Leave this module out of LoraConfig.target_modules."
+            f"{name} returns a {type(x).__name__}, as routers of experts do, not a tensor of (rows, tokens, width) "
+            "that the echo can be added to. Leave this module out of LoraConfig.target_modules."
         )
     mask_BT = injection.mask
     if x.shape[:-1] not in (mask_BT.shape, mask_BT.flatten().shape):
         raise EchoModelError(
-            f"{name} sees an input of shape {tuple(x.shape)} where the batch has {tuple(mask_BT.shape)} "
-            "(rows, tokens): the layer regroups tokens, and the echo can't tell which row each belongs to. "
+            f"{name} sees an input of shape {tuple(x.shape)}, but the batch has {tuple(mask_BT.shape)} (rows, tokens): "
+            "the layer regroups tokens, so the echo can't tell which row each one belongs to. "
             "Leave this module out of LoraConfig.target_modules."
         )
     delta = injection.deltas[name].to(x.device, x.dtype)  # (B, width)

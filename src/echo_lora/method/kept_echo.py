@@ -52,11 +52,15 @@ class KeptEchoMixin(PeftModelForCausalLM):
         if not self._keeps_echo:
             return super().generate(*args, **kwargs)
         if args or "input_ids" not in kwargs or kwargs.get("num_beams") not in (None, 1):
-            raise EchoModelError("with the echo kept on, generate takes input_ids= by name and no beams.")
+            raise EchoModelError(
+                "inside keeping_echo, generate takes input_ids by keyword and no beam search. Call "
+                "generate(input_ids=…, attention_mask=…) with num_beams=1."
+            )
         input_ids = kwargs["input_ids"]  # (B, P)
         if (reason := self.why_full(input_ids.device)) is not None:
             raise EchoModelError(
-                f"with the echo kept on, generate runs the boundary a second time on its prefix, but {reason}."
+                f"inside keeping_echo, generate runs the boundary a second time on its cached prefix, but {reason}. "
+                "Generate without keeping_echo, or use another model."
             )
         attention_mask = kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         base = self.get_base_model()

@@ -91,7 +91,9 @@ class Head:
             with self.intercepting() as states:
                 forward(input_ids=input_ids, position_ids=position_ids, use_cache=False)
             if len(states) != 1 or states[0].dim() != 3:
-                return f"the output layer {type(self.linear).__name__} was not called once with (rows, tokens, d)"
+                return (
+                    f"the model does not call its output layer {type(self.linear).__name__} once with (rows, tokens, d)"
+                )
             x = torch.randn(states[0].shape, generator=torch.Generator().manual_seed(0)).to(states[0])
             largest = self.linear(x).abs().max()
             for size in PROBED_LOGITS:
@@ -102,5 +104,5 @@ class Head:
                 ours = self(x * (size / largest)).to(theirs.device)
                 bound = 8 * torch.finfo(x.dtype).eps * ours.float().abs().max()
                 if ours.shape != theirs.shape or not ((ours.float() - theirs.float()).abs() <= bound).all():
-                    return "the model does more to its logits than its configuration tells"
+                    return "the model changes its logits in a way that its configuration does not mention"
         return None

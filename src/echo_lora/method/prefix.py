@@ -52,8 +52,8 @@ def fitting(base: PreTrainedModel, cache: Cache | None, kwargs: dict[str, Any]) 
             refused -= {"attention_mask"}
         if refused - DISPENSABLE:
             raise EchoModelError(
-                f"{type(base).__name__}.forward takes no {', '.join(sorted(refused - DISPENSABLE))}, which the "
-                "echo's step needs. Use another model, or train this one without the echo."
+                f"{type(base).__name__}.forward takes no {', '.join(sorted(refused - DISPENSABLE))}, which a step with "
+                "the echo needs. Use another model, or train this one without the echo."
             )
         kwargs = {name: value for name, value in kwargs.items() if name not in refused}
     return kwargs
@@ -74,8 +74,8 @@ class PrefixRecorder(Cache):
         missing = [index for index, layer in enumerate(self.layers) if layer.recorded is None]
         if missing:
             raise EchoModelError(
-                f"{len(missing)} of {len(self.layers)} layers, the first of them layer {missing[0]}, gave their keys "
-                "and values to no cache, so the prefix can't be shared. Set echo_step='full'."
+                f"{len(missing)} of {len(self.layers)} layers (the first is layer {missing[0]}) did not pass their "
+                "keys and values to the cache, so the prefix can't be shared. Set echo_step='full'."
             )
         return Cache(layers=[layer.handed_over(is_detached) for layer in self.layers])
 
@@ -127,7 +127,7 @@ class PrefixSharing:
             named = [(m, cache_argument(m.forward)) for m in layer.modules() if m is not layer]
             found = [(module, name) for module, name in named if name is not None]
             if len(found) != 1:
-                self.why_not = f"{type(layer).__name__} holds {len(found)} modules that take a key-value cache, not one"
+                self.why_not = f"{type(layer).__name__} has {len(found)} modules that take a key-value cache, not one"
                 continue
             module, name = found[0]
             self.handles += [

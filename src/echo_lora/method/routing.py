@@ -37,23 +37,23 @@ def distillation_weight(config: EchoConfig, step: int, total_steps: int) -> floa
 
 
 def echo_lr_factor(config: EchoConfig, step: int, total_steps: int) -> float:
-    """What the learning rate of the echo networks is multiplied with at step `step` (from 0); in (0, 1]."""
+    """Factor on the echo networks' learning rate at step `step` (from 0); in (0, 1]."""
     warmup = config.echo_lr_warmup * total_steps
     return min((step + 1) / warmup, 1.0) if warmup else 1.0
 
 
 def _uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments, on any platform."""
+    """A number in [0, 1) that depends only on the arguments, and is the same on every platform."""
     digest = hashlib.blake2b(f"routing:{seed}:{step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
 def clock_of(config: EchoConfig) -> tuple[int, int]:
-    """Step and steps where nobody tells them. Raises EchoModelError unless every step is routed alike."""
+    """Step and total steps when no clock was set. Raises EchoModelError unless all steps are routed the same way."""
     if config.routing_schedule == "constant" and config.routing_start in (0.0, 1.0):
         return 0, 1
     raise EchoModelError(
-        "the echo does not know which training step this is, so it can't draw the routing. Use EchoTrainer or "
-        "EchoSFTTrainer, add EchoCallback() to your Trainer's callbacks, or call "
+        "the current training step is unknown, so the echo can't decide whether this step is routed. Use EchoTrainer "
+        "or EchoSFTTrainer, add EchoCallback() to your Trainer's callbacks, or call "
         "model.set_routing_clock(step, total_steps) before each step."
     )

@@ -184,8 +184,8 @@ def reading(
         hidden = output[0] if isinstance(output, (tuple, list)) else output  # (B, T, d)
         if hidden.dim() != 3 or hidden.shape[1] != columns:
             raise EchoModelError(
-                f"{type(module).__name__} gives hidden states of shape {tuple(hidden.shape)} where the echo reads "
-                f"those of {columns} tokens in each row. Choose source_layers whose output holds every token."
+                f"{type(module).__name__} returns hidden states of shape {tuple(hidden.shape)}, but the echo needs "
+                f"{columns} tokens in each row. Choose source_layers whose output holds every token."
             )
         at = torch.arange(len(hidden), device=hidden.device), column_B.to(hidden.device)
         if not keeps_graph:
@@ -203,8 +203,8 @@ def reading(
             handle.remove()
     if len(states) != len(layers):
         raise EchoModelError(
-            f"{len(layers)} source layers gave {len(states)} states: the model skips some of them (as those that "
-            "attend to images, in a text), or runs some more than once. Choose other source_layers."
+            f"{len(layers)} source layers returned {len(states)} states: the model skips some of them (such as image "
+            "layers in a text-only batch) or runs some more than once. Choose other source_layers."
         )
 
 

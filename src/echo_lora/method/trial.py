@@ -93,15 +93,15 @@ def why_full_by_trial(
             stock = logits(slice(4))
         except Exception as error:
             raise EchoModelError(
-                f"{name} fails on a few tokens: {type(error).__name__}: {error}. The echo needs a model that runs on "
-                f"token ids alone. {WORKING}"
+                f"{name} fails on a batch of a few tokens: {type(error).__name__}: {error}. The echo needs a model "
+                f"that runs on token ids alone. {WORKING}"
             ) from error
         same = _Agreement(base_model, stock)
         # two pairs: a router that is about to choose another expert may differ in one of them by rounding
         if not same(stock[0, :PREFIX], stock[1, :PREFIX]) and not same(stock[2, :PREFIX], stock[3, :PREFIX]):
             raise EchoModelError(
-                f"the tokens of {name} see later ones, or two runs of it differ, so that the state at the boundary "
-                f"would know the answer. The echo needs a causal language model. {WORKING}"
+                f"the tokens of {name} see later ones, or two runs of it differ, so the state at the boundary would "
+                f"leak the answer. The echo needs a causal language model. {WORKING}"
             )
         if sharing is None:
             return None
@@ -113,13 +113,13 @@ def why_full_by_trial(
             with sharing.using(prefix):
                 suffix = logits(slice(5), PREFIX, position_ids=position_ids[:, PREFIX:], cache=prefix)
         except Exception as error:
-            return f"{name} can't be run on a prefix ({type(error).__name__}: {error})"
+            return f"{name} can't run on a cached prefix ({type(error).__name__}: {error})"
     if not same(whole[:4], stock):
-        return f"{name} counts positions in its own way"
+        return f"{name} ignores position_ids and counts positions itself"
     if not same(whole[4, PADDING:], stock[0, :-PADDING]):
         return f"padding before a row changes what {name} computes"
     if not same(suffix, whole[:, PREFIX:]):
-        return f"{name} computes something else on a prefix than on the whole row"
+        return f"{name} gives different results with a cached prefix than on the whole row"
     return None
 
 

@@ -13,18 +13,16 @@ from pydantic.fields import FieldInfo
 from echo_lora.recipe.load import section_of
 from echo_lora.recipe.schema import DataSection, Recipe, Source
 
-# --------------------------------------------------------------- documentation
-
 
 def recipe_table() -> list[tuple[str, str, str, str]]:
-    """Key, type, default and help of every key, for the documentation."""
+    """Key, type, default and help of every recipe key, for the documentation."""
     return list(_rows(Recipe, ""))
 
 
 def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in section.model_fields.items():
         key, inner = f"{prefix}{name}", section_of(field.annotation)
-        if key == "echo_config.routing_seed":  # it is seeds.routing
+        if key == "echo_config.routing_seed":  # a recipe sets seeds.routing
             continue
         is_list = get_origin(field.annotation) is list
         if inner is Source:

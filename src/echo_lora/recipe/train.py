@@ -1,13 +1,13 @@
-"""From a recipe to a trained adapter and the folder that proves where it came from.
+"""Training: from a recipe to an output folder with the adapter and the record of how it was made.
 
     output/
       adapter/       the plain PEFT adapter, tokenizer with chat template, model card
-      checkpoints/   what `resume` goes on from
+      checkpoints/   for `resume`
       loss.png       the losses over the steps
-      run.json       recipe, versions, seeds, metrics; written last, so that it stands for a finished run
+      run.json       recipe, versions, seeds, metrics; written last, so it marks a finished run
 
-The adapter's initial weights depend on `seeds.initialisation` and the adapter's shape alone: with and without
-the echo they are the same numbers.
+The adapter's initial weights depend only on `seeds.initialisation` and the adapter's shape: they are the same with and
+without the echo.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from echo_lora.recipe.record import (
     STARTED,
     RunResult,
     claim_folder,
-    numbers,
+    numeric_entries,
     plot_losses,
+    resume_hint,
     tidy_folder,
-    way_on,
 )
 from echo_lora.recipe.rows import join
 from echo_lora.recipe.schema import Recipe
@@ -66,9 +66,9 @@ SHOWN_METRICS = ("loss", *losses.SHOWN, "routing_p", "eval_loss", "learning_rate
 def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
     """Train the recipe's adapter and write its output folder.
 
-    resume: go on from the newest complete checkpoint in the output folder; the recipe must be the same.
-    Raises an EchoError, and then leaves nothing behind but complete checkpoints; EchoInterrupt at a Ctrl-C. Files in
-    the folder that are not the run's own stay.
+    resume: continue from the newest complete checkpoint in the output folder; the recipe must be the same. After an
+    EchoError, or an EchoInterrupt at Ctrl-C, only complete checkpoints remain; files that are not the run's own are
+    never touched.
     """
     if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
         raise EchoConfigError(
@@ -85,7 +85,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
         try:
             return _run(recipe, output, checkpoints, resume)
         except KeyboardInterrupt as error:
-            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {way_on(checkpoints)}") from error
+            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {resume_hint(checkpoints)}") from error
         finally:
             tidy_folder(output, checkpoints, is_new)
 
@@ -105,9 +105,9 @@ def _run(recipe: Recipe, output: Path, checkpoints: Path, resume: bool) -> RunRe
 
 
 def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult, PeftModel, Any]:
-    """Train the recipe's adapter, with checkpoints in this folder; the result, the trained model and its tokenizer.
+    """Train the recipe's adapter, with checkpoints in this folder. Raises an EchoError.
 
-    The model has its echo networks still. Raises an EchoError.
+    Returns the result, the trained model, which still has its echo networks, and its tokenizer.
     """
     with stage(f"Reading rows with the tokenizer of {recipe.model}"):
         tokenizer, prepared = prepare(recipe)
@@ -116,7 +116,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     try:
         arguments = training_arguments(recipe, checkpoints)
     except (ValueError, ImportError) as error:  # bf16 on hardware without it, for example
-        raise EchoConfigError(f"transformers refuses the recipe's training: {error} Correct the key.") from error
+        raise EchoConfigError(f"transformers rejects the recipe's training section: {error} Correct it.") from error
     progress = _Progress()
     try:
         trainer = EchoSFTTrainer(
@@ -128,11 +128,11 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
             callbacks=[progress],
             answer_weight=recipe.training.answer_weight,
         )
-    except (ValueError, ImportError) as error:  # of accelerate, which reads its settings from the environment
+    except (ValueError, ImportError) as error:  # accelerate's, which also reads environment variables
         if isinstance(error, EchoError):
             raise
         raise EchoConfigError(
-            f"the trainer can't be made: {error} Correct the recipe, or the environment variables of accelerate."
+            f"the trainer can't be created: {error} Correct the recipe, or accelerate's environment variables."
         ) from error
     trainer.remove_callback(PrinterCallback)
     trainer.name_of_key = recipe_key
@@ -146,20 +146,20 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         state = trainer.state
         raise EchoInterrupt(f"Interrupted after step {state.global_step} of {state.max_steps}.") from error
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's file writer reports a full disk as a RuntimeError that names its source file
+        # torch reports a full disk as a RuntimeError that names its source file
         if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
             raise
         raise EchoCheckpointError(
-            f"{checkpoints} could not be written at step {trainer.state.global_step}: {error}. Free some space, then "
+            f"{checkpoints} could not be written at step {trainer.state.global_step}: {error}. Free disk space, then "
             "resume; complete checkpoints are kept."
         ) from error
     finally:
         progress.close()
     seconds = time.perf_counter() - started
-    history = [numbers(entry) for entry in trainer.state.log_history]
+    history = [numeric_entries(entry) for entry in trainer.state.log_history]
     deployed, echo = parameter_counts(model)
     assert trainer.initial_adapter_hash is not None
-    # without the autocast of training.bf16: scored and proved as it will be loaded
+    # remove the autocast of training.bf16: the model is scored and verified as users will load it
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     result = RunResult(
         output=str(checkpoints.parent),
@@ -184,18 +184,15 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
 
 @contextmanager
 def _reading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
-    """Errors before the first step are those of reading the checkpoint, whatever torch and transformers raise.
-
-    Raises EchoCheckpointError for a checkpoint that is whole and can't be gone on from.
-    """
+    """Raises EchoCheckpointError for any error before the first step of a resume: the checkpoint can't be loaded."""
     try:
         yield
     except Exception as error:
         if checkpoint is None or progress.has_begun or isinstance(error, EchoError):
             raise
         raise EchoCheckpointError(
-            f"{checkpoint} can't be resumed from: {type(error).__name__}: {error}. Remove it, then resume: an earlier "
-            "checkpoint is taken, if there is one."
+            f"the run can't resume from {checkpoint}: {type(error).__name__}: {error}. Remove it, then resume: this "
+            "uses an earlier checkpoint, if there is one."
         ) from error
 
 
@@ -206,7 +203,7 @@ class _Progress(TrainerCallback):
         self.console = progress_console()
         self.bar: Progress | None = None
         self.started = 0.0
-        self.has_begun = False  # a step, so that the checkpoint has been read
+        self.has_begun = False  # whether a step has started, so the checkpoint is loaded
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -248,7 +245,7 @@ class _Progress(TrainerCallback):
             self.console.print(line, markup=False)
 
     def close(self) -> None:
-        """Remove the bar; also after an error, which no event of the trainer tells of."""
+        """Remove the bar; errors end training without an event."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
