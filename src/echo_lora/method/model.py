@@ -1,8 +1,8 @@
 """EchoModel: a PEFT model whose training forward is one step of Echo-LoRA.
 
-In training mode with labels, one `forward` runs both passes and all losses, so that DDP and FSDP see one forward
-per step. In eval mode, without labels, with `echo_enabled = False`, with another adapter active or with the
-adapter disabled, it is the plain PEFT model. What `save_pretrained` writes is a plain PEFT adapter.
+In training mode with labels, one `forward` runs both passes and all losses, so that DDP and FSDP see one forward per
+step. In eval mode, without labels, with `echo_enabled = False`, with another adapter active or with the adapter
+disabled, it is the plain PEFT model. `save_pretrained` writes a plain PEFT adapter (equation 8).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from echo_lora.method.refusals import (
     refuse_other_scaling,
     refuse_untrainable,
 )
-from echo_lora.method.routing import clock_of, distillation_weight, is_routed
+from echo_lora.method.routing import default_clock, distillation_weight, is_routed
 from echo_lora.method.sharing import angles_depend_on_length
 from echo_lora.method.step import EchoOutput, router_aux_loss_coef, training_step
 from echo_lora.method.trial import Abilities
@@ -99,7 +99,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         self.initial_adapter = as_drawn(self, adapter_name)
         self.echo_adapter = adapter_name
         self.echo_enabled = True
-        self._reaches_all = False
+        self._has_routed = False
         self._source_layers = [layers[index] for index in source]  # a list, so that they are not registered twice
         self._injector = Injector(modules, adapter_name, echo_config.injection_site)
         self._sharing = PrefixSharing(list(layers))
@@ -163,7 +163,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
                 kwargs.pop(name, None)
             return super().forward(**kwargs)
         self.is_stepping = True
-        step, total = clock_of(self.echo_config) if self._routing_clock is None else self._routing_clock
+        step, total = default_clock(self.echo_config) if self._routing_clock is None else self._routing_clock
         if self._routing_clock is None:
             self.end_step()  # without a clock each forward counts as a step
         return self.echo_losses(
@@ -228,11 +228,8 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
             echo_only=self._freezing.in_echo_on_pass(self.base_model, config, is_checkpointed) if is_routed else None,
             router_aux_loss_coef=router_aux_loss_coef(base.config),
         )
-        if is_routed and not self._reaches_all:
-            self._reaches_all = True
-            drops_layers = bool(getattr(base.config.get_text_config(), "layerdrop", False))
-            if not (is_compiled(base) or drops_layers):
-                self._injector.require_reached()
+        if is_routed:
+            self._require_reached_once(base)
         return output
 
     def set_routing_clock(self, step: int, total_steps: int) -> None:
@@ -360,6 +357,13 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         if reason is not None:
             self._warn_once(f"The echo-on pass runs on whole rows, not just on the answers: {reason}.")
         return reason is None
+
+    def _require_reached_once(self, base: PreTrainedModel) -> None:
+        """After the first routed step, raises EchoModelError if it left out modules that should receive the echo."""
+        is_first, self._has_routed = not self._has_routed, True
+        drops_layers = bool(getattr(base.config.get_text_config(), "layerdrop", False))
+        if is_first and not (is_compiled(base) or drops_layers):
+            self._injector.require_reached()
 
     def _usable_head(self, base: PreTrainedModel, rows: AlignedRows) -> Head | None:
         head, reason = self._abilities.head(self._plain_forward, base, rows)

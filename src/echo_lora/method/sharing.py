@@ -1,4 +1,4 @@
-"""Whether the second pass can run on the answer only: what a configuration says about it."""
+"""Whether the echo-on pass can run on the answer columns only, judged by the model's configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROPE_OF_FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional", "
 
 
 def angles_depend_on_length(config: Any) -> bool:
-    """Whether the model's rotary angles depend on the largest position of a batch, as with dynamic NTK or LongRoPE."""
+    """Whether rotary angles depend on the largest position in the batch, as with dynamic NTK or LongRoPE."""
 
     def kinds(parameters: Any) -> Iterator[str | None]:
         if isinstance(parameters, dict):
@@ -27,7 +27,7 @@ def angles_depend_on_length(config: Any) -> bool:
 
 
 def why_full(base_model: PreTrainedModel) -> str | None:
-    """Why the echo-on pass can't share the prefix with the echo-off pass exactly; None if it can."""
+    """Why the echo-on pass can't share the prefix of the echo-off pass exactly; None if it can."""
     config = base_model.config.get_text_config()
     if getattr(base_model, "_is_stateful", False):
         return f"{type(base_model).__name__} has a recurrent state"
