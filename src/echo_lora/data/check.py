@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-
 Overlength = Literal["error", "drop", "truncate_prompt"]
 
 
@@ -80,9 +79,9 @@ def refuse_unfit_tokens(
         longest = pc.max(pc.list_value_length(ids)).as_py() or 0
         is_unknown = span["min"] is not None and not 0 <= span["min"] <= span["max"] < vocabulary
         is_long = positions is not None and longest > positions and not is_warned
-        for place, example in enumerate(batch.to_pylist() if is_unknown or is_long else []):
-            where, length = where_is(source, row_number(example, start + place)), len(example["input_ids"])
-            for token in example["input_ids"]:
+        for place, row in enumerate(batch.to_pylist() if is_unknown or is_long else []):
+            where, length = where_is(source, row_number(row, start + place)), len(row["input_ids"])
+            for token in row["input_ids"]:
                 if not 0 <= token < vocabulary:
                     raise EchoDataError(
                         f"{where} has the token id {token}, but the model's embedding has rows for 0 to "
@@ -118,15 +117,15 @@ def check_tokenized_dataset(
     columns = [name for name in ("input_ids", "labels", ANSWER, ROW) if name in dataset.column_names]
     kept = [
         index
-        for index, example in enumerate(dataset.select_columns(columns).with_format(None))
-        if check(row_of_example(example, index)) is not None
+        for index, row in enumerate(dataset.select_columns(columns).with_format(None))
+        if check(as_tokenized_row(row, index)) is not None
     ]
     counts = check.finish()
     if counts.dropped:
         dataset = dataset.select(kept)
     if counts.truncated:
         options = {"max_length": max_length, "bos": bos_token_id}
-        dataset = dataset.map(_shorten_example, fn_kwargs=options, desc="Shortening prompts")
+        dataset = dataset.map(_shorten_columns, fn_kwargs=options, desc="Shortening prompts")
     return dataset, counts
 
 
@@ -255,23 +254,19 @@ def _kept_columns(row: TokenizedRow, max_length: int, bos: int | None) -> Callab
     return lambda values: values[:head] + values[cut:]
 
 
-def _shorten_example(example: dict[str, Any], max_length: int, bos: int | None) -> dict[str, Any]:
-    if len(example["labels"]) <= max_length:
-        return example
-    keep = _kept_columns(TokenizedRow(example["input_ids"], _answer_labels(example)), max_length, bos)
-    names = [name for name in ("input_ids", "labels", ANSWER) if name in example]
-    return example | {name: keep(example[name]) for name in names}
+def _shorten_columns(row: dict[str, Any], max_length: int, bos: int | None) -> dict[str, Any]:
+    if len(row["labels"]) <= max_length:
+        return row
+    keep = _kept_columns(as_tokenized_row(row, 0), max_length, bos)
+    return row | {name: keep(row[name]) for name in ("input_ids", "labels", ANSWER) if name in row}
 
 
-def row_of_example(example: dict[str, Any], index: int) -> TokenizedRow:
-    return TokenizedRow(example["input_ids"], _answer_labels(example), row_number(example, index))
-
-
-def _answer_labels(example: dict[str, Any]) -> list[int]:
-    mask = example.get(ANSWER)
-    if mask is None:
-        return example["labels"]
-    return [label if is_answer else IGNORED for label, is_answer in zip(example["labels"], mask, strict=True)]
+def as_tokenized_row(row: dict[str, Any], index: int) -> TokenizedRow:
+    """A dataset's row, with labels at answer tokens only."""
+    labels, mask = row["labels"], row.get(ANSWER)
+    if mask is not None:
+        labels = [label if is_answer else IGNORED for label, is_answer in zip(labels, mask, strict=True)]
+    return TokenizedRow(row["input_ids"], labels, row_number(row, index))
 
 
 def ranges_text(numbers: list[int]) -> str:

@@ -17,17 +17,11 @@ from echo_lora.data.sources import KEPT_NAME, ROW, where_is
 from echo_lora.errors import EchoDataError
 
 ROW_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "part", ROW)
-
 SCORED_COLUMNS = ("answer", "choices", "label", "test", "entry_point", "group")
-
 REASONING = ("reasoning_content", "reasoning", "thinking")  # message keys that chat templates know
-
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "weight", *REASONING)
-
 PART_KEYS = ("type", "text")
-
 CALL_KEYS = ("type", "id", "function", "name", "arguments")
-
 # What other programs call `weight`; ignoring such a key would be silent.
 _RIVALS = ("train", "loss", "loss_weight", "trainable", "mask", "masked")
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echo_lora.data.check import Overlength, RowCheck, RowCounts, added_bos, ranges_text, row_of_example
+from echo_lora.data.check import Overlength, RowCheck, RowCounts, added_bos, as_tokenized_row, ranges_text
 from echo_lora.data.forms import check_forms, row_number
 from echo_lora.data.sources import ROW, where_is
 from echo_lora.data.tokenize import ANSWER, IGNORED, TokenizedRow, end_token_ids, tokenize_row
@@ -32,10 +32,10 @@ class RowView(Sequence[TokenizedRow]):
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        return row_of_example(self._dataset[place], place)
+        return as_tokenized_row(self._dataset[place], place)
 
     def __iter__(self) -> Iterator[TokenizedRow]:
-        return (row_of_example(example, i) for i, example in enumerate(self._dataset))
+        return (as_tokenized_row(row, i) for i, row in enumerate(self._dataset))
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def prepare_rows(
     train_on_prompt: bool = False,
     ignore_columns: Collection[str] = (),
     source: str = "train.jsonl",
+    forms_are_checked: bool = False,
 ) -> PreparedData:
     """Tokenise `rows` and check each one: a boundary, a whole answer within `max_length`, an end token.
 
@@ -94,34 +95,12 @@ def prepare_rows(
     is an error, is dropped, or loses the oldest tokens of its prompt (never all of them, and never a
     beginning-of-sequence token that the tokenizer puts first); an answer is never cut. train_on_prompt: labels cover
     every token but the first, and the column completion_mask is 1 at answer tokens. ignore_columns: columns that may go
-    unused. Raises EchoDataError, which names the first bad row of `source`; warns about missing end tokens and about
-    content that is not trained on.
+    unused. forms_are_checked: the rows have passed `check_forms`. Raises EchoDataError, which names the first bad row
+    of `source`; warns about missing end tokens and about content that is not trained on.
     """
-    if isinstance(rows, Iterator):
-        rows = list(rows)
-    check_forms(rows, source, ignore_columns, chat=chat)
-    return tokenize_rows(
-        rows,
-        tokenizer,
-        max_length=max_length,
-        on_overlength=on_overlength,
-        chat=chat,
-        train_on_prompt=train_on_prompt,
-        source=source,
-    )
-
-
-def tokenize_rows(
-    rows: Iterable[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    on_overlength: Overlength,
-    chat: bool,
-    train_on_prompt: bool,
-    source: str,
-) -> PreparedData:
-    """`prepare_rows` for rows whose form has already been checked."""
+    if not forms_are_checked:
+        rows = list(rows) if isinstance(rows, Iterator) else rows
+        check_forms(rows, source, ignore_columns, chat=chat)
     check = RowCheck(max_length, on_overlength, end_token_ids(tokenizer), added_bos(tokenizer), source)
     writer = _Writer(train_on_prompt)
     for index, row in enumerate(rows):

@@ -17,11 +17,8 @@ from echo_lora.errors import EchoConfigError, EchoDataError, nearest
 ROW = "_echo_row"  # column with the row's number in its file; a user's columns may have any other name
 
 KEPT_NAME = f"a column {ROW!r}, a name that is reserved for row numbers. Rename the column."
-
 _CHUNK = 1 << 20  # bytes read at a time
-
 _LONGEST_LINE = 100_000_000  # bytes
-
 _VARIABLE = re.compile(r"\$\w|\$\{|%\w+%")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from echo_lora.data.forms import checked_row, is_learned, row_number
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 
 IGNORED = -100
-
 ANSWER = "completion_mask"  # column that is 1 at answer tokens, if labels cover prompt tokens too
 
 
@@ -120,19 +120,15 @@ def _tokenize_marked(
 
 def _without_weight(mask: list[int], learned: list[bool], where: str) -> list[int]:
     """The mask without the turns of weight 0; each assistant turn is one run of marked tokens."""
-    runs = [column for column, marked in enumerate(mask) if marked and (column == 0 or not mask[column - 1])]
-    if len(runs) != len(learned):
+    runs = [(bool(marked), len(list(tokens))) for marked, tokens in groupby(mask)]
+    spans, turns = sum(marked for marked, _ in runs), iter(learned)
+    if spans != len(learned):
         raise EchoDataError(
-            f"{where} has a turn with weight 0, but the chat template marks {len(runs)} spans as the assistant's, who "
-            f"has {len(learned)} turns, so the tokens of that turn can't be found. Write the row as prompt and "
-            "completion, with such turns in the prompt."
+            f"{where} has a turn with weight 0, but the chat template marks {spans} spans as the assistant's, who has "
+            f"{len(learned)} turns, so the tokens of that turn can't be found. Write the row as prompt and completion, "
+            "with such turns in the prompt."
         )
-    turn = -1
-    kept = []
-    for column, marked in enumerate(mask):
-        turn += bool(marked) and (column == 0 or not mask[column - 1])
-        kept.append(int(bool(marked) and learned[turn]))
-    return kept
+    return [value for marked, length in runs for value in [int(marked and next(turns))] * length]
 
 
 def render_prompt(

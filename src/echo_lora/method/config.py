@@ -17,13 +17,12 @@ from echo_lora.errors import EchoConfigError, nearest
 
 # The paper's reference depth: layers are given for a model of 32 and scaled to other depths. [R]
 REFERENCE_DEPTH = 32
-
 REFERENCE_SOURCE_LAYERS = (24, 25, 26, 27)  # -8 ... -5
-
 REFERENCE_TARGET_LAYERS = (4, 5, 6, 7)
 
 # Beyond these limits memory runs out or float32 overflows.
-LARGEST_BOTTLENECK, LARGEST_FACTOR, TEMPERATURES = 65_536, 1e6, (0.001, 1000)
+LARGEST_RANK = LARGEST_BOTTLENECK = 65_536
+LARGEST_FACTOR, TEMPERATURES = 1e6, (0.001, 1000)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -232,6 +231,3 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     ):
         raise EchoConfigError(f"{name} = {value!r} must be a list of layer indices, for example [4, 5, 6].")
-
-
-LARGEST_RANK = 65_536

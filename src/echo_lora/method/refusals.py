@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType
@@ -71,53 +71,55 @@ def refuse_base(base_model: PreTrainedModel) -> None:
             f"{type(base_model).__name__} already carries a PEFT adapter. Pass the base model (`.unload()` removes an "
             "adapter); to continue training a saved adapter, call `load_adapter` on the model this function returns."
         )
-    name = type(base_model).__name__
+    for problem in _problems_of_base(base_model, type(base_model).__name__):
+        raise EchoModelError(f"{problem}. {WORKING}")
+
+
+def _problems_of_base(base_model: PreTrainedModel, name: str) -> Iterator[str]:
     config = base_model.config.get_text_config()
     if getattr(base_model.config, "is_encoder_decoder", False):
-        raise EchoModelError(f"{name} is an encoder-decoder; the echo needs a decoder-only model. {WORKING}")
+        yield f"{name} is an encoder-decoder; the echo needs a decoder-only model"
     if getattr(config, "num_hidden_layers", None) is None:
-        raise EchoModelError(
-            f"the configuration of {name} has no num_hidden_layers, needed to find its decoder layers. {WORKING}"
-        )
-    lists = [name for name, _ in outermost_lists(base_model)]
+        yield f"the configuration of {name} has no num_hidden_layers, needed to find its decoder layers"
+    lists = [path for path, _ in outermost_lists(base_model)]
     if len(lists) > 1:
-        raise EchoModelError(
+        yield (
             f"{name} keeps the parts of its layers in several lists ({', '.join(lists)}), so no module returns the "
-            f"state of a whole layer. {WORKING}"
+            "state of a whole layer"
         )
-    if getattr(config, "local_attn_chunk_length", None) is not None:
-        raise EchoModelError(
-            f"{name} only trains on rows whose length is a multiple of {config.local_attn_chunk_length} tokens "
-            f"(local_attn_chunk_length), which a step with the echo does not preserve. {WORKING}"
+    if (length := getattr(config, "local_attn_chunk_length", None)) is not None:
+        yield (
+            f"{name} only trains on rows whose length is a multiple of {length} tokens (local_attn_chunk_length), "
+            "which a step with the echo does not preserve"
         )
     if getattr(config, "prompt_length", None) and getattr(config, "use_prompt", True):
-        raise EchoModelError(
+        yield (
             f"{name} puts {config.prompt_length} tokens of its own before each row (prompt_length), so the boundary is "
-            f"not where the labels say. {WORKING}"
+            "not where the labels say"
         )
     layers_say = any(getattr(module, "is_decoder", None) is False for module in base_model.modules())
-    flags = {
+    for flag, is_set in {
         "is_decoder": layers_say and getattr(config, "is_decoder", None) is False,
         "is_causal": getattr(config, "is_causal", None) is False,
         "causal": getattr(config, "causal", None) is False,
         "use_bidirectional_attention": getattr(config, "use_bidirectional_attention", None) in (True, "all"),
         "attn_type": getattr(config, "attn_type", None) == "bi",
-    }
-    for flag in (flag for flag, is_set in flags.items() if is_set):
-        raise EchoModelError(
-            f"the tokens of {name} see later ones (its configuration has {flag}={getattr(config, flag)!r}), so the "
-            f"state at the boundary would leak the answer. The echo needs a causal language model. {WORKING}"
-        )
-    if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
-        raise EchoModelError(
-            f"{name} runs its layers {config.n_recurrent_loops} times in a pass (n_recurrent_loops), but the echo "
-            f"reads one state of each layer. {WORKING}"
+    }.items():
+        if is_set:
+            yield (
+                f"the tokens of {name} see later ones (its configuration has {flag}={getattr(config, flag)!r}), so the "
+                "state at the boundary would leak the answer. The echo needs a causal language model"
+            )
+    if (loops := getattr(config, "n_recurrent_loops", None) or 1) > 1:
+        yield (
+            f"{name} runs its layers {loops} times in a pass (n_recurrent_loops), but the echo reads one state of each "
+            "layer"
         )
     for streams in ("altup_num_inputs", "hc_mult", "hc_count"):
-        if (getattr(config, streams, None) or 1) > 1:
-            raise EchoModelError(
-                f"the layers of {name} pass on {getattr(config, streams)} streams of hidden states ({streams}), but "
-                f"the echo reads one state of each token. {WORKING}"
+        if (count := getattr(config, streams, None) or 1) > 1:
+            yield (
+                f"the layers of {name} pass on {count} streams of hidden states ({streams}), but the echo reads one "
+                "state of each token"
             )
 
 

@@ -151,7 +151,7 @@ def plan(recipe: Recipe) -> Plan:
         source_layers=sources,
         target_layers=targets,
         without_echo=model.without_echo if isinstance(model, EchoModel) else {},
-        base_parameters=_base_parameters(model),
+        base_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         deployed_parameters=deployed,
         echo_parameters=echo,
         rows=[line for data in prepared for line in data.summary(named=NAMED_ROWS)],
@@ -185,10 +185,6 @@ def _named_layers(
         names = [name for name in model._injector.modules if name.startswith(f"{layer}.")]
         targets[layer] = [name.removeprefix(f"{layer}.") for name in names]
     return sources, targets
-
-
-def _base_parameters(model: PeftModel) -> int:
-    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
 def _steps(recipe: Recipe, rows: int) -> int:

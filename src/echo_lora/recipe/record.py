@@ -22,9 +22,7 @@ from echo_lora.training.checkpoint import (
 
 logger = logging.getLogger(__name__)
 
-
 RUN_FILE = "run.json"
-
 STARTED = "started.json"  # the recipe, in checkpoints/: marks the folder as a run's own
 
 
@@ -142,8 +140,3 @@ def resume_hint(checkpoints: Path) -> str:
     if complete := complete_checkpoints(checkpoints):
         return f"The newest complete checkpoint is {complete[-1]}. To resume from it, repeat the command with --resume."
     return "There is no complete checkpoint yet: repeat the command to start again."
-
-
-def numeric_entries(entry: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a log entry, without its strings."""
-    return {name: value for name, value in entry.items() if isinstance(value, (int, float))}

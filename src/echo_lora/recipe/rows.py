@@ -13,7 +13,7 @@ import numpy as np
 
 from echo_lora.data.forms import check_forms, is_learned, row_number, texts_of
 from echo_lora.data.generated import reasoning_gym_splits
-from echo_lora.data.prepared import PreparedData, tokenize_rows
+from echo_lora.data.prepared import PreparedData, prepare_rows
 from echo_lora.data.sources import ROW, RowFile, where_is
 from echo_lora.data.tokenize import end_token_ids, render_prompt
 from echo_lora.errors import EchoConfigError, EchoDataError
@@ -57,7 +57,7 @@ def check_rows(recipe: Recipe) -> None:
 def prepare_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str) -> list[PreparedData]:
     """The tokenised and checked rows of each source of a split. Call `check_rows` first."""
     return [
-        tokenize_rows(
+        prepare_rows(
             source_rows(recipe, source, split),
             tokenizer,
             max_length=recipe.data.max_length,
@@ -65,6 +65,7 @@ def prepare_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str
             chat=recipe.data.chat,
             train_on_prompt=recipe.data.train_on_prompt,
             source=source.file or source.name,
+            forms_are_checked=True,
         )
         for source in getattr(recipe.data, split) or []
     ]

@@ -25,11 +25,12 @@ from typing import Any
 from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from echo_lora.adapter.card import model_card
 from echo_lora.adapter.export import save_verified
 from echo_lora.adapter.files import adapter_hash
+from echo_lora.data.prepared import PreparedData
 from echo_lora.environment import MemoryWatch, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.files import locked, write_file
@@ -50,14 +51,13 @@ from echo_lora.recipe.record import (
     STARTED,
     RunResult,
     claim_folder,
-    numeric_entries,
     plot_losses,
     resume_hint,
     tidy_folder,
 )
 from echo_lora.recipe.rows import join
 from echo_lora.recipe.schema import Recipe
-from echo_lora.training.checkpoint import last_complete_checkpoint
+from echo_lora.training.checkpoint import last_complete_checkpoint, step_of
 from echo_lora.training.sft import EchoSFTTrainer
 
 SHOWN_METRICS = ("loss", *losses.SHOWN, "routing_p", "eval_loss", "learning_rate")
@@ -113,11 +113,57 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         tokenizer, prepared = prepare(recipe)
     with stage(f"Loading {recipe.model}"):
         model = add_adapter(recipe, load_base(recipe))
+    progress = _Progress()
+    trainer = _trainer(recipe, model, tokenizer, prepared, checkpoints, progress)
+    last = last_complete_checkpoint(checkpoints) if resume else None
+    started, watch = time.perf_counter(), MemoryWatch()
+    try:
+        with watch, _explained(trainer, checkpoints), _loading(last, progress):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    finally:
+        progress.close()
+    seconds = time.perf_counter() - started
+    history = [
+        {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+        for entry in trainer.state.log_history
+    ]
+    deployed, echo = parameter_counts(model)
+    assert trainer.initial_adapter_hash is not None
+    # remove the autocast of training.bf16: the model is scored and verified as users will load it
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    result = RunResult(
+        output=str(checkpoints.parent),
+        recipe=recipe.to_dict(),
+        versions=versions(),
+        device=str(model.device),
+        rows=[line for data in prepared["train"] for line in data.summary()],
+        steps=trainer.state.global_step,
+        resumed_at=0 if last is None else step_of(last) or 0,
+        seconds=seconds,
+        peak_memory=watch.peak,
+        deployed_parameters=deployed,
+        echo_parameters=echo,
+        data_sha256=trainer.configuration()["data.sha256"],
+        initial_adapter_sha256=trainer.initial_adapter_hash,
+        adapter_sha256=adapter_hash(model, model.active_adapters[0]),
+        final={name: value for entry in history for name, value in entry.items() if not name.startswith("train_")},
+        history=history,
+    )
+    return result, model, tokenizer
+
+
+def _trainer(
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: Any,
+    prepared: dict[str, list[PreparedData]],
+    checkpoints: Path,
+    progress: _Progress,
+) -> EchoSFTTrainer:
     try:
         arguments = training_arguments(recipe, checkpoints)
-    except (ValueError, ImportError) as error:  # bf16 on hardware without it, for example
+    except (ValueError, ImportError) as error:  # for example, bf16 on hardware without it
         raise EchoConfigError(f"transformers rejects the recipe's training section: {error} Correct it.") from error
-    progress = _Progress()
     try:
         trainer = EchoSFTTrainer(
             model=model,
@@ -136,12 +182,14 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         ) from error
     trainer.remove_callback(PrinterCallback)
     trainer.name_of_key = recipe_key
-    last = last_complete_checkpoint(checkpoints) if resume else None
-    resumed_at = 0 if last is None else int(last.name.rpartition("-")[2])
-    started, watch = time.perf_counter(), MemoryWatch()
+    return trainer
+
+
+@contextmanager
+def _explained(trainer: EchoSFTTrainer, checkpoints: Path) -> Iterator[None]:
+    """Raises EchoInterrupt with the step at Ctrl-C, and EchoCheckpointError if the disk can't be written."""
     try:
-        with watch, _reading(last, progress):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        yield
     except KeyboardInterrupt as error:
         state = trainer.state
         raise EchoInterrupt(f"Interrupted after step {state.global_step} of {state.max_steps}.") from error
@@ -153,37 +201,10 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
             f"{checkpoints} could not be written at step {trainer.state.global_step}: {error}. Free disk space, then "
             "resume; complete checkpoints are kept."
         ) from error
-    finally:
-        progress.close()
-    seconds = time.perf_counter() - started
-    history = [numeric_entries(entry) for entry in trainer.state.log_history]
-    deployed, echo = parameter_counts(model)
-    assert trainer.initial_adapter_hash is not None
-    # remove the autocast of training.bf16: the model is scored and verified as users will load it
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    result = RunResult(
-        output=str(checkpoints.parent),
-        recipe=recipe.to_dict(),
-        versions=versions(),
-        device=str(model.device),
-        rows=[line for data in prepared["train"] for line in data.summary()],
-        steps=trainer.state.global_step,
-        resumed_at=resumed_at,
-        seconds=seconds,
-        peak_memory=watch.peak,
-        deployed_parameters=deployed,
-        echo_parameters=echo,
-        data_sha256=trainer.configuration()["data.sha256"],
-        initial_adapter_sha256=trainer.initial_adapter_hash,
-        adapter_sha256=adapter_hash(model, model.active_adapters[0]),
-        final={name: value for entry in history for name, value in entry.items() if not name.startswith("train_")},
-        history=history,
-    )
-    return result, model, tokenizer
 
 
 @contextmanager
-def _reading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
+def _loading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
     """Raises EchoCheckpointError for any error before the first step of a resume: the checkpoint can't be loaded."""
     try:
         yield
@@ -205,14 +226,10 @@ class _Progress(TrainerCallback):
         self.started = 0.0
         self.has_begun = False  # whether a step has started, so the checkpoint is loaded
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.has_begun = True
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
         if self.console.is_terminal:
             columns = (TextColumn("Training"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
@@ -222,20 +239,14 @@ class _Progress(TrainerCallback):
             self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        shown = [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if logs and name in logs]
-        if not shown or (logs and "train_runtime" in logs):
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
+        shown = [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if name in logs]
+        if not shown or "train_runtime" in logs:
             return
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], description=" ".join(shown[:3]))

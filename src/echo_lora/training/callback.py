@@ -6,12 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from echo_lora.errors import EchoConfigError, EchoModelError
 from echo_lora.method.model import EchoModel
+from echo_lora.training.checkpoint import checkpoint_folder
 from echo_lora.training.optimizer import refuse_shared_rate, warming_up
-from echo_lora.training.state import checkpoint_folder, restore_echo, save_echo
+from echo_lora.training.state import restore_echo, save_echo
 from echo_lora.training.support import refuse_arguments, refuse_deepspeed
 
 
@@ -21,16 +22,12 @@ class _Clock(TrainerCallback):
     def __init__(self) -> None:
         self._optimizer_step = ExitStack()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         if isinstance(model, EchoModel):
             model.set_routing_clock(state.global_step, state.max_steps)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         if isinstance(model, EchoModel) and model.echo_enabled and not model.is_stepping:
             raise EchoModelError(
@@ -42,9 +39,7 @@ class _Clock(TrainerCallback):
             clock = state.global_step, state.max_steps
             self._optimizer_step.enter_context(warming_up(kwargs["optimizer"], model, *clock))
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._optimizer_step.close()
 
 
@@ -56,9 +51,7 @@ class EchoCallback(_Clock):
     the best checkpoint, would restore the adapter without its echo.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         if not isinstance(model, EchoModel):
             return
@@ -91,17 +84,15 @@ class EchoCallback(_Clock):
                 "would lack the echo. Use EchoTrainer or EchoSFTTrainer."
             )
         if state.global_step:  # a resume: Trainer has loaded an adapter, but does not say from which checkpoint
-            restore_echo(model, checkpoint_folder(args, state))
+            restore_echo(model, checkpoint_folder(args.output_dir, state))
             model.end_step()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model, folder = kwargs["model"], checkpoint_folder(args, state)
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        model, folder = kwargs["model"], checkpoint_folder(args.output_dir, state)
         if isinstance(model, EchoModel) and model.echo_enabled:  # a hyperparameter search saves elsewhere
             save_echo(model, folder, should_save=args.should_save and folder.is_dir())
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if isinstance(model, EchoModel) and model.echo_enabled and best is not None:
@@ -115,23 +106,17 @@ class Watch(_Clock):
         super().__init__()
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.trainer._echo_model is not None:
             self.trainer._echo_model.end_step()
         self.trainer._begin()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = self.trainer.accelerator.unwrap_model(kwargs["model"])
         super().on_step_begin(args, state, control, model=model)
         self.trainer._rows_of_step.clear()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = self.trainer.accelerator.unwrap_model(kwargs["model"])
         super().on_pre_optimizer_step(args, state, control, **kwargs | {"model": model})
         if not args.max_grad_norm:  # otherwise they were checked before clipping

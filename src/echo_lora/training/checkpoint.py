@@ -25,6 +25,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from echo_lora.adapter.files import CONFIG_FILE, TOKENIZER_FILES, whole
 from echo_lora.errors import EchoCheckpointError
@@ -32,13 +34,9 @@ from echo_lora.files import remove_empty, remove_files, use_umask, write_file
 
 logger = logging.getLogger(__name__)
 
-
 SEAL = "echo_checkpoint.json"
-
 RECORD = ".unfinished.json"  # beside the folder, .checkpoint-4.unfinished.json: made before it, removed after it
-
 IN_PROGRESS = "checkpoint-is-incomplete.txt"  # the marker of enable_jit_checkpoint in transformers
-
 LOADED = (".safetensors", ".bin", ".pt", ".pth")  # files that a trainer loads by name
 
 # What a trainer writes into a checkpoint; an interrupted write leaves temporary files of safetensors and of ours.
@@ -103,10 +101,20 @@ def read_seal(folder: Path) -> dict[str, Any]:
     return seal
 
 
+def checkpoint_folder(output_dir: str | Path, state: TrainerState) -> Path:
+    """Where Trainer saves the checkpoint of the current step."""
+    return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None if it has another name."""
+    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", folder.name)
+    return int(match[1]) if match else None
+
+
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
     """The folders checkpoint-1, checkpoint-2, … of a run, in order of their steps (clocks may be set back)."""
-    folders = Path(output_dir).glob("checkpoint-*")
-    found = [(int(path.name[11:]), path) for path in folders if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    found = [(step, path) for path in Path(output_dir).glob("checkpoint-*") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(found) if path.is_dir()]
 
 

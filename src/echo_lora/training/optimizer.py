@@ -7,7 +7,7 @@ groups of their own. As usual, biases and scales are not decayed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any
@@ -48,8 +48,10 @@ def refuse_shared_rate(optimizer: Any, model: EchoModel, remedy: str) -> None:
             f"echo_lr_warmup={model.echo_config.echo_lr_warmup:g} needs the echo networks in groups of their own, but "
             f"the optimizer has them in groups with the adapter. {remedy}"
         )
-    for _, group, rate in _wanted(optimizer, model, "initial_lr" if _has_scheduler(optimizer) else "lr"):
-        now = float(group["initial_lr"] if _has_scheduler(optimizer) else group["lr"])
+    has_scheduler = all("initial_lr" in group for group in optimizer.param_groups)
+    key = "initial_lr" if has_scheduler else "lr"
+    for _, group, rate in _wanted(optimizer, model, key):
+        now = float(group[key])
         if not math.isclose(now, rate, rel_tol=1e-6):
             raise EchoConfigError(
                 f"the optimizer trains the echo networks at a learning rate of {now:g}, but echo_lr_multiplier="
@@ -67,8 +69,7 @@ def warming_up(optimizer: Any, model: EchoModel, step: int, total_steps: int) ->
     if factor == 1:
         yield
         return
-    of_echo = {id(p) for p in model.echo.parameters()}
-    own = [g for g in optimizer.param_groups if g["params"] and {id(p) for p in g["params"]} <= of_echo]
+    own, _ = _groups_with(optimizer, model.echo.parameters())
     rates = [(group, group["lr"]) for group in own]
     for group, rate in rates:
         group["lr"] = rate * factor
@@ -79,17 +80,19 @@ def warming_up(optimizer: Any, model: EchoModel, step: int, total_steps: int) ->
             group["lr"] = rate
 
 
-def _has_scheduler(optimizer: Any) -> bool:
-    return all("initial_lr" in group for group in optimizer.param_groups)
-
-
 def _is_separate(optimizer: Any, model: EchoModel) -> bool:
-    """Whether no group holds parameters of the echo and others."""
+    """Whether the echo's trained parameters have groups of their own."""
     if any(group.get("echo") for group in optimizer.param_groups):
         return True
-    of_echo = {id(p) for p in model.echo.parameters() if p.requires_grad}
-    mixed = [{id(p) in of_echo for p in group["params"]} for group in optimizer.param_groups]
-    return {True} in mixed and {True, False} not in mixed
+    own, mixed = _groups_with(optimizer, (p for p in model.echo.parameters() if p.requires_grad))
+    return bool(own) and not mixed
+
+
+def _groups_with(optimizer: Any, parameters: Iterable[nn.Parameter]) -> tuple[list[Any], list[Any]]:
+    """The optimizer's groups that hold only these parameters, and those that hold others too."""
+    ids = {id(p) for p in parameters}
+    kinds = [(group, {id(p) in ids for p in group["params"]}) for group in optimizer.param_groups]
+    return [g for g, kind in kinds if kind == {True}], [g for g, kind in kinds if kind == {True, False}]
 
 
 def _wanted(optimizer: Any, model: EchoModel, key: str) -> Iterator[tuple[nn.Parameter, dict[str, Any], float]]:

@@ -28,6 +28,7 @@ from echo_lora.method.model import EchoModel
 from echo_lora.training.callback import EchoCallback
 from echo_lora.training.checkpoint import (
     begin_checkpoint,
+    checkpoint_folder,
     checkpoints_in,
     compare_configuration,
     describe_base,
@@ -38,6 +39,7 @@ from echo_lora.training.checkpoint import (
     remove_checkpoint,
     rotate_checkpoints,
     seal_checkpoint,
+    step_of,
     whole_optimizer_state,
 )
 from echo_lora.training.state import ECHO_STATE, adapter_folder, dataset_hash, no_code, save_echo
@@ -78,7 +80,7 @@ class CheckpointMixin(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As Trainer's, plus the echo's state and a seal; older checkpoints are deleted only after that."""
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        folder = checkpoint_folder(self._get_output_dir(trial=trial), self.state)
         if self.args.should_save:
             begin_checkpoint(folder)
         self.accelerator.wait_for_everyone()  # every process writes its random states into the folder
@@ -223,16 +225,17 @@ class CheckpointMixin(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
         if resume_from_checkpoint:
-            seal = read_seal(Path(resume_from_checkpoint))
-            current = self.configuration()
-            compare_configuration(Path(resume_from_checkpoint), seal["configuration"], current, self.name_of_key)
+            folder = Path(resume_from_checkpoint)
+            seal = read_seal(folder)
+            compare_configuration(folder, seal["configuration"], self.configuration(), self.name_of_key)
             self.initial_adapter_hash = seal["initial_adapter_sha256"]
             self._total_train_tokens = seal["num_tokens"]
-            self._sum_before = _sum_of(seal, Path(resume_from_checkpoint))
-            ended = self._already_ended(Path(resume_from_checkpoint))
-            if ended is not None:
+            state = self._saved_state(folder)
+            # an older version saved none: sum from this step on
+            self._sum_before = seal.get("loss_sum") or (0.0, int(folder.name.rpartition("-")[2]))
+            if (ended := self._already_ended(folder, state)) is not None:
                 return ended
-            self._refuse_without_optimizer(Path(resume_from_checkpoint))
+            self._refuse_without_optimizer(folder)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _refuse_without_optimizer(self, folder: Path) -> None:
@@ -252,9 +255,8 @@ class CheckpointMixin(Trainer):
         found = [describe_base(model) if self.accelerator.is_main_process else None]
         return broadcast_object_list(found)[0]
 
-    def _already_ended(self, folder: Path) -> TrainOutput | None:
+    def _already_ended(self, folder: Path, state: TrainerState) -> TrainOutput | None:
         """The result, if this checkpoint is of the run's last step: Trainer would keep training to the epoch's end."""
-        state = self._saved_state(folder)
         if state.global_step < state.max_steps or self.is_deepspeed_enabled or self._is_sharded:
             return None
         self._load_from_checkpoint(str(folder))
@@ -268,8 +270,7 @@ class CheckpointMixin(Trainer):
         path = folder / TRAINER_STATE_NAME
         try:
             state = TrainerState.load_from_json(str(path))
-            step = folder.name.removeprefix("checkpoint-")
-            if step.isdecimal() and state.global_step != int(step):
+            if (step := step_of(folder)) is not None and state.global_step != step:
                 raise ValueError(f"it belongs to step {state.global_step!r}")
             if not all(isinstance(entry, dict) for entry in state.log_history):
                 raise ValueError("its log has entries that are not mappings")
@@ -328,9 +329,3 @@ class CheckpointMixin(Trainer):
         )
         load_whole_optimizer_state(self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(scheduler)
-
-
-def _sum_of(seal: dict[str, Any], folder: Path) -> tuple[float, int]:
-    """Sum of `loss` at a checkpoint, and the first step of the sum; version 0.1 saved none, so the sum starts there."""
-    loss_sum, summed_from = seal.get("loss_sum") or (0.0, int(folder.name.rpartition("-")[2]))
-    return loss_sum, summed_from

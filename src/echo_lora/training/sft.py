@@ -31,7 +31,6 @@ from echo_lora.training.trainer import EchoTrainerMixin
 
 logger = logging.getLogger(__name__)
 
-
 _UNTRAINED = "_echo_untrained"  # temporary column: content of a row that is not trained on
 
 
@@ -241,8 +240,8 @@ def _check_rows(dataset: Dataset, source: str) -> bool:
     unused: dict[str, int] = {}
     ineffective: dict[tuple[str, str], int] = {}
     is_special = False
-    for index, example in enumerate(dataset.with_format(None)):
-        row = maybe_convert_to_chatml(without_nulls(example))
+    for index, row in enumerate(dataset.with_format(None)):
+        row = maybe_convert_to_chatml(without_nulls(row))
         number = row_number(row, index)
         checked_row(row, where_is(source, number))
         is_special = is_special or _is_special(row)
@@ -259,26 +258,22 @@ def _check_rows(dataset: Dataset, source: str) -> bool:
 
 def _is_special(row: Mapping[str, Any]) -> bool:
     """Whether a row holds more than plain user and assistant turns, which TRL may tokenise differently or drop."""
-    turns = [turn for name in ("messages", "prompt", "completion") for turn in _turns(row, name)]
+    lists = {name: row[name] for name in ("messages", "prompt", "completion") if isinstance(row.get(name), list)}
+    turns = [turn for turns in lists.values() for turn in turns]
     return (
         bool(row.get("tools") or row.get("chat_template_kwargs"))
         or any(set(turn) != {"role", "content"} or not isinstance(turn["content"], str) for turn in turns)
         or any(turn["role"] not in ("user", "assistant") for turn in turns)
         or any("</think>" in turn["content"] for turn in turns)
-        or any(turn["role"] != "assistant" for turn in _turns(row, "completion"))
+        or any(turn["role"] != "assistant" for turn in lists.get("completion", []))
     )
 
 
-def _turns(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    value = row.get(name)
-    return value if isinstance(value, list) else []
-
-
 def _tokenized(
-    example: dict[str, Any], index: int, tokenizer: Any, source: str, assistant_only: bool, is_whole: bool
+    row: dict[str, Any], index: int, tokenizer: Any, source: str, assistant_only: bool, is_whole: bool
 ) -> dict[str, Any]:
     """The columns that TRL's preparation makes of a row."""
-    row = maybe_convert_to_chatml(without_nulls(example))
+    row = maybe_convert_to_chatml(without_nulls(row))
     where = where_is(source, row_number(row, index))
     tokenized = tokenize_row(row, tokenizer, where=where, assistant_only=assistant_only)
     columns: dict[str, Any] = {"input_ids": tokenized.input_ids, "labels": tokenized.labels}
@@ -290,10 +285,10 @@ def _tokenized(
     return columns
 
 
-def _tokenized_of_stream(example: dict[str, Any], index: int, **options: Any) -> dict[str, Any]:
+def _tokenized_of_stream(row: dict[str, Any], index: int, **options: Any) -> dict[str, Any]:
     """`_tokenized` for a stream: it warns as the rows come."""
-    columns = _tokenized(example, index, **options)
-    where = where_is(options["source"], row_number(example, index))
+    columns = _tokenized(row, index, **options)
+    where = where_is(options["source"], row_number(row, index))
     for what in columns.pop(_UNTRAINED):
         logger.warning("%s has %s: not trained on.", where, what)
     return columns
@@ -301,17 +296,17 @@ def _tokenized_of_stream(example: dict[str, Any], index: int, **options: Any) ->
 
 def _warn_of_untrained(dataset: Dataset, source: str) -> None:
     rows: dict[str, list[int]] = {}
-    for index, example in enumerate(dataset.select_columns([_UNTRAINED, ROW]).with_format(None)):
-        for what in example[_UNTRAINED]:
-            rows.setdefault(what, []).append(row_number(example, index))
+    for index, row in enumerate(dataset.select_columns([_UNTRAINED, ROW]).with_format(None)):
+        for what in row[_UNTRAINED]:
+            rows.setdefault(what, []).append(row_number(row, index))
     for what, numbers in rows.items():
         logger.warning("%s has %s: not trained on (%d such rows).", where_is(source, numbers[0]), what, len(numbers))
 
 
-def _refuse_text(example: dict[str, Any], name: str, args: Any, formatting_func: Any) -> None:
-    has_boundary = "prompt" in example or "labels" in example or "completion_mask" in example
-    if formatting_func is not None or not (has_boundary or args.assistant_only_loss or "input_ids" in example):
-        what = "a formatting_func turns each row into text" if formatting_func else f"its columns are {sorted(example)}"
+def _refuse_text(row: dict[str, Any], name: str, args: Any, formatting_func: Any) -> None:
+    has_boundary = args.assistant_only_loss or not {"prompt", "labels", ANSWER, "input_ids"}.isdisjoint(row)
+    if formatting_func is not None or not has_boundary:
+        what = "a formatting_func turns each row into text" if formatting_func else f"its columns are {sorted(row)}"
         raise EchoDataError(
             f"the {name} data has no boundary between prompt and answer, where the echo is read ({what}). Use prompt "
             "and completion columns, or messages with SFTConfig(assistant_only_loss=True)."

@@ -14,8 +14,6 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from echo_lora.adapter.files import ADAPTER_FILE, adapter_tensors, compare_adapter, whole
 from echo_lora.data.tokenize import ANSWER
@@ -43,10 +41,6 @@ def adapter_folder(folder: Path, model: PeftModel) -> Path:
     """The folder in which PEFT saves the active adapter."""
     name = model.active_adapters[0]
     return folder if name == "default" else folder / name
-
-
-def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def save_echo(model: EchoModel, folder: Path, *, should_save: bool) -> None:

@@ -41,9 +41,7 @@ def refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
 def refuse_arguments(args: Any) -> None:
     """Raises EchoConfigError, which names the argument, for settings that contradict the echo."""
     reasons = {
-        "packing": "each row needs a boundary of its own",
-        "padding_free": "each row needs a boundary of its own",
-        "eval_packing": "each row needs a boundary of its own",
+        **dict.fromkeys(("packing", "padding_free", "eval_packing"), "each row needs a boundary of its own"),
         "label_smoothing_factor": "the step computes its own losses",
         "use_liger_kernel": "it replaces the forward that the step calls",
         "optim_target_modules": "its patterns would match the echo networks",
