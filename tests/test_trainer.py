@@ -586,15 +586,17 @@ def test_losses_and_tokens_of_the_log_go_on_after_a_resume(tmp_path, echo):
     assert ended.training_loss == pytest.approx(output.training_loss, rel=1e-6)
 
 
-def test_a_checkpoint_that_did_not_sum_its_losses_is_gone_on_from(tmp_path):
+@pytest.mark.parametrize("name", ["checkpoint-3", "best"])
+def test_a_checkpoint_that_did_not_sum_its_losses_can_be_resumed_from(tmp_path, name):
     options = {"save_strategy": "steps", "save_steps": 3}
     whole = trainer_of(tmp_path, **options)
     whole.train()
-    seal = tmp_path / "checkpoint-3" / "echo_checkpoint.json"
+    (tmp_path / "checkpoint-3").rename(tmp_path / name)
+    seal = tmp_path / name / "echo_checkpoint.json"
     values = json.loads(seal.read_text())
     del values["loss_sum"]
     seal.write_text(json.dumps(values))
-    output = trainer_of(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    output = trainer_of(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / name))
     losses = [log["loss"] for log in whole.state.log_history if "loss" in log]
     assert output.training_loss == pytest.approx(sum(losses[3:]) / 3, rel=1e-5)
 

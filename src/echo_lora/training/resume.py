@@ -232,7 +232,7 @@ class CheckpointMixin(Trainer):
             self._total_train_tokens = seal["num_tokens"]
             state = self._saved_state(folder)
             # an older version saved none: sum from this step on
-            self._sum_before = seal.get("loss_sum") or (0.0, int(folder.name.rpartition("-")[2]))
+            self._sum_before = seal.get("loss_sum") or (0.0, state.global_step)
             if (ended := self._already_ended(folder, state)) is not None:
                 return ended
             self._refuse_without_optimizer(folder)
