@@ -1,4 +1,6 @@
-"""Alignment: moving padding so that all answers start in one column; where the echo is read (β) and injected (a_t).
+"""Alignment: moving padding so that all answers start in one column; where the echo is read and injected.
+
+Computes β, the boundary at which equation 1 reads, and a_t, the positions at which equation 4 injects.
 
 With all boundaries in one column, the echo-on pass can run on the columns from there on, for all rows at once. The
 drawing is in `step.py`. Shapes: `B` rows, `T` tokens in a row, `P` prompt, `A` answer.

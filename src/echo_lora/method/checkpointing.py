@@ -1,4 +1,7 @@
-"""Gradient checkpointing: a recomputed layer must see the cache, the injection and the freezing of its forward."""
+"""Gradient checkpointing: in backward, a recomputed layer must see what its forward saw.
+
+That is the injection (equation 4), the shared prefix (equation 6), and which parameters were frozen.
+"""
 
 from __future__ import annotations
 

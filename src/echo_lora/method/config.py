@@ -1,4 +1,4 @@
-"""Every choice of the method as a named, validated field.
+"""Every choice in equations 1 to 7 as a named, validated field.
 
 [P] marks what the abstract of arXiv:2605.08177 states, [R] what a public third-party attempt does,
 [O] our own decision; `docs/method.md` gives the reasons. The defaults of injection_site, scale_init, gate_bias_init and

@@ -1,4 +1,4 @@
-"""The model's output layer, applied to the hidden states of supervised positions only.   [O]
+"""The model's output layer, applied to the hidden states of supervised positions only, for equation 7.         [O]
 
     logits = softcap( scale · W h )
 

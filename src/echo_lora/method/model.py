@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from echo_lora.errors import EchoDataError, EchoModelError
-from echo_lora.method import losses
+from echo_lora.method import losses, refusals
 from echo_lora.method.alignment import AlignedRows, align_rows
 from echo_lora.method.checkpointing import Checkpointing, Freezing, is_compiled
 from echo_lora.method.config import EchoConfig
@@ -28,13 +28,6 @@ from echo_lora.method.kept_echo import KeptEchoMixin
 from echo_lora.method.lm_head import Head
 from echo_lora.method.neftune import with_one_noise
 from echo_lora.method.prefix import PrefixSharing, fitting
-from echo_lora.method.refusals import (
-    refuse_base,
-    refuse_batch,
-    refuse_lora_config,
-    refuse_other_scaling,
-    refuse_untrainable,
-)
 from echo_lora.method.routing import default_clock, distillation_weight, is_routed
 from echo_lora.method.sharing import angles_depend_on_length
 from echo_lora.method.step import EchoOutput, router_aux_loss_coef, training_step
@@ -57,8 +50,8 @@ def get_echo_model(
     the PEFT model. Warns about a name in target_modules that matches no module. Raises EchoModelError if the base
     model or the adapter does not support the echo, EchoConfigError if a layer does not exist.
     """
-    refuse_lora_config(peft_config)
-    refuse_base(model)
+    refusals.refuse_lora_config(peft_config)
+    refusals.refuse_base(model)
     peft_config.base_model_name_or_path = model.__dict__.get("name_or_path", None) or None  # as get_peft_model
     given = peft_config.target_modules
     wrapped = EchoModel(model, peft_config, echo_config or EchoConfig(), adapter_name, **kwargs)
@@ -194,7 +187,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
                 "a step with the echo needs input_ids and labels, but one of them is missing; inputs_embeds can't be "
                 "aligned at the boundary. Pass both, or set model.echo_enabled = False."
             )
-        refuse_batch(attention_mask, kwargs)
+        refusals.refuse_batch(attention_mask, kwargs)
         config = self.echo_config
         if distillation_weight is not None:
             config = dataclasses.replace(config, distillation_weight=distillation_weight)
@@ -239,7 +232,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         EchoCallback call this; your own training loop must call it before each step.
         """
         if self._routing_clock is None and self.echo_enabled:
-            refuse_untrainable(self, self.echo_adapter, list(self._injector.modules.values()))
+            refusals.refuse_untrainable(self, self.echo_adapter, list(self._injector.modules.values()))
         if (step, total_steps) != self._routing_clock:
             self.end_step()
         self._routing_clock = (step, total_steps)
@@ -281,7 +274,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)
         other = type(self.peft_config[adapter_name]).from_pretrained(model_id, **self._split_kwargs(dict(kwargs))[0])
         misfit = f"the saved adapter {model_id} does not fit the adapter {adapter_name!r}"
-        refuse_other_scaling(other, self.peft_config[adapter_name], misfit)
+        refusals.refuse_other_scaling(other, self.peft_config[adapter_name], misfit)
         before = {name: t.clone() for name, t in get_peft_model_state_dict(self, adapter_name=adapter_name).items()}
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         for what, keys in (("lacks", result.missing_keys), ("also holds", result.unexpected_keys)):

@@ -1,4 +1,4 @@
-"""The shared prefix: its keys and values are recorded by the echo-off pass and attended to by the echo-on pass.   [O]
+"""The shared prefix: keys and values, recorded by the echo-off pass (equation 1) for the echo-on pass (6).     [O]
 
 They stay in the autograd graph of the echo-off pass, so the gradient of the echo-on pass flows through them.
 

@@ -189,13 +189,13 @@ def _refuse_packed(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> 
     if restarts or packed:
         what = "position_ids restart within a row" if restarts else f"the batch holds {packed[0]}"
         raise EchoDataError(
-            f"the batch is packed ({what}), but each row needs a boundary of its own. Set packing=False and "
+            f"the batch is packed ({what}), but each row needs its own boundary. Set packing=False and "
             "padding_free=False."
         )
     if attention_mask is not None and attention_mask.dim() == 2 and bool((attention_mask > 1).any()):
         raise EchoDataError(
             f"the batch is packed (attention_mask numbers the rows up to {int(attention_mask.max())}), but each row "
-            "needs a boundary of its own. Set packing=False, and give a mask with 1 at tokens and 0 at padding."
+            "needs its own boundary. Set packing=False, and give a mask with 1 at tokens and 0 at padding."
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise EchoDataError(

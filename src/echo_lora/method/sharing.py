@@ -1,4 +1,4 @@
-"""Whether the echo-on pass can run on the answer columns only, judged by the model's configuration."""
+"""Whether the echo-on pass can run on the answer columns only, judged by the model's configuration (equation 6)."""
 
 from __future__ import annotations
 

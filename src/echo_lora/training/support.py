@@ -41,7 +41,7 @@ def refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
 def refuse_arguments(args: Any) -> None:
     """Raises EchoConfigError, which names the argument, for settings that contradict the echo."""
     reasons = {
-        **dict.fromkeys(("packing", "padding_free", "eval_packing"), "each row needs a boundary of its own"),
+        **dict.fromkeys(("packing", "padding_free", "eval_packing"), "each row needs its own boundary"),
         "label_smoothing_factor": "the step computes its own losses",
         "use_liger_kernel": "it replaces the forward that the step calls",
         "optim_target_modules": "its patterns would match the echo networks",
@@ -114,7 +114,7 @@ def refuse_packed_data(dataset: Any, collator: Any) -> None:
     for what, is_packed in reasons.items():
         if is_packed:
             raise EchoDataError(
-                f"the rows are packed (as {what} shows), but each row needs a boundary of its own. Use unpacked rows "
+                f"the rows are packed (as {what} shows), but each row needs its own boundary. Use unpacked rows "
                 "and a collator that pads."
             )
 

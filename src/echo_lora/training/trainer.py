@@ -25,21 +25,12 @@ from echo_lora.errors import EchoConfigError, EchoDataError, EchoTrainingError
 from echo_lora.method import losses
 from echo_lora.method.model import EchoModel
 from echo_lora.method.routing import routing_probability
+from echo_lora.training import support
 from echo_lora.training.callback import Watch
 from echo_lora.training.collator import RowCollator, WeightedForward, numbered
 from echo_lora.training.metrics import Meter
 from echo_lora.training.optimizer import refuse_shared_rate, separate_echo
 from echo_lora.training.resume import CheckpointMixin
-from echo_lora.training.support import (
-    keep_float32,
-    refuse_answer_weight,
-    refuse_arguments,
-    refuse_deepspeed,
-    refuse_lonely_rows,
-    refuse_packed_data,
-    refuse_parallelism,
-    refuse_unfit_data,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +54,8 @@ class EchoTrainerMixin(CheckpointMixin):
         self.train_dataset = numbered(self.train_dataset, "train data")
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
-            refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
-        refuse_answer_weight(self)
+            support.refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
+        support.refuse_answer_weight(self)
         self._meter = Meter(self.answer_weight)
         self._loss_sum, self._summed_to = 0.0, 0
         self._rows_of_step: list[int] = []
@@ -72,16 +63,16 @@ class EchoTrainerMixin(CheckpointMixin):
         self.name_of_key: Callable[[str], str] = str  # the user's name for a configuration key, in messages
         self._base: dict[str, Any] = {}
         self.add_callback(Watch(self))
-        refuse_parallelism(self.accelerator.state, has_echo=self._echo_model is not None)
+        support.refuse_parallelism(self.accelerator.state, has_echo=self._echo_model is not None)
         if self._echo_model is not None:
             self._echo_model.echo.float()  # TRL casts trainable parameters on a quantised base to bf16
             # the step divides by num_items_in_batch, whether or not the base does
             self.model_accepts_loss_kwargs |= self._echo_model.echo_enabled
-            refuse_arguments(self.args)
-            refuse_deepspeed(self.is_deepspeed_enabled, self._echo_model)
-            refuse_packed_data(self.train_dataset, self.data_collator.collate)
-            refuse_lonely_rows(self)
-            keep_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
+            support.refuse_arguments(self.args)
+            support.refuse_deepspeed(self.is_deepspeed_enabled, self._echo_model)
+            support.refuse_packed_data(self.train_dataset, self.data_collator.collate)
+            support.refuse_lonely_rows(self)
+            support.keep_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
             if self.compute_loss_func is not None:
                 raise EchoConfigError(
                     "compute_loss_func can't be combined with the echo: the step computes its own losses. Leave it out."
