@@ -208,7 +208,7 @@ CALLED = ANSWER | {"tool_calls": [{"function": {"name": "search", "arguments": {
     ids=["tools", "tool calls", "key of a message", "variable"],
 )
 @pytest.mark.parametrize("command", [preview, plan])
-def test_what_a_row_holds_and_is_not_trained_on_is_said(tmp_path, caplog, command, row, left_out):
+def test_content_that_is_not_trained_on_is_warned_about(tmp_path, caplog, command, row, left_out):
     recipe = loaded(tmp_path)
     write_rows(tmp_path / "train.jsonl", [{"messages": [USER, ANSWER]}, row])
     with caplog.at_level("WARNING"):

@@ -327,7 +327,7 @@ def interrupt_saving(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("moment", range(6))
-def test_a_removal_that_was_killed_is_gone_on_with(tmp_path, monkeypatch, moment):
+def test_an_interrupted_removal_is_completed_later(tmp_path, monkeypatch, moment):
     folder = tmp_path / "checkpoint-4"
     begin_checkpoint(folder)
     for name in ("optimizer.pt", "latest", "global_step4/x.pt"):  # a name that no other trainer uses, too
@@ -620,7 +620,7 @@ def reseal(folder: Path) -> None:
 # ------------------------------------------------------------ damage and Ctrl-C
 
 
-def test_a_damaged_checkpoint_names_the_newest_sound_one_and_the_way_on(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_names_the_newest_sound_one_and_how_to_resume(tmp_path, monkeypatch):
     recipe = loaded(tmp_path, "training.save_every=1", "training.keep_checkpoints=3")
     with monkeypatch.context() as dying:
         interrupt_at(dying, 4)
@@ -680,7 +680,7 @@ def test_a_moved_record_names_the_folder_it_lies_in(tmp_path):
 
 
 @pytest.mark.parametrize("save_every", [2, 4])
-def test_an_interruption_says_which_step_which_checkpoint_and_how_to_go_on(tmp_path, monkeypatch, save_every):
+def test_an_interruption_names_step_checkpoint_and_how_to_resume(tmp_path, monkeypatch, save_every):
     recipe = loaded(tmp_path, f"training.save_every={save_every}")
     interrupt_at(monkeypatch, 4, KeyboardInterrupt())
     with pytest.raises(EchoInterrupt) as caught:

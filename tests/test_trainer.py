@@ -564,7 +564,7 @@ def sft_trainer(folder, data, *, echo=ROUTED, **kwargs):
 
 
 @pytest.mark.parametrize("echo", [ROUTED, None], ids=["echo", "plain"])
-def test_losses_and_tokens_of_the_log_go_on_after_a_resume(tmp_path, echo):
+def test_logged_losses_and_tokens_continue_after_a_resume(tmp_path, echo):
     def trainer(folder, every=4):
         options = {"max_steps": 6, "logging_steps": every, "save_strategy": "steps", "save_steps": 3}
         return sft_trainer(folder, DATASETS["prompt-completion"], echo=echo, **options)

@@ -52,10 +52,12 @@ class KeptEchoMixin(PeftModelForCausalLM):
         """
         if not self._keeps_echo:
             return super().generate(*args, **kwargs)
-        if args or "input_ids" not in kwargs or kwargs.get("num_beams") not in (None, 1):
+        config = kwargs.get("generation_config") or getattr(self.get_base_model(), "generation_config", None)
+        several = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
+        if args or "input_ids" not in kwargs or not set(several) <= {None, 1}:
             raise EchoModelError(
-                "inside keeping_echo, generate takes input_ids by keyword and no beam search. Call "
-                "generate(input_ids=…, attention_mask=…) with num_beams=1."
+                "inside keeping_echo, generate takes input_ids by keyword, no beam search, and one answer to each row. "
+                "Call generate(input_ids=…, attention_mask=…) with num_beams=1 and num_return_sequences=1."
             )
         input_ids = kwargs["input_ids"]  # (B, P)
         if (reason := self.why_full(input_ids.device)) is not None:
