@@ -180,7 +180,8 @@ class RowCheck:
                 self.overlong_count += 1
                 self.longest = max(self.longest, length)
                 return None
-            row = _shorten(row, self.max_length, self.bos)
+            keep = _kept_columns(row, self.max_length, self.bos)
+            row = replace(row, input_ids=keep(row.input_ids), labels=keep(row.labels))
             self.truncated += 1
         answer = [label for label in row.labels if label != IGNORED]
         self.tokens += len(row.labels)
@@ -241,13 +242,8 @@ class RowCheck:
         )
 
 
-def _shorten(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRow:
-    """Drop the oldest prompt tokens; the answer must leave room for at least one."""
-    keep = _kept_columns(row, max_length, bos)
-    return replace(row, input_ids=keep(row.input_ids), labels=keep(row.labels))
-
-
 def _kept_columns(row: TokenizedRow, max_length: int, bos: int | None) -> Callable[[list[int]], list[int]]:
+    """Drops the oldest prompt tokens from a row's columns; the answer must leave room for at least one."""
     room = max_length - (len(row.labels) - row.answer_start)
     head = 1 if room > 1 and row.input_ids[0] == bos else 0
     cut = len(row.labels) - max_length + head

@@ -99,8 +99,8 @@ class EchoConfig:
     )
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            _check_type(f.name, getattr(self, f.name), _hints()[f.name])
+        for name, hint in get_type_hints(EchoConfig).items():
+            _check_type(name, getattr(self, name), hint)
         for name in ("source_layers", "target_layers"):
             layers = getattr(self, name)
             if layers is None:
@@ -208,10 +208,6 @@ def _resolve_layers(name: str, layers: list[int] | None, reference: tuple[int, .
     return sorted(resolved)
 
 
-def _hints() -> dict[str, Any]:
-    return get_type_hints(EchoConfig)
-
-
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
@@ -226,7 +222,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             raise EchoConfigError(f"{name} = {value!r} must be true or false.")
     elif hint is int:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise EchoConfigError(f"{name} = {value!r} must be a whole number.")
+            raise EchoConfigError(f"{name} = {value!r} must be an integer.")
     elif value is not None and not (
         isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     ):

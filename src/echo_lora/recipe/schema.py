@@ -145,7 +145,9 @@ class DataSection(Section):
     on_overlength: Literal["error", "drop", "truncate_prompt"] = _option(
         "error", "what to do with a row longer than max_length; an answer is never cut"
     )
-    limit: int | None = _option(None, "use only the first rows of each source, for a trial run", ge=1, le=MOST)
+    limit: int | None = _option(
+        None, "number of rows to use from the start of each source, for a trial run", ge=1, le=MOST
+    )
 
     _one_or_many = field_validator(*SPLITS, mode="before")(lambda value: None if value is None else _as_list(value))
 

@@ -13,6 +13,8 @@ from pydantic.fields import FieldInfo
 from echo_lora.recipe.load import section_of
 from echo_lora.recipe.schema import DataSection, Recipe, Source
 
+TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
+
 
 def recipe_table() -> list[tuple[str, str, str, str]]:
     """Key, type, default and help of every recipe key, for the documentation."""
@@ -45,9 +47,9 @@ def _type(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_type(arg) for arg in args if arg is not type(None))
     if origin is list:
-        return f"list of {_type(args[0])}"
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
-    return names.get(annotation, "mapping")
+        item = _type(args[0])
+        return f"list of {item}{'s' * (item in TYPES.values())}"
+    return TYPES.get(annotation, "mapping")
 
 
 def _default(field: FieldInfo) -> str:
