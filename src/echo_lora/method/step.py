@@ -97,7 +97,8 @@ def training_step(
         reading(source_layers if is_routed else [], rows.boundary, T, keeps_graph=config.source_gradient) as hidden,
         sharing.using(recorder) if sharing is not None else nullcontext(),
     ):
-        off, off_BKd = _run(forward, head, rows, 0, None, keep=A if rows.prompt_targets is None else T)
+        keep = A if rows.prompt_targets is None else T
+        off, off_BKd = _run(forward, head, rows, 0, None, keep=keep)  # (B, K, d)
 
     on_BAd = echo_norm = gate_mean = None
     if is_routed:
@@ -118,7 +119,7 @@ def training_step(
             injector.injecting(Injection(deltas, mask)),
             sharing.using(prefix) if sharing is not None else nullcontext(),
         ):
-            _, on_BAd = _run(forward, head, rows, start, prefix, keep=A)
+            _, on_BAd = _run(forward, head, rows, start, prefix, keep=A)  # (B, A, d)
 
     # equation 7: the losses
     weight = answer_weight * (config.routed_loss_scale if is_routed else 1.0)
