@@ -139,7 +139,7 @@ def table(verdicts: dict[str, tuple[str, str]]) -> str:
 
 
 def short(why: str) -> str:
-    return re.split(r"[.] |, so that|, so source|, where", why)[0].replace("|", "/").replace("\n", " ")
+    return re.split(r"[.] |, so |, but ", why)[0].replace("|", "/").replace("\n", " ")
 
 
 def table_of(page: str) -> dict[str, str]:

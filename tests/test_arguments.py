@@ -677,8 +677,8 @@ def test_the_best_checkpoint_restores_adapter_and_echo(tmp_path, cls, adapter_na
     ("adapter_name", "options", "words"),
     [
         ("mine", {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
-         r"load_best_model_at_end=True can't be done by the stock Trainer for the adapter 'mine'"),
-        ("default", {"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True can't be done by the stock Trainer"),
+         r"load_best_model_at_end=True is not supported by the stock Trainer for the adapter 'mine'"),
+        ("default", {"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True is not supported by"),
     ],
     ids=["best", "signal"],
 )  # fmt: skip

@@ -195,7 +195,7 @@ def full_folder(folder: Path) -> None:
         (None, "echo_config.target_layers=[7]", "target_layers names layer 7, but the model has 4"),
         (None, "lora.target_modules=[embed]", "lora.target_modules = ['embed'] does not fit"),
         (None, "lora.target_modules='('", "lora.target_modules = ( does not fit"),
-        (None, "lora.r=33", "lora.r = 33 is above the width of"),
+        (None, "lora.r=33", "lora.r = 33 is larger than the width of"),
         (None, "training.steps=1:30", "training.steps = '1:30' must be a valid integer"),
     ],
 )
@@ -289,7 +289,7 @@ def test_ctrl_c_gives_a_message_and_exit_status_130(tmp_path, monkeypatch):
     result = invoke("train", tiny_recipe(tmp_path), "--set", "training.save_every=2", code=130)
     last = result.stderr.splitlines()[-1]
     assert last.startswith("Interrupted after step 3 of 4. The newest complete checkpoint is ")
-    assert last.endswith("checkpoint-2: to go on from it, repeat the command with --resume.")
+    assert last.endswith("checkpoint-2. To resume from it, repeat the command with --resume.")
     assert "Traceback" not in result.output
 
 
@@ -397,4 +397,4 @@ def test_the_root_folder_is_refused_as_output(trained):
 def test_an_unknown_home_folder_is_refused():
     for command in ("merge", "no-adapter"), ("bench", "--output"), ("eval", "tiny", "--output"):
         said = invoke(*command, "~nobody-of-this-name/x", code=2).stderr
-        assert "there is no such home folder. Write the whole path." in said
+        assert "there is no such home folder. Write the path out." in said

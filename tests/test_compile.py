@@ -74,7 +74,7 @@ def test_compiled_layers_and_checkpointing_are_refused():
     model = tiny_echo_model()
     model.gradient_checkpointing_enable()
     compiled_layers(model, "eager")
-    with pytest.raises(EchoModelError, match="Compile no layer"):
+    with pytest.raises(EchoModelError, match="Don't compile"):
         model.echo_losses(**collate(mixed_rows()), is_routed=True)
 
 

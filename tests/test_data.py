@@ -253,12 +253,12 @@ def test_a_row_of_no_known_form_is_refused(row: dict[str, Any], message: str, to
 def test_a_template_that_marks_nothing_is_named() -> None:
     unmarked = tiny_tokenizer(chat_template=UNMARKED_CHAT_TEMPLATE)
     unmarked.name_or_path = "owner/model"
-    with pytest.raises(EchoDataError, match=r"row 0 can't go through the chat template of owner/model"):
+    with pytest.raises(EchoDataError, match=r"row 0: the chat template of owner/model fails"):
         tokenize_row(CONVERSATION[0], unmarked)
     # Marks that surround nothing: what TRL checks is the mask, and so do we.
     empty = tiny_tokenizer(chat_template=UNMARKED_CHAT_TEMPLATE + "{% generation %}{% endgeneration %}")
     empty.name_or_path = "owner/model"
-    with pytest.raises(EchoDataError, match=r"row 0 keeps no answer token: .* owner/model marks nothing"):
+    with pytest.raises(EchoDataError, match=r"row 0 has no answer token: .* owner/model marks nothing"):
         tokenize_row(CONVERSATION[0], empty)
 
 
@@ -267,13 +267,13 @@ def test_what_the_tokenizer_lacks_is_named() -> None:
     with pytest.raises(EchoDataError, match="row 0 needs a chat template"):
         tokenize_row(PLAIN[0], bare, chat=True)
     bare.eos_token = None
-    with pytest.raises(EchoDataError, match=r"row 0 can't be ended: .* no end-of-sequence token"):
+    with pytest.raises(EchoDataError, match=r"row 0 can't be terminated: .* no end-of-sequence token"):
         tokenize_row(PLAIN[0], bare)
 
 
 def test_a_conversation_that_the_template_refuses_is_named() -> None:
     strict = tiny_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}{% generation %}")
-    with pytest.raises(EchoDataError, match="row 0 can't go through"):
+    with pytest.raises(EchoDataError, match="row 0: the chat template"):
         tokenize_row(CONVERSATION[0], strict)
 
 
@@ -308,7 +308,7 @@ def test_a_prompt_that_merges_with_its_answer_is_counted(tokenizer: Any, caplog:
     with caplog.at_level(logging.WARNING):
         data = prepare_rows(rows, tokenizer, max_length=None)
     assert data.counts.merged_boundary == 1
-    assert "train.jsonl:2: row 1 shares the last token" in caplog.text
+    assert "train.jsonl:2: row 1 has one token for the end of its prompt" in caplog.text
     assert render_prompt(rows[1], tokenizer) == "the answer"
 
 
@@ -326,7 +326,7 @@ def test_counts_and_lengths_are_those_of_the_rows(tokenizer: Any) -> None:
     assert counts.answer_tokens_total == sum(answers)
     assert [row.row for row in data.rows] == [0, 1, 2]
     assert data.summary()[0] == "train.jsonl: 3 rows kept, 0 dropped, 0 with a shortened prompt"
-    assert f"{sum(answers)} in all" in data.summary()[2]
+    assert f"{sum(answers)} in total" in data.summary()[2]
     dataset = data.dataset
     assert dataset.column_names == ["input_ids", "labels", ROW]
     assert dataset["labels"][1] == data.rows[1].labels
@@ -348,7 +348,7 @@ def test_a_longer_row_is_an_error_that_says_what_fits(tokenizer: Any) -> None:
         f"{length - prompt}, and max_length is {prompt} (1 such rows).\n"
         f'Raise max_length to {length}, or set on_overlength to "truncate_prompt" or "drop".'
     )
-    with pytest.raises(EchoDataError, match="keeps only a part of its answer"):
+    with pytest.raises(EchoDataError, match="keeps only part of its answer"):
         prepare_rows(LONG, tokenizer, max_length=length - 1)
     assert prepare_rows(LONG, tokenizer, max_length=length).counts.kept == 2
 
@@ -396,7 +396,7 @@ def test_an_answer_too_long_to_keep_is_an_error_or_dropped(tokenizer: Any) -> No
     answer = len(row.labels) - row.answer_start
     kept = prepare_rows(PLAIN[:1], tokenizer, max_length=answer + 1, on_overlength="truncate_prompt")
     assert kept.rows[0].answer_start == 1
-    with pytest.raises(EchoDataError, match=rf"row 0 can't be shortened to its answer: that has {answer} tokens"):
+    with pytest.raises(EchoDataError, match=rf"row 0 can't be shortened: its answer alone has {answer} tokens"):
         prepare_rows(PLAIN[:1], tokenizer, max_length=answer, on_overlength="truncate_prompt")
 
 
@@ -460,8 +460,8 @@ def test_a_prompt_that_is_one_token_with_its_answer_is_named(tokenizer: Any) -> 
     with pytest.raises(EchoDataError) as caught:
         prepare_rows([{"prompt": "a:", "completion": "b"}, row], tokenizer, max_length=None)
     assert str(caught.value) == (
-        "train.jsonl:2: row 1 has no boundary: the tokenizer joins the end of the prompt and the start of the answer "
-        "into one token, so that no token is the prompt's alone. Put a space or a line break between the two, or use "
+        "train.jsonl:2: row 1 has no boundary: the tokenizer merges the end of the prompt and the start of the answer "
+        "into one token, so no token belongs to the prompt alone. Put a space or a line break between the two, or use "
         "the chat form."
     )
     for remedied in ({"prompt": "th\n", "completion": "e"}, {"prompt": "th", "completion": " e"}):
@@ -542,12 +542,12 @@ def test_reasoning_gym_errors_say_what_exists(monkeypatch: pytest.MonkeyPatch) -
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
     with pytest.raises(EchoDataError, match=r"'chain_sums' is not a task .* mean 'chain_sum'\?"):
         reasoning_gym_rows("chain_sums", 2, seed=0)
-    with pytest.raises(EchoDataError, match=r"max_term'.* Its parameters: .*max_terms"):
+    with pytest.raises(EchoDataError, match=r"max_term'.* Correct its parameters: .*max_terms"):
         reasoning_gym_rows("chain_sum", 2, seed=0, params={"max_term": 3})
-    with pytest.raises(EchoDataError, match="'rubiks_cube' has questions without a written answer"):
+    with pytest.raises(EchoDataError, match="'rubiks_cube' has questions without a text answer"):
         reasoning_gym_rows("rubiks_cube", 1, seed=0)
     few = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-    with pytest.raises(EchoDataError, match=r"only \d+ different questions left for the 400 of 'train'"):
+    with pytest.raises(EchoDataError, match=r"only \d+ different questions left for the 400 rows of 'train'"):
         reasoning_gym_splits("chain_sum", {"train": 400, "test": 10}, seed=0, params=few)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(EchoDataError, match="pip install reasoning-gym"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from echo_lora import EchoConfig, get_echo_model
 from echo_lora.errors import EchoModelError
@@ -82,14 +82,24 @@ def test_answers_with_the_echo_kept_on_are_those_of_whole_passes(site, mask):
 def test_a_model_with_a_state_keeps_no_echo(monkeypatch):
     model = echo_model().eval()
     monkeypatch.setattr(model.get_base_model(), "_is_stateful", True)
-    with model.keeping_echo(), pytest.raises(EchoModelError, match="carries a recurrent state"):
+    with model.keeping_echo(), pytest.raises(EchoModelError, match="has a recurrent state"):
         model.generate(input_ids=torch.tensor([[3, 4, 5]]), max_new_tokens=2)
 
 
-def test_beams_are_refused_while_the_echo_is_kept_on():
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"generation_config": GenerationConfig(num_beams=2)},
+        {"generation_config": GenerationConfig(num_return_sequences=2, do_sample=True)},
+    ],
+)
+def test_several_answers_to_a_row_are_refused_while_the_echo_is_kept_on(arguments):
+    """They are rows of a batch that has become larger than the echo's."""
     model = echo_model()
-    with model.keeping_echo(), pytest.raises(EchoModelError, match="no beams"):
-        model.generate(input_ids=torch.tensor([[5, 6]]), num_beams=2)
+    with model.keeping_echo(), pytest.raises(EchoModelError, match="no beam search"):
+        model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2, **arguments)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -180,7 +180,7 @@ def test_options_on_two_processes_also_after_a_resume(tmp_path, reference, plan,
 def test_an_echo_on_pass_that_trains_the_echo_only_is_refused_with_fsdp2(tmp_path):
     done = launch(tmp_path, "fsdp2", echo=json.dumps(OPTIONS["echo_only"]))
     assert done.returncode != 0
-    assert "echo_on_updates='echo_only' can't be combined with parameters that are shared out" in done.stderr
+    assert "echo_on_updates='echo_only' can't be combined with parameters that are sharded" in done.stderr
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_a_completion_of_several_turns_is_learned_where_it_is_the_assistants(
     assert learned(tokenized, tokenizer) == "four<|im_end|>\n"  # one answer: as TRL makes it of prompt and completion
     assert render_prompt(weighted, tokenizer).endswith("three<|im_end|>\n<|im_start|>assistant\n")
     unmarked = tiny_tokenizer(chat_template=UNMARKED_CHAT_TEMPLATE)
-    with pytest.raises(EchoDataError, match="row 0 can't go through the chat template"):
+    with pytest.raises(EchoDataError, match="row 0: the chat template"):
         tokenize_row(row, unmarked)
 
 
@@ -106,24 +106,24 @@ def test_a_completion_that_begins_with_the_users_turn_begins_after_it(tokenizer:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        (turns("a", "b", weight=0), r"row 0 has nothing to train on: each assistant message has weight 0"),
+        (turns("a", "b", weight=0), r"row 0 has nothing to train on: every assistant message has weight 0"),
         (turns("a", "b", weight=0.5), r"row 0: messages\[1\] has weight = 0.5. Write 0"),
         (turns("a", "b", weight=True), r"row 0: messages\[1\] has weight = True"),
         (
             turns("a", "b", "c", weight=1) + turns("", "d")[1:],
             r"messages\[2\] has weight = 1, but only the assistant's",
         ),
-        (turns("a", "b", train=False), r"row 0: messages\[1\] has train = False, which says nothing here"),
+        (turns("a", "b", train=False), r"row 0: messages\[1\] has train = False, which has no effect"),
         (turns("a", "b", loss=False), r"messages\[1\] has loss = False"),
         ([*turns("a"), {"role": "assistant"}], r"messages\[1\] has no content"),
         ([*turns("a", "b"), {"content": "c"}], r"messages\[2\] is not a message with a role"),
-        ([{"role": "user", "content": [{"type": "image"}]}, *turns("", "b")[1:]], r"part 0 .* of type 'image'"),
+        ([{"role": "user", "content": [{"type": "image"}]}, *turns("", "b")[1:]], r"part 0 .* the type 'image'"),
         ([{"role": "user", "content": 5}, *turns("", "b")[1:]], r"messages\[0\]: content is a int"),
         (turns("a", "b\ud83d"), r"messages\[1\]: content holds half of a character, '\\ud83d' at position 1"),
         (turns("a", "b", tool_calls=[{"name": 3}]), r"messages\[1\]: tool_calls is not a list of calls"),
         (
             turns("a", "b", tool_calls=[{"name": "f", "arguments": "{"}]),
-            r"the arguments of f is a text that is not JSON",
+            r"the arguments of f is a string that is not JSON",
         ),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_template_that_does_not_tell_turns_apart_can_not_weigh_them() -> None:
     )
     messages = turns("one", "two", "three", "four")
     messages[1]["weight"] = 0
-    with pytest.raises(EchoDataError, match=r"row 0 has a turn with weight 0, but the chat template marks 1 places"):
+    with pytest.raises(EchoDataError, match=r"row 0 has a turn with weight 0, but the chat template marks 1 spans"):
         tokenize_row({"messages": messages}, joined)
 
 
@@ -472,7 +472,7 @@ def test_a_column_of_text_that_nothing_uses_is_an_error_with_its_line(tmp_path: 
     read = read_rows(path, {"prompt": "instruction", "completion": "output"})
     with pytest.raises(EchoDataError) as caught:
         prepare_rows(read, tokenizer, max_length=64, source=str(path))
-    assert str(caught.value).startswith(f"{path}:2: row 1 has text that nothing uses, in the columns 'input', 'note'. ")
+    assert str(caught.value).startswith(f"{path}:2: row 1 has text that is not used, in the columns 'input', 'note'. ")
     assert "set data.ignore_columns to [input, note]" in str(caught.value)
     data = prepare_rows(read, tokenizer, max_length=64, ignore_columns=["input", "note"])
     assert data.counts.kept == 2
@@ -501,8 +501,9 @@ def test_what_is_for_a_chat_template_is_an_error_where_there_is_none(name: str, 
     with pytest.raises(EchoDataError) as caught:
         check_forms(rows, "train.jsonl", is_scored=is_scored)
     assert str(caught.value) == (
-        f"train.jsonl:2: row 1 has {name}: only a chat template reads it, and texts go through none. Give the row as "
-        f"messages, or set data.chat in a recipe. If it shall be left out, add it to data.ignore_columns: [{name}]."
+        f"train.jsonl:2: row 1 has {name}: only a chat template reads it, and plain strings don't go through one. "
+        "Write the row as messages, or set data.chat in a recipe. To ignore it, add it to "
+        f"data.ignore_columns: [{name}]."
     )
     check_forms(rows, "train.jsonl", [name], is_scored=is_scored)
     check_forms(rows, "train.jsonl", chat=True, is_scored=is_scored)
@@ -518,7 +519,7 @@ def test_a_weight_of_a_row_is_an_error(row: dict[str, Any], name: str, value: An
     good = [row | {name: None}, row | {name: 1}, row | {name: True}, row | {name: 1.0}]
     check_forms(good, "train.jsonl")
     with pytest.raises(
-        EchoDataError, match=f"train.jsonl:5: row 4 has {name}: rows have no weights, and {value} counts"
+        EchoDataError, match=f"train.jsonl:5: row 4 has {name}: rows have no weights, so {value} has the effect"
     ):
         check_forms([*good, row | {name: value}], "train.jsonl")
     check_forms([row | {name: value}], "train.jsonl", [name])
@@ -543,7 +544,9 @@ def test_the_column_with_the_numbers_of_rows_is_none_of_a_file(tmp_path: Path, v
         {"prompt": "a", "completion": "b", "part": "x", ROW: value},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(EchoDataError, match=r"train\.jsonl:2: row 1 has a column '_echo_row', a name that is kept for"):
+    with pytest.raises(
+        EchoDataError, match=r"train\.jsonl:2: row 1 has a column '_echo_row', a name that is reserved for"
+    ):
         read_rows(path, part=part)
     path.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(EchoDataError, match=r"train\.jsonl:1: row 0 has a column '_echo_row'"):
@@ -552,7 +555,7 @@ def test_the_column_with_the_numbers_of_rows_is_none_of_a_file(tmp_path: Path, v
 
 def test_a_row_whose_number_is_none_is_named(tokenizer: Any) -> None:
     row = {"prompt": "a:", "completion": "b"}
-    with pytest.raises(EchoDataError, match="row 1 has a column '_echo_row', a name that is kept"):
+    with pytest.raises(EchoDataError, match="row 1 has a column '_echo_row', a name that is reserved"):
         prepare_rows([row, row | {ROW: "abc"}], tokenizer, max_length=None)
 
 
@@ -572,7 +575,7 @@ def test_the_form_of_all_rows_is_checked_before_the_first_is_tokenised() -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": "a", "prompt": "b"}\n', "rows.jsonl:1: not JSON: the name 'prompt' is given twice in one object"),
+        ('{"prompt": "a", "prompt": "b"}\n', "rows.jsonl:1: not JSON: the name 'prompt' occurs twice in one object"),
         ("[" * 100_000 + "\n", "not JSON"),
         ('{"a": ' + "9" * 5000 + "}\n", "rows.jsonl:1: not JSON: Exceeds the limit"),
         ("", "rows.jsonl has no row"),
@@ -593,7 +596,7 @@ def test_a_file_that_would_lose_something_is_named(tmp_path: Path, text: str, me
 def test_a_renamed_column_never_replaces_another(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "question": "b", "completion": "c"}\n')
-    with pytest.raises(EchoDataError, match=r"rows\.jsonl:1: row 0 has a column 'prompt' of its own"):
+    with pytest.raises(EchoDataError, match=r"rows\.jsonl:1: row 0 already has a column 'prompt'"):
         read_rows(path, {"prompt": "question"})
 
 

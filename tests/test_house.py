@@ -186,6 +186,17 @@ def test_the_functions_that_the_architecture_page_names_exist():
             found = getattr(found, part)
 
 
+def test_the_table_of_equations_names_functions_that_exist():
+    """`echo_lora.method` maps each equation to the function that computes it."""
+    method = importlib.import_module("echo_lora.method")
+    named = re.findall(r"\b([a-z_]+)\.([A-Za-z_]+(?:\.[a-z_]+)?)", method.__doc__.partition("| what")[2])
+    assert len(named) > 12
+    for module, name in named:
+        found = importlib.import_module(f"echo_lora.method.{module}")
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
 def test_the_make_targets_of_the_readme_exist():
     code = re.findall(r"```.*?```|`[^`\n]+`", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     named = {name for text in code for name in re.findall(r"\bmake ([\w-]+)", text)}

@@ -407,7 +407,7 @@ def test_networks_shapes_and_start():
         (
             LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", layers_to_transform=[3]),
             EchoModelError,
-            r"target layer 0 \(model\.layers\.0\) holds no LoRA linear module",
+            r"target layer 0 \(model\.layers\.0\) has no linear LoRA module",
         ),
     ],
 )
@@ -432,7 +432,9 @@ def test_a_name_that_matches_no_module_is_named(targets, unmatched, caplog):
     found = [record.getMessage() for record in caplog.records if "target_modules" in record.getMessage()]
     assert len(found) == (unmatched is not None)
     if unmatched:
-        assert found[0].startswith(f"LoraConfig.target_modules names {unmatched}, which no module with an adapter has")
+        assert found[0].startswith(
+            f"LoraConfig.target_modules names {unmatched}, but the name of no adapted module ends that way"
+        )
 
 
 # PEFT gives the experts ranks under a name that is no module's
@@ -458,7 +460,7 @@ def test_an_unknown_layer():
 
 
 def test_a_base_with_an_adapter():
-    with pytest.raises(EchoModelError, match="carries a PEFT adapter already"):
+    with pytest.raises(EchoModelError, match="already carries a PEFT adapter"):
         get_echo_model(peft.get_peft_model(tiny_base(), lora_config()), lora_config())
 
 

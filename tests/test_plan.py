@@ -140,7 +140,7 @@ def test_other_architectures_can_be_planned(tmp_path, kind):
     assert len(planned.target_layers) == 2
     experts = {name.rpartition("mlp.")[2]: why for name, why in planned.without_echo.items() if "layers.1." in name}
     assert experts.keys() == ({"gate", "experts", "experts.base_layer"} if kind == "mixtral" else set())
-    assert all("adapts a parameter" in why for why in experts.values())
+    assert all("adapts a bare parameter" in why for why in experts.values())
     assert not any("experts" in name for names in planned.target_layers.values() for name in names)
     assert planned.memory.activations is None or planned.memory.activations > 0
 
@@ -150,7 +150,7 @@ def test_other_architectures_can_be_planned(tmp_path, kind):
     [
         (["echo_config.source_layers=[9]"], EchoConfigError, "source_layers names layer 9, but the model has 4"),
         (["lora.target_modules=[nothing]"], EchoModelError, r"lora\.target_modules.*nothing"),
-        (["lora.target_modules=[q_proj, v_prj]"], EchoModelError, r"names 'v_prj', and .* Did you mean 'v_proj'\?"),
+        (["lora.target_modules=[q_proj, v_prj]"], EchoModelError, r"names 'v_prj', but .* Did you mean 'v_proj'\?"),
         (["lora.target_modules=[q_proj, v_prj]", "echo=false"], EchoModelError, r"lora\.target_modules names 'v_prj'"),
         (["data.max_length=5"], EchoDataError, r"train\.jsonl:1: row 0"),
         (["training.evaluate_every=1", "data.validation=missing.jsonl"], EchoDataError, "missing.jsonl"),
@@ -208,7 +208,7 @@ CALLED = ANSWER | {"tool_calls": [{"function": {"name": "search", "arguments": {
     ids=["tools", "tool calls", "key of a message", "variable"],
 )
 @pytest.mark.parametrize("command", [preview, plan])
-def test_what_a_row_holds_and_is_not_trained_on_is_said(tmp_path, caplog, command, row, left_out):
+def test_content_that_is_not_trained_on_is_warned_about(tmp_path, caplog, command, row, left_out):
     recipe = loaded(tmp_path)
     write_rows(tmp_path / "train.jsonl", [{"messages": [USER, ANSWER]}, row])
     with caplog.at_level("WARNING"):
@@ -226,9 +226,12 @@ def test_what_a_row_holds_and_is_not_trained_on_is_said(tmp_path, caplog, comman
             {"messages": [USER, ANSWER], "chat_template_kwargs": {"tokenize": False}},
             ": chat_template_kwargs has tokenize:",
         ),
-        ({"prompt": "a:", "completion": "b", "_echo_row": 7}, "has a column '_echo_row', a name that is kept"),
-        ({"prompt": "th", "completion": "e"}, "has no boundary: the tokenizer joins the end of the prompt"),
-        ({"prompt": "a:", "completion": "b", "weight": 0}, "has weight: rows have no weights, and 0 counts as 1"),
+        ({"prompt": "a:", "completion": "b", "_echo_row": 7}, "has a column '_echo_row', a name that is reserved"),
+        ({"prompt": "th", "completion": "e"}, "has no boundary: the tokenizer merges the end of the prompt"),
+        (
+            {"prompt": "a:", "completion": "b", "weight": 0},
+            "has weight: rows have no weights, so 0 has the effect of 1",
+        ),
     ],
     ids=["tools", "argument", "number of the row", "joined", "weight"],
 )

@@ -55,8 +55,8 @@ def refusing_a_prefix(_module, _args, kwargs, output):
     [
         (recurrent, "padding before a row changes what LlamaForCausalLM computes"),
         (counting_columns, "padding before a row changes what LlamaForCausalLM computes"),
-        (counting_from_two, "counts positions in its own way"),
-        (refusing_a_prefix, "can't be run on a prefix .RuntimeError: no prefix, please"),
+        (counting_from_two, "ignores position_ids"),
+        (refusing_a_prefix, "can't run on a cached prefix .RuntimeError: no prefix, please"),
     ],
 )
 def test_what_a_model_does_not_say_is_found_and_the_step_is_exact(break_it, reason, caplog):
@@ -75,7 +75,9 @@ def test_a_model_that_fails_on_tokens_alone_is_named():
     def fail(*_):
         raise ValueError("pixel_values are missing")
 
-    with pytest.raises(EchoModelError, match="LlamaForCausalLM fails on a few tokens: ValueError: pixel_values"):
+    with pytest.raises(
+        EchoModelError, match="LlamaForCausalLM fails on a batch of a few tokens: ValueError: pixel_values"
+    ):
         echo_model(fail).echo_losses(**collate(mixed_rows()), is_routed=True)
 
 

@@ -155,7 +155,7 @@ def test_the_form_of_all_rows_is_checked_before_a_tokenizer_is_loaded(tmp_path, 
     write_rows(tmp_path / "held.jsonl", [*ROWS, {"prompt": "a", "completion": "b", "input": "lost"}])
     for command in (plan, preview, run):
         with pytest.raises(
-            EchoDataError, match=r"held\.jsonl:13: row 12 has text that nothing uses, in the column 'inp"
+            EchoDataError, match=r"held\.jsonl:13: row 12 has text that is not used, in the column 'inp"
         ):
             command(recipe)
     with pytest.raises(AssertionError, match="a tokenizer was loaded"):  # the other rows are sound
@@ -169,7 +169,7 @@ def test_questions_to_score_are_complete_too(tmp_path):
     write_rows(tmp_path / "test.jsonl", [{"prompt": "Add.", "input": "3 and 4", "answer": "7"}])
     path = tiny_recipe(tmp_path)
     write_rows(tmp_path / "test.jsonl", [{"prompt": "Add.", "input": "3 and 4", "answer": "7"}])
-    with pytest.raises(EchoDataError, match=r"test\.jsonl:1: row 0 has text that nothing uses, in the column 'input'"):
+    with pytest.raises(EchoDataError, match=r"test\.jsonl:1: row 0 has text that is not used, in the column 'input'"):
         evaluation_rows(load_recipe(path), tiny_tokenizer())
     [(_, rows)] = evaluation_rows(load_recipe(path, ["data.ignore_columns=[input]"]), tiny_tokenizer())
     assert rows == [{"prompt": "Add.", "answer": "7"}]
@@ -206,9 +206,7 @@ def test_a_row_beyond_computed_positions_is_a_warning(tmp_path, caplog):
     config.save_pretrained(tmp_path / "base")
     with caplog.at_level(logging.WARNING):
         plan(load_recipe(path))
-    assert re.search(
-        r"train\.jsonl:\d+: row \d+ has \d\d tokens, more than the 24 that the model was made", caplog.text
-    )
+    assert re.search(r"train\.jsonl:\d+: row \d+ has \d\d tokens, more than the model's maximum of 24", caplog.text)
 
 
 # ------------------------------------------------------------------------ paths
@@ -231,7 +229,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     assert {entry.name for entry in (tmp_path / "home" / "runs" / "first").iterdir()} >= {"adapter", "run.json"}
     assert not (tmp_path / "~").exists()
     assert resolve("~/runs/first")[1] == tmp_path / "home" / "runs" / "first" / "adapter"
-    with pytest.raises(EchoConfigError, match=r"\$HOME/runs: environment variables are not replaced"):
+    with pytest.raises(EchoConfigError, match=r"\$HOME/runs: environment variables are not expanded"):
         load_recipe(path, ["output=$HOME/runs"])
     with pytest.raises(EchoConfigError, match=r"~nobody-here/x: there is no such home folder"):
         load_recipe(path, ["output=~nobody-here/x"])

@@ -90,7 +90,7 @@ def test_the_output_folder_holds_the_adapter_and_its_record(tmp_path):
     assert [entry["step"] for entry in record["history"] if "ce_off" in entry] == [1, 2, 3, 4]
 
     card = (result.adapter / "README.md").read_text()
-    assert "Nothing of this is\nleft in the adapter" in card
+    assert "The saved adapter\ncontains none of this" in card
     assert record["initial_adapter_sha256"] in card
     assert f'from_pretrained("{recipe.model}")' in card
 
@@ -327,7 +327,7 @@ def interrupt_saving(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("moment", range(6))
-def test_a_removal_that_was_killed_is_gone_on_with(tmp_path, monkeypatch, moment):
+def test_an_interrupted_removal_is_completed_later(tmp_path, monkeypatch, moment):
     folder = tmp_path / "checkpoint-4"
     begin_checkpoint(folder)
     for name in ("optimizer.pt", "latest", "global_step4/x.pt"):  # a name that no other trainer uses, too
@@ -392,7 +392,7 @@ def test_what_can_not_be_tidied_does_not_hide_the_error(tmp_path, monkeypatch, c
     monkeypatch.setattr(Path, "rmdir", refuse)
     with pytest.raises(EchoTrainingError, match="stopped at step 2"):
         run(loaded(tmp_path))
-    assert "run could not be tidied: [Errno 16] Device or resource busy" in caplog.text
+    assert "run could not be cleaned up: [Errno 16] Device or resource busy" in caplog.text
 
 
 def test_everything_has_the_permissions_of_the_umask(tmp_path):
@@ -539,8 +539,8 @@ def test_a_checkpoint_that_is_passed_over_is_named_once(tmp_path, monkeypatch, c
     theirs = tmp_path / "run" / "checkpoints" / "checkpoint-9"
     theirs.mkdir()
     run(recipe, resume=True)
-    assert caplog.text.count(f"{theirs} was not finished, or is of another program; passing over it.") == 1
-    assert caplog.text.count("passing over") == 1
+    assert caplog.text.count(f"{theirs} is incomplete, or was written by another program; skipping it.") == 1
+    assert caplog.text.count("skipping it") == 1
 
 
 def test_a_base_with_other_weights_is_not_resumed_on(tmp_path, monkeypatch):
@@ -600,7 +600,7 @@ def test_code_in_a_received_checkpoint_is_not_run(tmp_path, monkeypatch):
         kept = (folder / name).read_bytes()
         torch.save(Bomb(marker), folder / name)
         reseal(folder)
-        with pytest.raises(EchoCheckpointError, match=r"checkpoint-2 holds states that only a pickle"):
+        with pytest.raises(EchoCheckpointError, match=r"checkpoint-2 holds a pickle with code"):
             run(recipe, resume=True)
         (folder / name).write_bytes(kept)
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
@@ -620,7 +620,7 @@ def reseal(folder: Path) -> None:
 # ------------------------------------------------------------ damage and Ctrl-C
 
 
-def test_a_damaged_checkpoint_names_the_newest_sound_one_and_the_way_on(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_names_the_newest_sound_one_and_how_to_resume(tmp_path, monkeypatch):
     recipe = loaded(tmp_path, "training.save_every=1", "training.keep_checkpoints=3")
     with monkeypatch.context() as dying:
         interrupt_at(dying, 4)
@@ -666,7 +666,7 @@ def test_weights_that_were_put_beside_the_sealed_ones_are_refused(tmp_path, monk
     (folder / "notes.txt").write_text("mine, and no harm")
     with pytest.raises(EchoCheckpointError) as caught:
         run(recipe, resume=True)
-    assert f"{folder / 'model.safetensors'} was not there when" in str(caught.value)
+    assert f"{folder / 'model.safetensors'} was added after" in str(caught.value)
     assert str(caught.value).endswith("Remove it, then resume again.")
     (folder / "model.safetensors").unlink()
     assert run(recipe, resume=True).resumed_at == 2
@@ -680,7 +680,7 @@ def test_a_moved_record_names_the_folder_it_lies_in(tmp_path):
 
 
 @pytest.mark.parametrize("save_every", [2, 4])
-def test_an_interruption_says_which_step_which_checkpoint_and_how_to_go_on(tmp_path, monkeypatch, save_every):
+def test_an_interruption_names_step_checkpoint_and_how_to_resume(tmp_path, monkeypatch, save_every):
     recipe = loaded(tmp_path, f"training.save_every={save_every}")
     interrupt_at(monkeypatch, 4, KeyboardInterrupt())
     with pytest.raises(EchoInterrupt) as caught:
@@ -689,9 +689,9 @@ def test_an_interruption_says_which_step_which_checkpoint_and_how_to_go_on(tmp_p
     assert message.startswith("Interrupted after step 3 of 4. ")
     if save_every == 2:
         newest = tmp_path / "run" / "checkpoints" / "checkpoint-2"
-        assert f"newest complete checkpoint is {newest}: to go on from it, repeat the command with --resume" in message
+        assert f"newest complete checkpoint is {newest}. To resume from it, repeat the command with --resume" in message
     else:
-        assert "No checkpoint was complete yet: repeat the command to start again." in message
+        assert "There is no complete checkpoint yet: repeat the command to start again." in message
         assert not (tmp_path / "run").exists()
 
 

@@ -103,7 +103,10 @@ def test_a_weight_of_a_row_is_named(tmp_path, caplog, echo):
     data = {"prompt": ["one"] * 3, "completion": ["two"] * 3, "weight": [1, None, 0.5]}
     with caplog.at_level(logging.WARNING):
         sft_trainer(tmp_path, data, echo=echo)
-    assert "train data: row 2 has weight, which has no effect: rows have no weights, and 0.5 counts as 1" in caplog.text
+    assert (
+        "train data: row 2 has weight, which has no effect: rows have no weights, so 0.5 has the effect of 1"
+        in caplog.text
+    )
 
 
 @ECHO
@@ -161,15 +164,15 @@ def test_a_row_of_no_known_form_is_named_before_training(tmp_path, caplog):
 
 
 def test_a_prompt_that_is_one_token_with_its_answer_is_named(tmp_path):
-    with pytest.raises(EchoDataError, match=r"row 1 has no boundary: .* if there is one, its end and the start"):
+    with pytest.raises(EchoDataError, match=r"row 1 has no boundary: .* If the row has one, its end and the start"):
         sft_trainer(tmp_path, {"prompt": ["a:", "th"], "completion": ["b", "e"]})
 
 
 @ECHO
 def test_an_empty_dataset_is_an_error(tmp_path, echo):
-    with pytest.raises(EchoDataError, match="the train data have no row"):
+    with pytest.raises(EchoDataError, match="the train data has no row"):
         sft_trainer(tmp_path, {"prompt": [], "completion": []}, echo=echo)
-    with pytest.raises(EchoDataError, match="the train data have no row"):
+    with pytest.raises(EchoDataError, match="the train data has no row"):
         EchoTrainer(model=echo_model(), args=arguments(tmp_path), train_dataset=rows().select([]))
 
 
@@ -239,13 +242,13 @@ def test_the_column_with_the_numbers_of_rows_is_ours(tmp_path, echo):
     data = {"prompt": ["one", "two", "one"], "completion": ["two", "", "two"]}
     numbers = {"completion": ["two"] * 3, "_echo_row": [7, 8, 9]}
     for which, given in {"text": ["a", "b", "c"], "flag": [True, False, True]}.items():
-        with pytest.raises(EchoDataError, match="the train data have a column '_echo_row', a name that is kept"):
+        with pytest.raises(EchoDataError, match="the train data has a column '_echo_row', a name that is reserved"):
             sft_trainer(tmp_path / which, data | {"_echo_row": given}, echo=echo)
     assert list(sft_trainer(tmp_path, data | numbers, echo=echo).train_dataset["_echo_row"]) == [0, 1, 2]
     stream = Dataset.from_dict(data | numbers).to_iterable_dataset()
     common = {"processing_class": sft_base()[1], "peft_config": lora_config(), "echo_config": echo}
     args = sft_arguments(tmp_path, max_length=None)
-    with pytest.raises(EchoDataError, match="the train data have a column '_echo_row'"):
+    with pytest.raises(EchoDataError, match="the train data has a column '_echo_row'"):
         EchoSFTTrainer(model=sft_base()[0], args=args, train_dataset=stream, **common)
 
 
@@ -288,7 +291,7 @@ def test_an_evaluated_dataset_whose_numbers_are_none_is_an_error(tmp_path):
     )
     with pytest.raises(EchoDataError, match="row 0 has a column '_echo_row'"):
         trainer.evaluate()
-    with pytest.raises(EchoDataError, match="the train data have a column '_echo_row'"):
+    with pytest.raises(EchoDataError, match="the train data has a column '_echo_row'"):
         EchoTrainer(model=echo_model(), args=arguments(tmp_path), train_dataset=bad, data_collator=collator)
 
 
@@ -325,7 +328,7 @@ def test_rows_beyond_a_table_of_positions_are_refused_and_beyond_computed_ones_n
     model.config.max_position_embeddings = 16
     with caplog.at_level(logging.WARNING):
         EchoTrainer(model=model, args=arguments(tmp_path), train_dataset=data, data_collator=collator)
-    assert "train data: row 1 has 20 tokens, more than the 16 that the model was made for" in caplog.text
+    assert "train data: row 1 has 20 tokens, more than the model's maximum of 16" in caplog.text
 
 
 def test_the_datasets_of_trl_are_tokenised_by_trl(tmp_path, monkeypatch):

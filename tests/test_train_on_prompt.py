@@ -61,7 +61,7 @@ def test_a_summary_counts_the_tokens_with_a_loss(tmp_path):
     recipe = load_recipe(tiny_recipe(tmp_path), ["data.train_on_prompt=true"])
     whole = prepare_rows(ROWS, tiny_tokenizer(), max_length=None, train_on_prompt=True).dataset
     count = sum(label != -100 for row in whole for label in row["labels"])
-    line = f"prompts are trained on too: {count} tokens with a loss in all"
+    line = f"prompts are trained on too: {count} tokens with a loss in total"
     assert line in plan(recipe).rows
     assert line in preview(recipe).summary
     assert not any("prompts" in line for line in plan(load_recipe(tiny_recipe(tmp_path))).rows)
@@ -100,7 +100,7 @@ def test_a_collator_that_cuts_rows_is_refused():
     def cut(features):
         return {name: tensor[:, :3] for name, tensor in collator(features).items()}
 
-    with pytest.raises(EchoDataError, match="the data collator makes rows of"):
+    with pytest.raises(EchoDataError, match="the data collator turns rows of"):
         RowCollator(cut)(list(whole_text(some_rows(2))))
 
 
@@ -347,7 +347,7 @@ def test_a_weight_of_answers_that_can_t_be_meant_is_refused(tmp_path, weight, op
 
 def test_a_plain_trainer_can_t_weigh_answers_without_the_echo(tmp_path):
     model = peft.get_peft_model(tiny_base(), lora_config())
-    with pytest.raises(EchoConfigError, match="needs EchoSFTTrainer"):
+    with pytest.raises(EchoConfigError, match="Use EchoSFTTrainer"):
         EchoTrainer(
             model=model,
             args=arguments(tmp_path),

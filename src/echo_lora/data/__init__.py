@@ -1,4 +1,4 @@
-"""From a file or a task to tokenised rows that have been checked.
+"""From a file or a task to tokenised, checked rows: sources → forms → template → tokenize → check → prepared.
 
-What a format is, how a row is tokenised and what is refused belongs here; which rows a recipe uses does not.
+File formats, the forms of a row, tokenising and its checks belong here; which rows a recipe uses does not.
 """

@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-
 Overlength = Literal["error", "drop", "truncate_prompt"]
-
-
-# ----------------------------------------------------------------------------------------------- checking
 
 
 class Lengths(NamedTuple):
@@ -43,8 +39,8 @@ class RowCounts:
     """What the checks found. Lengths are those of the rows that were kept, after shortening."""
 
     kept: int
-    dropped_rows: list[int]  # numbers of the rows that `max_length` excludes
-    answerless: int  # of these, the rows whose first `max_length` tokens hold no answer token
+    dropped_rows: list[int]  # numbers of the rows that exceed `max_length`
+    answerless: int  # how many of these have no answer token within `max_length`
     truncated: int
     without_end_token: int
     merged_boundary: int
@@ -52,7 +48,7 @@ class RowCounts:
     answer_tokens: Lengths
     answer_tokens_total: int
     tokens_total: int
-    untrained: dict[str, list[int]]  # what rows hold and are not trained on: the rows
+    untrained: dict[str, list[int]]  # content that is not trained on, with the numbers of its rows
 
     @property
     def dropped(self) -> int:
@@ -62,30 +58,30 @@ class RowCounts:
 def refuse_unfit_tokens(
     dataset: Dataset, source: str, *, vocabulary: int, positions: int | None, has_table: Callable[[], bool]
 ) -> None:
-    """Tokens that the model has no embedding for, and rows longer than it has positions for.
+    """Raises EchoDataError, which names the row, for token ids and positions that the model has no embedding for.
 
-    vocabulary: rows of the model's embedding. positions: the longest row that the model was made for, if it says so.
-    has_table: whether positions are looked up in a table, beyond whose end there is nothing; asked only where it
-    matters. Raises EchoDataError, which names the row. Where positions are computed a longer row is a warning.
+    vocabulary: rows of the model's embedding. positions: the model's maximum length, if its configuration has one.
+    has_table: whether positions come from an embedding table; called only if a row is too long. Where positions are
+    computed, such a row is only a warning.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind = dataset.features.arrow_schema.field("input_ids").type
     if not (pa.types.is_nested(kind) and pa.types.is_integer(kind.value_type)):
-        return  # what a collator of the user's own makes tokens of
+        return  # the user's own collator makes token ids of it
     columns = [name for name in ("input_ids", ROW) if name in dataset.column_names]
     rows: Any = dataset.select_columns(columns)
     start, is_warned = 0, positions is None
-    for batch in rows.with_format("arrow").iter(1000):  # whole columns at a time: rows as Python's lists are slow
+    for batch in rows.with_format("arrow").iter(1000):  # whole Arrow columns: Python lists are slow
         ids = batch["input_ids"]
         span = pc.min_max(pc.list_flatten(ids)).as_py()
         longest = pc.max(pc.list_value_length(ids)).as_py() or 0
         is_unknown = span["min"] is not None and not 0 <= span["min"] <= span["max"] < vocabulary
         is_long = positions is not None and longest > positions and not is_warned
-        for place, example in enumerate(batch.to_pylist() if is_unknown or is_long else []):
-            where, length = where_is(source, row_number(example, start + place)), len(example["input_ids"])
-            for token in example["input_ids"]:
+        for place, row in enumerate(batch.to_pylist() if is_unknown or is_long else []):
+            where, length = where_is(source, row_number(row, start + place)), len(row["input_ids"])
+            for token in row["input_ids"]:
                 if not 0 <= token < vocabulary:
                     raise EchoDataError(
                         f"{where} has the token id {token}, but the model's embedding has rows for 0 to "
@@ -98,7 +94,7 @@ def refuse_unfit_tokens(
                     f"{where} has {length} tokens, but the model has embeddings for {positions} positions. "
                     f"Set max_length to at most {positions}, and on_overlength, or shorten the row."
                 )
-            _logger.warning("%s has %d tokens, more than the %d that the model was made for.", where, length, positions)
+            _logger.warning("%s has %d tokens, more than the model's maximum of %d.", where, length, positions)
             is_warned = True
         start += len(batch)
 
@@ -112,24 +108,24 @@ def check_tokenized_dataset(
     source: str,
     bos_token_id: int | None = None,
 ) -> tuple[Dataset, RowCounts]:
-    """The checks of `prepare_rows` on a dataset that has `input_ids` and `labels`, and maybe the column ROW.
+    """The checks of `prepare_rows` for a dataset that already has `input_ids` and `labels`; other columns are kept.
 
-    A column `completion_mask` says which labels are answer tokens. Other columns are kept. bos_token_id: the token that
-    stays first when a prompt is shortened.
+    If there is a column `completion_mask`, it marks which labels are answer tokens. bos_token_id: the token that stays
+    first when a prompt is shortened.
     """
     check = RowCheck(max_length, on_overlength, end_token_ids, bos_token_id, source)
     columns = [name for name in ("input_ids", "labels", ANSWER, ROW) if name in dataset.column_names]
     kept = [
         index
-        for index, example in enumerate(dataset.select_columns(columns).with_format(None))
-        if check(row_of_example(example, index)) is not None
+        for index, row in enumerate(dataset.select_columns(columns).with_format(None))
+        if check(as_tokenized_row(row, index)) is not None
     ]
     counts = check.finish()
     if counts.dropped:
         dataset = dataset.select(kept)
     if counts.truncated:
         options = {"max_length": max_length, "bos": bos_token_id}
-        dataset = dataset.map(_shorten_example, fn_kwargs=options, desc="Shortening prompts")
+        dataset = dataset.map(_shorten_columns, fn_kwargs=options, desc="Shortening prompts")
     return dataset, counts
 
 
@@ -156,7 +152,7 @@ class RowCheck:
     longest: int = 0
 
     def __call__(self, row: TokenizedRow) -> TokenizedRow | None:
-        """The row to train on; None for one that is dropped or will be reported by `finish`."""
+        """The row to train on, or None if it is dropped or `finish` will report it."""
         where, start, length = where_is(self.source, row.row), row.answer_start, len(row.labels)
         if start == length:
             raise EchoDataError(
@@ -166,13 +162,13 @@ class RowCheck:
         if start == 0:
             if row.merged_tokens:
                 raise EchoDataError(
-                    f"{where} has no boundary: the tokenizer joins the end of the prompt and the start of the answer "
-                    "into one token, so that no token is the prompt's alone. Put a space or a line break between the "
+                    f"{where} has no boundary: the tokenizer merges the end of the prompt and the start of the answer "
+                    "into one token, so no token belongs to the prompt alone. Put a space or a line break between the "
                     "two, or use the chat form."
                 )
             raise EchoDataError(
-                f"{where} has no boundary: its answer starts at the first token. Put a prompt before it; if there is "
-                "one, its end and the start of the answer are one token: put a space or a line break between the two."
+                f"{where} has no boundary: its answer starts at the first token. Add a prompt. If the row has one, its "
+                "end and the start of the answer are one token: put a space or a line break between them."
             )
         if self.max_length is not None and length > self.max_length:
             if self.on_overlength == "drop":
@@ -184,13 +180,14 @@ class RowCheck:
                 self.overlong_count += 1
                 self.longest = max(self.longest, length)
                 return None
-            row = _shorten(row, self.max_length, self.bos)
+            keep = _kept_columns(row, self.max_length, self.bos)
+            row = replace(row, input_ids=keep(row.input_ids), labels=keep(row.labels))
             self.truncated += 1
         answer = [label for label in row.labels if label != IGNORED]
         self.tokens += len(row.labels)
         self.prompt_lengths.append(row.answer_start)
         self.answer_lengths.append(len(answer))
-        if self.end_ids.isdisjoint(answer[-2:]):  # a chat template may write a newline after its end of turn
+        if self.end_ids.isdisjoint(answer[-2:]):  # chat templates may write a newline after the end of a turn
             self.endless.append(row.row)
         if row.merged_tokens:
             self.merged.append(row.row)
@@ -203,12 +200,12 @@ class RowCheck:
             raise EchoDataError(self._overlength_message())
         if not self.answer_lengths:
             raise EchoDataError(
-                f"{self.source}: no row is left: {len(self.dropped)} were dropped as longer than max_length = "
-                f"{self.max_length}. Raise max_length, or give other rows."
+                f"{self.source}: no row is left: {len(self.dropped)} were dropped because they are longer than "
+                f"max_length = {self.max_length}. Raise max_length, or use other rows."
             )
         for problem, rows in {
             "ends its answer without an end-of-sequence or end-of-turn token": self.endless,
-            "shares the last token of its prompt with its answer: the boundary lies before it": self.merged,
+            "has one token for the end of its prompt and the start of its answer, after the boundary": self.merged,
             **{f"has {what}: not trained on": rows for what, rows in self.untrained.items()},
         }.items():
             if rows:
@@ -233,10 +230,10 @@ class RowCheck:
         assert limit is not None
         where, start, length = where_is(self.source, row.row), row.answer_start, len(row.labels)
         if self.on_overlength == "truncate_prompt":
-            problem = f"can't be shortened to its answer: that has {length - start} tokens"
+            problem = f"can't be shortened: its answer alone has {length - start} tokens"
             remedy = 'set on_overlength to "drop"'
         else:
-            keeps = "no answer token" if start >= limit else "only a part of its answer"
+            keeps = "no answer token" if start >= limit else "only part of its answer"
             problem = f"keeps {keeps}: the prompt has {start} tokens, the answer {length - start}"
             remedy = 'set on_overlength to "truncate_prompt" or "drop"'
         return (
@@ -245,36 +242,27 @@ class RowCheck:
         )
 
 
-def _shorten(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRow:
-    """Drop the oldest prompt tokens of a row whose answer leaves room for at least one of them."""
-    keep = _kept_columns(row, max_length, bos)
-    return replace(row, input_ids=keep(row.input_ids), labels=keep(row.labels))
-
-
 def _kept_columns(row: TokenizedRow, max_length: int, bos: int | None) -> Callable[[list[int]], list[int]]:
+    """Drops the oldest prompt tokens from a row's columns; the answer must leave room for at least one."""
     room = max_length - (len(row.labels) - row.answer_start)
     head = 1 if room > 1 and row.input_ids[0] == bos else 0
     cut = len(row.labels) - max_length + head
     return lambda values: values[:head] + values[cut:]
 
 
-def _shorten_example(example: dict[str, Any], max_length: int, bos: int | None) -> dict[str, Any]:
-    if len(example["labels"]) <= max_length:
-        return example
-    keep = _kept_columns(TokenizedRow(example["input_ids"], _answer_labels(example)), max_length, bos)
-    names = [name for name in ("input_ids", "labels", ANSWER) if name in example]
-    return example | {name: keep(example[name]) for name in names}
+def _shorten_columns(row: dict[str, Any], max_length: int, bos: int | None) -> dict[str, Any]:
+    if len(row["labels"]) <= max_length:
+        return row
+    keep = _kept_columns(as_tokenized_row(row, 0), max_length, bos)
+    return row | {name: keep(row[name]) for name in ("input_ids", "labels", ANSWER) if name in row}
 
 
-def row_of_example(example: dict[str, Any], index: int) -> TokenizedRow:
-    return TokenizedRow(example["input_ids"], _answer_labels(example), row_number(example, index))
-
-
-def _answer_labels(example: dict[str, Any]) -> list[int]:
-    mask = example.get(ANSWER)
-    if mask is None:
-        return example["labels"]
-    return [label if is_answer else IGNORED for label, is_answer in zip(example["labels"], mask, strict=True)]
+def as_tokenized_row(row: dict[str, Any], index: int) -> TokenizedRow:
+    """A dataset's row, with labels at answer tokens only."""
+    labels, mask = row["labels"], row.get(ANSWER)
+    if mask is not None:
+        labels = [label if is_answer else IGNORED for label, is_answer in zip(labels, mask, strict=True)]
+    return TokenizedRow(row["input_ids"], labels, row_number(row, index))
 
 
 def ranges_text(numbers: list[int]) -> str:
@@ -290,6 +278,6 @@ def _lengths(lengths: Sequence[int]) -> Lengths:
 
 
 def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The beginning-of-sequence token, where the tokenizer puts it before every text."""
+    """The id of the beginning-of-sequence token, if the tokenizer puts it before every text."""
     is_first = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return tokenizer.bos_token_id if is_first else None

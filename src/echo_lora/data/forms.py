@@ -1,8 +1,7 @@
-"""What a row may hold, checked without a tokenizer: its columns, its messages, and which of them are learned.
+"""What a row may hold, checked without a tokenizer: its columns, its messages, and which messages are trained on.
 
-A row is one of TRL's forms: `prompt` and `completion` as strings, the same two as lists of messages, or a
-conversation in `messages`. Of messages, the assistant's are learned, but for those with `weight: 0` (OpenAI's word for
-"not trained on").
+A row has one of TRL's forms: `prompt` and `completion` as strings, both as lists of messages, or a conversation in
+`messages`. The assistant's messages are trained on, except those with `weight: 0` (OpenAI's key).
 """
 
 from __future__ import annotations
@@ -19,23 +18,17 @@ from echo_lora.errors import EchoDataError
 from echo_lora.text import check_unicode
 
 ROW_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "part", ROW)
-
 SCORED_COLUMNS = ("answer", "choices", "label", "test", "entry_point", "group")
-
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys beside content that templates know
-
+REASONING = ("reasoning_content", "reasoning", "thinking")  # message keys that chat templates know
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "weight", *REASONING)
-
 PART_KEYS = ("type", "text")
-
 CALL_KEYS = ("type", "id", "function", "name", "arguments")
-
-# Other programs' words for `weight`, which would be left out without an effect.
+# What other programs call `weight`; ignoring such a key would be silent.
 _RIVALS = ("train", "loss", "loss_weight", "trainable", "mask", "masked")
 
 
 def row_number(row: Mapping[str, Any], index: int) -> int:
-    """The row's number in its file; `index` where the row does not carry it. Raises EchoDataError if it's no number."""
+    """The row's number in its file, or `index` if the row has none. Raises EchoDataError if it is not an integer."""
     try:
         return operator.index(row.get(ROW, index))
     except TypeError as error:
@@ -50,11 +43,10 @@ def check_forms(
     chat: bool = False,
     is_scored: bool = False,
 ) -> None:
-    """Check every row before any of them is tokenised, and that nothing in them is left unused.
+    """Check the form of every row, and that no text in it goes unused. Raises EchoDataError with file and line.
 
-    ignore: columns that may hold something without being used. chat: texts go through a chat template. is_scored: the
-    rows are questions, which need no answer here.
-    Raises EchoDataError with file and line.
+    ignore: columns that may go unused. chat: strings go through the chat template. is_scored: the rows are questions
+    to score, which need no completion.
     """
     unused: dict[str, int] = {}
     index = -1
@@ -65,7 +57,7 @@ def check_forms(
         for name, why in without_effect(row, chat=chat, is_scored=is_scored).items():
             if name not in ignore:
                 raise EchoDataError(
-                    f"{where_is(source, number)} has {name}: {why}. If it shall be left out, add it to "
+                    f"{where_is(source, number)} has {name}: {why}. To ignore it, add it to "
                     f"data.ignore_columns: [{name}]."
                 )
         for name in unused_texts(row, is_scored=is_scored):
@@ -76,18 +68,14 @@ def check_forms(
     if unused:
         first = min(unused.values())
         raise EchoDataError(
-            f"{where_is(source, first)} has text that nothing uses, in the {_columns(unused)}. Write it into the "
-            "prompt or the completion, say with data.columns what it is, or, if it shall be left out, set "
-            f"data.ignore_columns to [{', '.join(unused)}]."
+            f"{where_is(source, first)} has text that is not used, in the column{'s' * (len(unused) > 1)} "
+            f"{', '.join(map(repr, unused))}. Put it into the prompt or the completion, map it with data.columns, or, "
+            f"to ignore it, set data.ignore_columns to [{', '.join(unused)}]."
         )
 
 
-def _columns(names: Collection[str]) -> str:
-    return f"column{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
-
-
 def unused_texts(row: Mapping[str, Any], *, is_scored: bool = False) -> list[str]:
-    """Columns that hold text which neither prompt nor answer is made of."""
+    """Columns whose text is part of neither the prompt nor the answer."""
     used = {*ROW_COLUMNS, *SCORED_COLUMNS} if is_scored else set(ROW_COLUMNS)
     if not is_scored:
         # as in TRL, prompt and completion come before messages
@@ -96,27 +84,27 @@ def unused_texts(row: Mapping[str, Any], *, is_scored: bool = False) -> list[str
 
 
 def without_effect(row: Mapping[str, Any], *, chat: bool = False, is_scored: bool = False) -> dict[str, str]:
-    """Columns that say how a row is to be read or learned, and have no effect, each with why and what to do instead."""
+    """Columns that would change how a row is read or trained on but have no effect, with the reason and the remedy."""
     found = {}
     if isinstance(row.get("prompt"), str) and not chat:
         for name in ("tools", "chat_template_kwargs"):
             if row.get(name) not in (None, [], {}, "", "[]"):
                 found[name] = (
-                    "only a chat template reads it, and texts go through none. Give the row as messages, or set "
-                    "data.chat in a recipe"
+                    "only a chat template reads it, and plain strings don't go through one. Write the row as messages, "
+                    "or set data.chat in a recipe"
                 )
     for name in () if is_scored else ("weight", "sample_weight", *_RIVALS):
         value = row.get(name)
-        if isinstance(value, (int, float)) and value != 1:  # True, too, says what happens
+        if isinstance(value, (int, float)) and value != 1:  # True means 1, which is what happens
             found[name] = (
-                f"rows have no weights, and {value!r} counts as 1. Remove a row that is not to be trained on; in "
-                'messages, give a turn of the assistant "weight": 0'
+                f"rows have no weights, so {value!r} has the effect of 1. Remove rows that should not be trained on; "
+                'in messages, give an assistant turn "weight": 0'
             )
     return found
 
 
 def holds_text(value: Any) -> bool:
-    """Whether there is a text in a value, at any depth."""
+    """Whether a value holds a non-blank string, at any depth."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):
@@ -125,11 +113,10 @@ def holds_text(value: Any) -> bool:
 
 
 def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The row in one of two forms: `messages`, or `prompt` and `completion`, both of texts or both of messages.
+    """The row in one of two forms: `messages`, or `prompt` and `completion`, both strings or both lists of messages.
 
-    Columns and keys of messages without a value are gone. A completion of messages begins with one that is learned:
-    what comes before it counts as prompt. Raises EchoDataError for a row of another form, and for one without a prompt
-    or without an answer.
+    Null columns and message keys are removed. A completion of messages starts with one that is trained on; messages
+    before that move to the prompt. Raises EchoDataError for any other form, and for a row without a prompt or answer.
     """
     row = {name: value for name, value in row.items() if value is not None}  # Arrow fills gaps with None
     if "tools" in row:
@@ -141,15 +128,13 @@ def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name != "completion"}
     if "text" in row and "completion" not in row:
         raise EchoDataError(
-            f"{where} has only text: nothing says where the prompt ends and the answer begins, and the echo "
-            "is read at this boundary. Give the two as prompt and completion."
+            f"{where} has only text: nothing marks where the prompt ends and the answer begins, and the echo is read "
+            "at this boundary. Split it into prompt and completion."
         )
     for column in ("prompt", "completion"):
         if column not in row:
             present = ", ".join(name for name in row if name != ROW) or "none"
-            raise EchoDataError(
-                f"{where} has no {column}. Present: {present}. Add it, or say with columns which one it is."
-            )
+            raise EchoDataError(f"{where} has no {column}. Present: {present}. Add it, or map it with columns.")
     row.pop("messages", None)
     kinds = {type(row["prompt"]), type(row["completion"])}
     if kinds == {list}:
@@ -160,7 +145,7 @@ def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if kinds != {str}:
         raise EchoDataError(
             f"{where}: prompt is a {_kind(row['prompt'])} and completion a {_kind(row['completion'])}. "
-            "Give both as strings, or both as lists of messages."
+            "Write both as strings, or both as lists of messages."
         )
     for column in ("prompt", "completion"):
         _check_text(row[column], column, where)
@@ -172,7 +157,7 @@ def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def checked_messages(messages: Any, column: str, where: str) -> list[dict[str, Any]]:
-    """The messages without their empty keys. Raises EchoDataError for what is not a list of messages."""
+    """The messages without their null keys. Raises EchoDataError unless it is a list of messages."""
     if not isinstance(messages, list) or not messages:
         raise EchoDataError(
             f"{where}: {column} is not a list of messages. "
@@ -182,36 +167,36 @@ def checked_messages(messages: Any, column: str, where: str) -> list[dict[str, A
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:
-    """Whether the message's tokens are labels: the assistant's are, but for those with `weight: 0`."""
+    """Whether the message is trained on: the assistant's are, except those with `weight: 0`."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
 def texts_of(message: Mapping[str, Any]) -> list[str]:
-    """The texts of a message's content, which may be one, several parts, or none (beside tool calls)."""
+    """The texts of a message's content: one, several parts, or none (with tool calls)."""
     content = message.get("content")
     return [part["text"] for part in content] if isinstance(content, list) else [content] if content else []
 
 
 def functions_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a message calls: name and arguments of each tool call."""
+    """The functions that a message calls: name and arguments of each tool call."""
     return [call.get("function", call) for call in message.get("tool_calls", [])]
 
 
 def other_texts(item: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    """Keys with a text beside the known ones."""
+    """Keys, besides the known ones, that hold text."""
     return [key for key, value in item.items() if key not in known and holds_text(value)]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise EchoDataError(f'{where} is not a message with a role. Write it as {{"role": "user", "content": ...}}.')
-    # a key without a value says nothing; an empty list of tool calls is none, and templates ask for the key
+    # null keys mean nothing; templates test for the key tool_calls, so an empty list must go too
     message = {key: value for key, value in message.items() if value is not None and (key, value) != ("tool_calls", [])}
     for key in _RIVALS:
         if key in message:
             raise EchoDataError(
-                f"{where} has {key} = {message[key]!r}, which says nothing here. "
-                'Give a turn that is not to be trained on "weight": 0, and remove this key.'
+                f"{where} has {key} = {message[key]!r}, which has no effect. "
+                'Give turns that should not be trained on "weight": 0, and remove this key.'
             )
     _check_weight(message, where)
     _check_content(message, where)
@@ -228,7 +213,7 @@ def _check_weight(message: Mapping[str, Any], where: str) -> None:
         raise EchoDataError(f"{where} has weight = {weight!r}. Write 0 (not trained on) or 1, or leave it out.")
     if "weight" in message and weight == 1 and message["role"] != "assistant":
         raise EchoDataError(
-            f"{where} has weight = 1, but only the assistant's turns are trained on, and this is the "
+            f"{where} has weight = 1, but only the assistant's turns are trained on and this turn is the "
             f"{message['role']}'s. Remove the weight."
         )
 
@@ -237,7 +222,7 @@ def _check_content(message: Mapping[str, Any], where: str) -> None:
     content = message.get("content")
     if content is None:
         if not message.get("tool_calls"):
-            raise EchoDataError(f"{where} has no content. Write it as a text, or remove the message.")
+            raise EchoDataError(f"{where} has no content. Write it as a string, or remove the message.")
     elif isinstance(content, str):
         _check_text(content, "content", where)
     elif isinstance(content, list):
@@ -245,12 +230,14 @@ def _check_content(message: Mapping[str, Any], where: str) -> None:
             if not isinstance(part, Mapping) or part.get("type", "text") != "text":
                 kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
                 raise EchoDataError(
-                    f"{where}: part {i} of its content is of type {kind!r}. Only texts can be trained on: "
+                    f"{where}: part {i} of its content has the type {kind!r}. Only text can be trained on: "
                     'write it as {"type": "text", "text": ...}.'
                 )
             _check_text(part.get("text"), f"part {i} of its content", where)
     else:
-        raise EchoDataError(f"{where}: content is a {_kind(content)}. Write it as a text, or as a list of text parts.")
+        raise EchoDataError(
+            f"{where}: content is a {_kind(content)}. Write it as a string, or as a list of text parts."
+        )
 
 
 def _check_tool_calls(message: Mapping[str, Any], where: str) -> None:
@@ -273,8 +260,8 @@ def _tools(tools: Any, where: str) -> Any:
     if isinstance(tools, str):
         tools = _parsed(tools, f"{where}: tools") if tools.strip() else []
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise EchoDataError(f"{where}: tools is a {_kind(tools)}. Write it as a list of objects, or as its JSON text.")
-    return tools or None  # templates ask whether there are tools, not how many
+        raise EchoDataError(f"{where}: tools is a {_kind(tools)}. Write it as a list of objects, or as a JSON string.")
+    return tools or None  # templates test for tools, not for how many there are
 
 
 def _check_template_kwargs(given: Any, where: str) -> None:
@@ -283,13 +270,13 @@ def _check_template_kwargs(given: Any, where: str) -> None:
     if own := sorted(_arguments_of_apply_chat_template().intersection(given)) if given else []:
         raise EchoDataError(
             f"{where}: chat_template_kwargs has {', '.join(own)}: arguments of apply_chat_template, not variables of a "
-            "chat template. They would change how the row is made into tokens and labels. Remove them."
+            "chat template. They would change how the row is tokenised and labelled. Remove them."
         )
 
 
 @cache
 def _arguments_of_apply_chat_template() -> frozenset[str]:
-    """All but those that it only hands to the template, and `messages`, which it hands to it itself."""
+    """Its parameters, except those that it only passes on to the template."""
     from transformers import PreTrainedTokenizerBase
 
     names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
@@ -300,7 +287,7 @@ def _parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise EchoDataError(f"{what} is a text that is not JSON: {error}. Correct it.") from error
+        raise EchoDataError(f"{what} is a string that is not JSON: {error}. Correct it.") from error
 
 
 def _require_answer(messages: list[dict[str, Any]], what: str, where: str) -> None:
@@ -310,7 +297,7 @@ def _require_answer(messages: list[dict[str, Any]], what: str, where: str) -> No
     learned = [turn for turn in turns if is_learned(turn)]
     if not learned:
         raise EchoDataError(
-            f"{where} has nothing to train on: each {what} has weight 0. Give one weight 1, or remove the row."
+            f"{where} has nothing to train on: every {what} has weight 0. Give one weight 1, or remove the row."
         )
     if not any(any(text.strip() for text in texts_of(turn)) or turn.get("tool_calls") for turn in learned):
         raise EchoDataError(f"{where} has an empty answer. Write one, or remove the row.")
@@ -318,7 +305,7 @@ def _require_answer(messages: list[dict[str, Any]], what: str, where: str) -> No
 
 def _check_text(text: Any, name: str, where: str) -> None:
     if not isinstance(text, str):
-        raise EchoDataError(f"{where}: {name} is a {_kind(text)}. Write it as a text.")
+        raise EchoDataError(f"{where}: {name} is a {_kind(text)}. Write it as a string.")
     check_unicode(text, name, where)
 
 

@@ -14,10 +14,10 @@ _SEEDS_PER_SPLIT = 1_000_000
 def reasoning_gym_rows(
     task: str, count: int, seed: int, params: Mapping[str, Any] | None = None
 ) -> list[dict[str, str]]:
-    """`count` rows of a reasoning-gym task: `prompt` the question, `completion` the answer.
+    """`count` rows of a reasoning-gym task: `prompt` is the question, `completion` the answer.
 
-    Row i is drawn with seed + i, so that neighbouring seeds share rows; `reasoning_gym_splits` gives parts
-    that don't. Raises EchoDataError for an unknown task or parameter.
+    Row i is drawn with seed + i, so neighbouring seeds share rows; those of `reasoning_gym_splits` don't. Raises
+    EchoDataError for an unknown task or parameter.
     """
     try:
         import reasoning_gym
@@ -34,20 +34,20 @@ def reasoning_gym_rows(
         usual = abs(field.default) if isinstance(field.default, (int, float)) else 1
         if isinstance(value, (int, float)) and abs(value) > max(10_000, 1000 * usual):
             raise EchoDataError(
-                f"{task!r} with {field.name} = {value!r} would make questions that no model can read; the default is "
-                f"{field.default!r}. Lower it."
+                f"{task!r} with {field.name} = {value!r} would generate questions too long for any model; the default "
+                f"is {field.default!r}. Lower it."
             )
     try:
         items = list(reasoning_gym.create_dataset(task, size=count, seed=seed, **params or {}))
     except (TypeError, ValueError, AssertionError) as error:
         fields = [f.name for f in dataclasses.fields(reasoning_gym.factory.DATASETS[task][1])]
         raise EchoDataError(
-            f"reasoning-gym can't make {task!r} with {dict(params or {})} and seed {seed}: {error}. "
-            f"Its parameters: {', '.join(sorted(set(fields) - {'seed', 'size'}))}."
+            f"reasoning-gym can't generate {task!r} with {dict(params or {})} and seed {seed}: {error}. Correct its "
+            f"parameters: {', '.join(sorted(set(fields) - {'seed', 'size'}))}."
         ) from error
     if not all(isinstance(item["answer"], str) for item in items):
         raise EchoDataError(
-            f"the task {task!r} has questions without a written answer. Choose another, like chain_sum."
+            f"the task {task!r} has questions without a text answer. Choose another task, such as chain_sum."
         )
     return [{"prompt": item["question"], "completion": item["answer"]} for item in items]
 
@@ -55,10 +55,10 @@ def reasoning_gym_rows(
 def reasoning_gym_splits(
     task: str, sizes: Mapping[str, int], seed: int, params: Mapping[str, Any] | None = None
 ) -> dict[str, list[dict[str, str]]]:
-    """Parts of a task, by name, from disjoint seeds, in which no question occurs twice.
+    """Splits of a task, by name, from disjoint seeds; no question occurs twice.
 
-    The last part is drawn first: with test named last, its rows don't depend on the size of train.
-    Raises EchoDataError if the task has too few different questions.
+    The last split is drawn first: if that is test, its rows don't depend on the size of train. Raises EchoDataError if
+    the task has too few different questions.
     """
     seen: set[str] = set()
     splits = {}
@@ -73,8 +73,8 @@ def reasoning_gym_splits(
                 break
         else:
             raise EchoDataError(
-                f"{task!r} has only {len(fresh)} different questions left for the {size} of {name!r}. "
-                "Ask for fewer rows, or set params that allow more questions."
+                f"{task!r} has only {len(fresh)} different questions left for the {size} rows of {name!r}. "
+                "Lower the count, or set params that allow more questions."
             )
         seen |= fresh.keys()
         splits[name] = list(fresh.values())

@@ -1,4 +1,4 @@
-"""Tokenised rows as one dataset on disk, with counts of what was kept, shortened and dropped."""
+"""Tokenised rows as one dataset, in memory or on disk, with counts of what was kept, shortened and dropped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echo_lora.data.check import Overlength, RowCheck, RowCounts, added_bos, ranges_text, row_of_example
+from echo_lora.data.check import Overlength, RowCheck, RowCounts, added_bos, as_tokenized_row, ranges_text
 from echo_lora.data.forms import check_forms, row_number
 from echo_lora.data.sources import ROW, where_is
 from echo_lora.data.tokenize import ANSWER, IGNORED, TokenizedRow, end_token_ids, tokenize_row
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class RowView(Sequence[TokenizedRow]):
-    """The rows of a tokenised dataset, read from it one by one; labels are those of answers."""
+    """The rows of a tokenised dataset, read one at a time, with labels at answer tokens only."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
@@ -32,17 +32,17 @@ class RowView(Sequence[TokenizedRow]):
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        return row_of_example(self._dataset[place], place)
+        return as_tokenized_row(self._dataset[place], place)
 
     def __iter__(self) -> Iterator[TokenizedRow]:
-        return (row_of_example(example, i) for i, example in enumerate(self._dataset))
+        return (as_tokenized_row(row, i) for i, row in enumerate(self._dataset))
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """Rows that can be trained on."""
 
-    dataset: Dataset  # input_ids, labels and ROW; with train_on_prompt also ANSWER. On disk where it is large
+    dataset: Dataset  # input_ids, labels and ROW, with train_on_prompt also ANSWER; on disk if it is large
     counts: RowCounts
     source: str
     train_on_prompt: bool = False
@@ -52,15 +52,15 @@ class PreparedData:
         return RowView(self.dataset)
 
     def summary(self, named: int | None = None) -> list[str]:
-        """The counts as lines of plain text. named: how many dropped rows to name at most; None: each one."""
+        """The counts as lines of plain text. named: the most dropped rows to list; None lists all."""
         c = self.counts
         lines = [
             f"{self.source}: {c.kept} rows kept, {c.dropped} dropped, {c.truncated} with a shortened prompt",
             f"prompt tokens: {c.prompt_tokens}",
-            f"answer tokens: {c.answer_tokens}, {c.answer_tokens_total} in all",
+            f"answer tokens: {c.answer_tokens}, {c.answer_tokens_total} in total",
         ]
         if self.train_on_prompt:
-            lines.append(f"prompts are trained on too: {c.tokens_total - c.kept} tokens with a loss in all")
+            lines.append(f"prompts are trained on too: {c.tokens_total - c.kept} tokens with a loss in total")
         if c.dropped_rows:
             rows, rest = c.dropped_rows[:named], c.dropped_rows[named:] if named is not None else []
             lines.append(
@@ -70,7 +70,9 @@ class PreparedData:
         if c.without_end_token:
             lines.append(f"{c.without_end_token} answers end without an end-of-sequence or end-of-turn token")
         if c.merged_boundary:
-            lines.append(f"{c.merged_boundary} prompts share their last token with their answer")
+            lines.append(
+                f"{c.merged_boundary} rows have one token for the end of the prompt and the start of the answer"
+            )
         lines += [f"{len(rows)} rows have {what}, not trained on" for what, rows in c.untrained.items()]
         return lines
 
@@ -85,41 +87,20 @@ def prepare_rows(
     train_on_prompt: bool = False,
     ignore_columns: Collection[str] = (),
     source: str = "train.jsonl",
+    forms_are_checked: bool = False,
 ) -> PreparedData:
     """Tokenise `rows` and check each one: a boundary, a whole answer within `max_length`, an end token.
 
-    The form of all rows is checked before the first is tokenised: rows are gone through twice. A row that is longer is
-    an error, is dropped, or loses the oldest tokens of its prompt (all but one at most, and never a
-    beginning-of-sequence token that the tokenizer puts first); an answer is never cut. train_on_prompt: the dataset
-    made of the rows supervises every token that another one predicts, and its column completion_mask is 1 at answers.
-    ignore_columns: columns that may hold something without being used. Raises EchoDataError, which names the first such
-    row of `source`; a missing end token, and what a row holds and is not trained on, are warnings.
+    The form of all rows is checked before the first is tokenised, so rows are read twice. on_overlength: a longer row
+    is an error, is dropped, or loses the oldest tokens of its prompt (never all of them, and never a
+    beginning-of-sequence token that the tokenizer puts first); an answer is never cut. train_on_prompt: labels cover
+    every token but the first, and the column completion_mask is 1 at answer tokens. ignore_columns: columns that may go
+    unused. forms_are_checked: the rows have passed `check_forms`. Raises EchoDataError, which names the first bad row
+    of `source`; warns about missing end tokens and about content that is not trained on.
     """
-    if isinstance(rows, Iterator):
-        rows = list(rows)
-    check_forms(rows, source, ignore_columns, chat=chat)
-    return tokenize_rows(
-        rows,
-        tokenizer,
-        max_length=max_length,
-        on_overlength=on_overlength,
-        chat=chat,
-        train_on_prompt=train_on_prompt,
-        source=source,
-    )
-
-
-def tokenize_rows(
-    rows: Iterable[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    on_overlength: Overlength,
-    chat: bool,
-    train_on_prompt: bool,
-    source: str,
-) -> PreparedData:
-    """`prepare_rows` after the form of all rows has been checked."""
+    if not forms_are_checked:
+        rows = list(rows) if isinstance(rows, Iterator) else rows
+        check_forms(rows, source, ignore_columns, chat=chat)
     check = RowCheck(max_length, on_overlength, end_token_ids(tokenizer), added_bos(tokenizer), source)
     writer = _Writer(train_on_prompt)
     for index, row in enumerate(rows):
@@ -132,10 +113,10 @@ def tokenize_rows(
 
 
 class _Writer:
-    """Collects rows as Arrow columns: in memory, and in a file as soon as they take more than SPILL bytes there."""
+    """Collects rows as Arrow columns: in memory, or in a file once they exceed SPILL bytes."""
 
     SPILL = 64 << 20
-    BATCH = 500  # rows that wait as Python's lists
+    BATCH = 500  # rows buffered as Python lists
 
     def __init__(self, train_on_prompt: bool) -> None:
         import pyarrow as pa
@@ -187,7 +168,7 @@ class _Writer:
 
 @cache
 def _scratch() -> str:
-    """A folder for the files of this process; it is removed when the process ends."""
+    """A temporary folder that is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="echo-lora-rows-", ignore_cleanup_errors=True)
     atexit.register(folder.cleanup)
     return folder.name

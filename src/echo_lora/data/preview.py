@@ -13,14 +13,11 @@ if TYPE_CHECKING:
 Segment = tuple[str, Literal["prompt", "boundary", "answer", "ignored"]]
 
 
-# ------------------------------------------------------------------------------------------------ preview
-
-
 def preview_segments(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """Text and class of each token; joined, the texts are the row.
+    """Text and class of each token; the texts join up to the row.
 
-    `boundary` is the last token before the first answer token, `ignored` one after it that has no label.
-    A character made of several tokens is shown at the last of them.
+    `boundary` is the last token before the first answer token, `ignored` a later one without a label. A character made
+    of several tokens is shown at the last of them.
     """
     start, shown = row.answer_start, ""
     segments: list[Segment] = []

@@ -14,46 +14,43 @@ from typing import Any, TextIO
 
 from echo_lora.errors import EchoConfigError, EchoDataError, nearest
 
-ROW = "_echo_row"  # column with the number of a row in its file; a user's own columns may have any other name
+ROW = "_echo_row"  # column with the row's number in its file; a user's columns may have any other name
 
-KEPT_NAME = f"a column {ROW!r}, a name that is kept for the numbers of rows. Give the column another name."
-
+KEPT_NAME = f"a column {ROW!r}, a name that is reserved for row numbers. Rename the column."
 _CHUNK = 1 << 20  # bytes read at a time
-
 _LONGEST_LINE = 100_000_000  # bytes
-
 _VARIABLE = re.compile(r"\$\w|\$\{|%\w+%")
 
 
 def where_is(source: str, row: int) -> str:
-    """`train.jsonl:18: row 17`; only JSON Lines has a row on each line."""
+    """`train.jsonl:18: row 17`, or without the line number if the file is not JSON Lines."""
     return f"{source}:{row + 1}: row {row}" if source.endswith(".jsonl") else f"{source}: row {row}"
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with the home folder for `~`, as a shell writes it.
+    """The path with `~` expanded to the home folder.
 
-    Raises EchoConfigError for the home of an unknown user, and for an environment variable: a recipe means the same
-    everywhere, so nothing is put in for one, and a folder of that name is hardly meant.
+    Raises EchoConfigError for the home of an unknown user, and for an environment variable: a recipe must mean the same
+    everywhere, so variables are not expanded, and a folder of that name is hardly meant.
     """
     if _VARIABLE.search(str(path)) and not os.path.exists(path):
         raise EchoConfigError(
-            f"{path}: environment variables are not replaced in paths. Write the path out, or let your shell replace "
+            f"{path}: environment variables are not expanded in paths. Write the path out, or let your shell expand "
             'the variable, as in --set "output=$HOME/runs".'
         )
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise EchoConfigError(f"{path}: there is no such home folder. Write the whole path.") from error
+        raise EchoConfigError(f"{path}: there is no such home folder. Write the path out.") from error
 
 
 @dataclass(frozen=True)
 class RowFile:
-    """The rows of a JSON Lines file, a JSON list, or a Parquet file: read anew by each loop, and never all in memory.
+    """The rows of a JSON Lines file, a JSON list, or a Parquet file: each loop reads the file, never all at once.
 
-    columns: our name → the file's name, as in `{"prompt": "instruction", "completion": "output"}`; other
-    columns keep their names. part: keep the rows whose column `part` has this value; they then carry their
-    place in the file as ROW. limit: only so many first rows. A loop raises EchoDataError with file and line.
+    columns: our name → the file's name, as in `{"prompt": "instruction", "completion": "output"}`; other columns keep
+    their names. part: keep the rows whose column `part` has this value, with their number in the file as ROW. limit:
+    read only the first rows. Iterating raises EchoDataError with file and line.
     """
 
     path: Path
@@ -72,7 +69,7 @@ class RowFile:
         for index, row in enumerate(_read(self.path)):
             if not isinstance(row, dict):
                 raise EchoDataError(
-                    f"{where_is(source, index)} is a {type(row).__name__}, not an object with named columns. "
+                    f"{where_is(source, index)} is a {type(row).__name__}, not a JSON object. "
                     'Write each row as {"prompt": ..., "completion": ...}.'
                 )
             if ROW in row or ROW in (self.columns or {}):
@@ -85,7 +82,7 @@ class RowFile:
             is_empty = False
             yield _rename(row, self.columns, source, index) if self.columns else row
         if is_empty and self.part is not None:
-            known = nearest(self.part, sorted(parts)) if parts else " The file has no column 'part': leave part out."
+            known = nearest(self.part, sorted(parts)) if parts else " The file has no column 'part'. Leave part out."
             raise EchoDataError(f"{source}: no row has part = {self.part!r}.{known}")
         if is_empty:
             raise EchoDataError(f"{source} has no row. Name a file with at least one.")
@@ -94,7 +91,7 @@ class RowFile:
 def read_rows(
     path: str | Path, columns: Mapping[str, str] | None = None, part: str | None = None
 ) -> list[dict[str, Any]]:
-    """All rows of a file, as RowFile reads them."""
+    """All rows of a file; see RowFile."""
     return list(RowFile(Path(path), columns, part))
 
 
@@ -112,7 +109,7 @@ def _read(path: Path) -> Iterator[Any]:
 def _read_json_lines(path: Path) -> Iterator[Any]:
     offset, blank = 0, None
     with path.open("rb") as file:
-        # a line ends at \n alone: U+2028 may stand inside a string
+        # only \n ends a line: U+2028 may occur inside a string
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
             if len(line) == _LONGEST_LINE:
                 raise EchoDataError(f"{path}:{number}: the line is longer than {_LONGEST_LINE:,} bytes. Split its row.")
@@ -124,7 +121,7 @@ def _read_json_lines(path: Path) -> Iterator[Any]:
             if not text.strip():
                 blank = blank or number
                 continue
-            if blank is not None:  # blank lines may end the file
+            if blank is not None:  # blank lines are fine at the end of the file only
                 raise EchoDataError(f"{path}:{blank}: the line is empty. Remove it, or write its row.")
             try:
                 row = _DECODER.decode(text)
@@ -150,14 +147,14 @@ def _read_json_list(path: Path) -> Iterator[Any]:
 
 
 class _Text:
-    """A JSON text of which no more than one item is in memory."""
+    """Reads a JSON text with at most one item in memory."""
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self.file, self.path = file, path
         self.text, self.at, self.line = "", 0, 1  # line: that of text[0]
 
     def peek(self) -> str:
-        """The next character that is not blank; none at the end."""
+        """The next non-blank character; empty at the end."""
         while True:
             match = _NOT_BLANK.search(self.text, self.at)
             if match is not None:
@@ -168,7 +165,7 @@ class _Text:
                 return ""
 
     def take(self, expected: str) -> str:
-        """One of these characters. Raises EchoDataError for another one."""
+        """Consume one of these characters. Raises EchoDataError for any other."""
         character = self.peek()
         if not character or character not in expected:
             raise self.error(f"Expecting {' or '.join(map(repr, expected))}")
@@ -182,7 +179,9 @@ class _Text:
                 value, self.at = _DECODER.raw_decode(self.text, self.at)
                 return value
             except (ValueError, RecursionError) as error:
-                if isinstance(error, RecursionError) or not self._more():  # else the item may go on
+                if (
+                    isinstance(error, RecursionError) or not self._more()
+                ):  # else the item may continue in the next chunk
                     self.at = getattr(error, "pos", self.at)
                     raise self.error(_problem(error)) from error
 
@@ -194,7 +193,7 @@ class _Text:
         self.line += self.text.count("\n", 0, self.at)
         self.text, self.at = self.text[self.at :], 0
         try:
-            chunk = self.file.read(max(_CHUNK, len(self.text)))  # doubles: an item may be long
+            chunk = self.file.read(max(_CHUNK, len(self.text)))  # doubling keeps a long item linear
         except UnicodeDecodeError as error:
             raise _not_text(self.path, None) from error
         self.text += chunk
@@ -202,12 +201,12 @@ class _Text:
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, of which no value is lost because its name is given twice."""
+    """A JSON object. Raises ValueError if a name occurs twice, of which json would drop one."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} is given twice in one object")
+        raise ValueError(f"the name {twice!r} occurs twice in one object")
     return value
 
 
@@ -234,18 +233,18 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise EchoDataError(f"{path} has the column {twice[0]!r} twice. Write it again with each column once.")
+                raise EchoDataError(f"{path} has the column {twice[0]!r} twice. Rename or remove one of them.")
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     yield {name: without_nulls(value) for name, value in row.items()}
     except EchoDataError:
         raise
     except (OSError, ValueError, OverflowError) as error:
-        raise EchoDataError(f"{path} can't be read as Parquet: {error}. Write or fetch it again.") from error
+        raise EchoDataError(f"{path} can't be read as Parquet: {error}. Write or download it again.") from error
 
 
 def without_nulls(value: Any) -> Any:
-    """A value of Arrow without the keys that Arrow adds to objects, so that all of them have the same ones."""
+    """The value without the null keys that Arrow adds to give all objects of a column the same keys."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -255,13 +254,13 @@ def _rename(row: dict[str, Any], columns: Mapping[str, str], source: str, index:
     for ours, theirs in columns.items():
         if theirs not in row:
             raise EchoDataError(
-                f"{where_is(source, index)} has no column {theirs!r}, which columns names for "
+                f"{where_is(source, index)} has no column {theirs!r}, which columns maps to "
                 f"{ours!r}.{nearest(theirs, list(row))} Present: {', '.join(name for name in row if name != ROW)}."
             )
         if ours in row and ours not in columns.values() and row[ours]:
             raise EchoDataError(
-                f"{where_is(source, index)} has a column {ours!r} of its own, which columns would replace by "
-                f"{theirs!r}. Leave this entry of columns out, or remove one of the two from the file."
+                f"{where_is(source, index)} already has a column {ours!r}, which columns would replace with "
+                f"{theirs!r}. Leave this entry of columns out, or remove one of the two columns from the file."
             )
     renamed = {name: value for name, value in row.items() if name not in columns.values()}
     return renamed | {ours: row[theirs] for ours, theirs in columns.items()}

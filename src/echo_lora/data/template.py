@@ -1,4 +1,8 @@
-"""Chat templates: which of a conversation's words a template writes, found with marks."""
+"""Chat templates: rendering a row's messages, and finding out what a template leaves out.
+
+Templates drop content silently. To detect that, a marker word is put into each value of a row and looked for in what
+the template writes.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# ---------------------------------------------------------------------------------------- the chat template
-
-
 class Template:
     """The tokenizer's chat template for the messages of one row. Its methods raise EchoDataError."""
 
@@ -26,8 +27,8 @@ class Template:
     ) -> None:
         if tokenizer.chat_template is None:
             raise EchoDataError(
-                f"{where} needs a chat template, and {tokenizer.name_or_path} has none. "
-                "Give prompt and completion as strings and leave chat off, or name a chat model."
+                f"{where} needs a chat template, but {tokenizer.name_or_path} has none. "
+                "Write prompt and completion as strings and leave chat off, or use a chat model."
             )
         self.tokenizer, self.where, self.tools = tokenizer, where, row.get("tools")
         self.variables = row.get("chat_template_kwargs", {})
@@ -40,9 +41,9 @@ class Template:
             self.options["chat_template"] = template
 
     def fit(self, messages: list[dict[str, Any]], prompt: int) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-        """The messages in the form in which the template shows most of what they hold, and what it leaves out.
+        """The form of the messages in which the template leaves out least, and what it leaves out.
 
-        prompt: the number of messages that come before the answer; templates rightly leave reasoning out of them.
+        prompt: the number of messages before the answer; templates rightly drop reasoning from them.
         """
         best: tuple[list[dict[str, Any]], tuple[str, ...]] | None = None
         failure: EchoDataError | None = None
@@ -64,7 +65,7 @@ class Template:
         return best[0], best[1] + tuple(f"text in the key {key!r} of parts of content" for key in keys)
 
     def _left_out(self, messages: list[dict[str, Any]], prompt: int) -> tuple[str, ...]:
-        """What the row holds and the template does not write."""
+        """The content of the row that the template does not write."""
         text = self.render(messages)
         mark = _Marker()
         marked = [
@@ -74,7 +75,7 @@ class Template:
         tools = self.tools and [mark.tool(tool) for tool in self.tools]
         try:
             shown = self.render(marked, tools=tools)
-        except EchoDataError:  # a template that takes the row's own values only: they are looked for instead
+        except EchoDataError:  # the template rejects marked values: look for the row's own instead
             shown = "".join(word for _, _, word in mark.marks)
         found = {what for what, value, word in mark.marks if word not in shown or not _shows(text, value)}
         if _is_written_twice(messages, text):
@@ -90,7 +91,7 @@ class Template:
         return tuple(f"{what} that the chat template leaves out" for what in sorted(found))
 
     def _unused_keys(self, messages: list[dict[str, Any]], text: str) -> set[str]:
-        """Keys of messages without which the template writes the same."""
+        """Keys of messages that make no difference to what the template writes."""
         called = [function["name"] for message in messages for function in functions_of(message)]
         keys = {
             (message["role"], key)
@@ -117,7 +118,7 @@ class Template:
         return list(self._apply(messages, return_dict=True, **options)["input_ids"])
 
     def tokenize_marked(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Ids, and 1 where the template marks what the assistant says."""
+        """Token ids, and a mask that is 1 at tokens the template marks as the assistant's."""
         rendered = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)
         return list(rendered["input_ids"]), list(rendered["assistant_masks"])
 
@@ -126,22 +127,22 @@ class Template:
 
         try:
             return self.tokenizer.apply_chat_template(messages, **self.options | options)
-        # a template's own errors too; a loop without end is an overflow to jinja
+        # templates raise errors of their own, and an endless loop is an OverflowError in jinja
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise self._error(error) from error
 
     def _error(self, error: Exception) -> EchoDataError:
         return EchoDataError(
-            f"{self.where} can't go through the chat template of {self.tokenizer.name_or_path}: {error}\n"
+            f"{self.where}: the chat template of {self.tokenizer.name_or_path} fails on it: {error}\n"
             "Correct the roles of its messages, or set another chat template."
         )
 
 
 def _written(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The messages in every form in which templates expect them, the usual one first.
+    """The messages in every form that templates expect, the usual one first.
 
-    Content of several texts as one text, or as parts; content that is not there, or that is empty; arguments of tool
-    calls as they are, or as object for JSON text and the other way about.
+    Content in parts as one string or as parts; missing content as missing or as an empty string; arguments of tool
+    calls as given, or converted between object and JSON string.
     """
     messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     has = {
@@ -173,7 +174,7 @@ def _other_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Mark(NamedTuple):
-    """A word in the middle of a value: a text with the word shows the value."""
+    """A marker word in the middle of a value; a text that holds the word shows the value."""
 
     what: str  # what the value belongs to
     value: str
@@ -181,7 +182,7 @@ class _Mark(NamedTuple):
 
 
 class _Marker:
-    """Puts a word of its own into each value of a row: whether a value itself is in a text may be chance."""
+    """Puts a unique word into each value of a row: the value itself could be in the text by chance."""
 
     def __init__(self) -> None:
         self.marks: list[_Mark] = []
@@ -202,10 +203,10 @@ class _Marker:
         return text[:middle] + word + text[middle:]
 
     def message(self, message: dict[str, Any], is_context: bool) -> dict[str, Any]:
-        """is_context: it is a turn of the assistant in the prompt, whose reasoning is rightly left out."""
+        """is_context: an assistant turn in the prompt, whose reasoning templates rightly drop."""
         marked, thoughts = dict(message), {}
 
-        def thought(text: str) -> str:  # it may be given twice, of which templates show one
+        def thought(text: str) -> str:  # a row may hold it twice, and templates show it once
             if text.strip() not in thoughts:
                 thoughts[text.strip()] = self("reasoning", text)
             return thoughts[text.strip()]
@@ -243,7 +244,7 @@ class _Marker:
         return call | ({} if arguments is None else {"arguments": arguments})
 
     def tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
-        """Marks name and descriptions, and adds a marked parameter."""
+        """The tool with its name and descriptions marked, and an added, marked parameter."""
         if isinstance(tool.get("function"), Mapping):
             return {**tool, "function": self.tool(tool["function"])}
         marked = self._described(tool)
@@ -269,13 +270,13 @@ class _Marker:
 
 
 def _is_written_twice(messages: list[dict[str, Any]], text: str) -> bool:
-    """Whether arguments that are JSON text are written as JSON once more."""
+    """Whether arguments that are already a JSON string are encoded a second time."""
     arguments = [function.get("arguments") for message in messages for function in functions_of(message)]
     return any(isinstance(a, str) and '"' in a and json.dumps(a)[1:-1] in text for a in arguments)
 
 
 def _shows(text: str, value: str) -> bool:
-    """Whether each line of the value is in the text, as it is or as JSON writes it."""
+    """Whether each line of the value is in the text, as is or JSON-encoded."""
     return value.strip() in text or all(
         line in text or json.dumps(line)[1:-1] in text or json.dumps(line, ensure_ascii=False)[1:-1] in text
         for line in map(str.strip, value.replace("<think>", "\n").splitlines())
@@ -284,7 +285,7 @@ def _shows(text: str, value: str) -> bool:
 
 @lru_cache(maxsize=4)
 def _training_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
-    """TRL's variant of a template that doesn't mark what the assistant says; None if it does."""
+    """TRL's variant with assistant marks of a template that has none; None if it has them."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     return None if has_generation_markers(template) else get_training_chat_template(tokenizer)
@@ -292,7 +293,7 @@ def _training_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str
 
 @lru_cache(maxsize=4)
 def _names_in(template: str) -> frozenset[str]:
-    """The variables, attributes and functions that a template names."""
+    """The variables, attributes and functions that a template uses."""
     from jinja2 import Environment
 
     return frozenset(value for _, kind, value in Environment().lex(template) if kind == "name")

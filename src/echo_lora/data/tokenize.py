@@ -1,18 +1,17 @@
-"""From rows to token ids and labels, with every check before the first step.
+"""From rows to token ids and labels, the same as TRL's SFTTrainer makes.
 
-A row is one of TRL's forms: `prompt` and `completion` as strings, the same two as lists of messages, or a
-conversation in `messages`. The ids and labels are those that TRL's SFTTrainer makes of it. What the echo
-adds is a demand: each row has a **boundary**, the last token before its first answer token, and keeps its
-whole answer. A row that can't is an error that names it, never a silent loss. What a row holds and is not trained on,
-because the chat template leaves it out or its turn is not the assistant's, is a warning that names it.
+The echo requires more of a row than TRL does: a **boundary**, which is the last token before its first answer token,
+and its whole answer. A row without them is an error that names it. Content that is not trained on, because the chat
+template leaves it out or the turn is not the assistant's, is a warning that names the row.
 
-`row` is the index of a row in its source, from 0; a JSON Lines file has it on line `row + 1`.
+`row` is the index of a row in its source, from 0; in a JSON Lines file it is on line `row + 1`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from echo_lora.data.forms import checked_row, is_learned, row_number
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
 
 
 IGNORED = -100
-
-ANSWER = "completion_mask"  # column that is 1 at answer tokens, where labels cover prompt tokens too
+ANSWER = "completion_mask"  # column that is 1 at answer tokens, if labels cover prompt tokens too
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,13 @@ class TokenizedRow:
     input_ids: list[int]
     labels: list[int]
     row: int = 0
-    merged_tokens: int = 0  # prompt tokens that differ once the answer follows; TRL leaves them out
-    untrained: tuple[str, ...] = ()  # what the row holds beside its prompt and is not trained on
+    merged_tokens: int = 0  # prompt tokens that change when the answer follows; TRL drops them from the prompt
+    untrained: tuple[str, ...] = ()  # content outside the prompt that is not trained on
 
     @property
     def answer_start(self) -> int:
         """Column of the first answer token; T if there is none."""
         return next((i for i, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
-
-
-# --------------------------------------------------------------------------------------------- tokenising
 
 
 def tokenize_row(
@@ -54,10 +49,10 @@ def tokenize_row(
     where: str | None = None,
     assistant_only: bool = False,
 ) -> TokenizedRow:
-    """Ids and labels of `row`, as TRL's SFTTrainer makes them where that trains on the assistant's turns alone.
+    """Ids and labels of `row`, as TRL's SFTTrainer makes them when it trains on the assistant's turns only.
 
-    chat: put a plain prompt and completion into the chat template, as a user's and an assistant's message.
-    assistant_only: of a completion of messages, too, train on what the template marks as the assistant's.
+    chat: put a plain prompt and completion through the chat template, as a user's and an assistant's message.
+    assistant_only: train only on what the template marks as the assistant's, in a completion of messages too.
     where: how errors name the row. Raises EchoDataError for a row without a prompt or without an answer.
     """
     number = row_number(row, 0)
@@ -78,7 +73,7 @@ def tokenize_row(
         left_out = ()
         if tokenizer.eos_token is None:
             raise EchoDataError(
-                f"{where} can't be ended: {tokenizer.name_or_path} has no end-of-sequence token. "
+                f"{where} can't be terminated: {tokenizer.name_or_path} has no end-of-sequence token. "
                 "Set tokenizer.eos_token."
             )
         text = row["prompt"] + row["completion"].removesuffix(tokenizer.eos_token) + tokenizer.eos_token
@@ -97,7 +92,7 @@ def _tokenize_marked(
     where: str,
     number: int,
 ) -> TokenizedRow:
-    """A row of several turns, of which those are learned that the template marks as the assistant's."""
+    """A row of several turns; the turns that the template marks as the assistant's are trained on."""
     template = Template(row, tokenizer, where, has_marks=True)
     messages, left_out = template.fit(prompt + completion, len(prompt))
     ids, mask = template.tokenize_marked(messages)
@@ -115,29 +110,25 @@ def _tokenize_marked(
     ]
     if labels.count(IGNORED) == len(labels):
         raise EchoDataError(
-            f"{where} keeps no answer token: the chat template of {tokenizer.name_or_path} marks "
-            "nothing as the assistant's. Put what it says between {% generation %} and {% endgeneration %} in the "
-            "template, or give the row as prompt and completion."
+            f"{where} has no answer token: the chat template of {tokenizer.name_or_path} marks nothing as the "
+            "assistant's. Put the assistant's content between {% generation %} and {% endgeneration %} in the "
+            "template, or write the row as prompt and completion."
         )
     foreign = {f"turns of the {m['role']} in its completion" for m in completion if m["role"] != "assistant"}
     return TokenizedRow(ids, labels, number, merged, left_out + tuple(sorted(foreign)) if prompt else left_out)
 
 
 def _without_weight(mask: list[int], learned: list[bool], where: str) -> list[int]:
-    """The mask without the turns of weight 0. Each turn of the assistant is one run of marked tokens."""
-    runs = [column for column, marked in enumerate(mask) if marked and (column == 0 or not mask[column - 1])]
-    if len(runs) != len(learned):
+    """The mask without the turns of weight 0; each assistant turn is one run of marked tokens."""
+    runs = [(bool(marked), len(list(tokens))) for marked, tokens in groupby(mask)]
+    spans, turns = sum(marked for marked, _ in runs), iter(learned)
+    if spans != len(learned):
         raise EchoDataError(
-            f"{where} has a turn with weight 0, but the chat template marks {len(runs)} places as the assistant's, "
-            f"who has {len(learned)} turns: it is not known which tokens are that turn's. Give the row as prompt and "
-            "completion, with such turns in the prompt."
+            f"{where} has a turn with weight 0, but the chat template marks {spans} spans as the assistant's, who has "
+            f"{len(learned)} turns, so the tokens of that turn can't be found. Write the row as prompt and completion, "
+            "with such turns in the prompt."
         )
-    turn = -1
-    kept = []
-    for column, marked in enumerate(mask):
-        turn += bool(marked) and (column == 0 or not mask[column - 1])
-        kept.append(int(bool(marked) and learned[turn]))
-    return kept
+    return [value for marked, length in runs for value in [int(marked and next(turns))] * length]
 
 
 def render_prompt(
@@ -145,9 +136,9 @@ def render_prompt(
 ) -> str:
     """The prompt as text, special tokens included, for generation and scoring.
 
-    Tokenised with `add_special_tokens=False` it gives the ids before the row's first answer token. A
-    conversation is rendered up to the first message that is learned. Without a completion in the row, the prompt
-    is rendered as it stands. Raises EchoDataError if no text gives these ids.
+    Tokenised with `add_special_tokens=False`, it gives the ids before the row's first answer token. A conversation is
+    rendered up to the first message that is trained on; a row without a completion is rendered whole. Raises
+    EchoDataError if no text gives these ids.
     """
     where = where or f"row {row_number(row, 0)}"
     if row.get("messages") is None and row.get("completion") is None:
@@ -161,8 +152,8 @@ def render_prompt(
         if tokenizer(candidate, add_special_tokens=False)["input_ids"] == ids:
             return candidate
     raise EchoDataError(
-        f"{where}: no text gives its prompt's token ids again, with the tokenizer {tokenizer.name_or_path}. "
-        "End the prompt on a token boundary, for example without a blank at its end."
+        f"{where}: no text reproduces the token ids of its prompt with the tokenizer {tokenizer.name_or_path}. "
+        "End the prompt on a token boundary, for example without a trailing space."
     )
 
 
@@ -175,7 +166,7 @@ def _prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat: 
         with_special, plain = (
             tokenizer(row["prompt"], add_special_tokens=special)["input_ids"] for special in (True, False)
         )
-        added = with_special[: len(with_special) - len(plain)]  # a beginning-of-sequence token, if any
+        added = with_special[: len(with_special) - len(plain)]  # usually a beginning-of-sequence token
         return "".join(tokenizer.convert_ids_to_tokens(added)) + row["prompt"]
     else:
         messages = row["prompt"]
@@ -198,7 +189,7 @@ def _common_prefix(ids: list[int], others: list[int]) -> int:
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The end-of-sequence token, and what the chat template writes after an assistant's message."""
+    """Ids of the end-of-sequence token and of the special tokens that the chat template puts after an answer."""
     ends = {tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template is None:
         return ends

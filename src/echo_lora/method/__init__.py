@@ -1,4 +1,25 @@
-"""Echo-LoRA itself: the echo path, the shared-prefix step, the losses, the routing, and the model that holds them.
+"""Echo-LoRA itself, in reading order. Equation numbers are those of `docs/method.md`.
 
-Nothing here knows of recipes, files or trainers.
+    | what                                                       | where                                      |
+    |------------------------------------------------------------|--------------------------------------------|
+    | all of it in one place, in order                           | step.training_step                         |
+    | β      boundary: last token before the first answer token  | alignment.boundary_positions               |
+    | 1      h^s, source states at β, in the echo-off pass       | step.reading                               |
+    | 2      z = norm(mean of stopgrad(h^s))                     | echo.echo_representation                   |
+    |        norm: LayerNorm, or `standardize`                   | echo.Standardize                           |
+    |        controls in place of z (zero, noise, shuffled)      | echo.apply_control                         |
+    | 3      e = W2 tanh(W1 z), g = sigmoid(U2 tanh(U1 z) + c),  | echo.EchoBranch.forward                    |
+    |        δ_m = λ_m · (g ⊙ e)                                 |                                            |
+    | 4      injection of a_t δ_m at module m                    | injection.Injector, its hooks              |
+    |        a_t, the positions that receive δ                   | alignment.injection_mask                   |
+    | 5      r_k ~ Bernoulli(p_k), whether step k is routed      | routing.is_routed, routing_probability     |
+    | 6      echo-on pass, on the shared prefix                  | step.training_step, prefix.PrefixRecorder  |
+    | 7      CE(off) + r_k · (CE(on) + μ · distillation)         | losses.chunk_terms                         |
+    |        distillation = τ² · KL(teacher ‖ student)           | losses.distillation                        |
+    |        the same in chunks, with its gradient               | losses.loss_terms                          |
+
+`config.EchoConfig` names every choice; `model.EchoModel` makes a PEFT model of it. The rest makes the step exact and
+cheap on real models: prefix (shared keys and values), alignment (padding), lm_head (logits at supervised positions),
+checkpointing, neftune, sharing and trial (may the prefix be shared?), refusals (what is not supported), variants, and
+kept_echo (generating with the echo on). Nothing here knows about recipes, files or trainers.
 """

@@ -1,4 +1,7 @@
-"""Contexts of gradient checkpointing: a recomputation finds the cache, the injection and the noise of its forward."""
+"""Gradient checkpointing: in backward, a recomputed layer must see what its forward saw.
+
+That is the injection (equation 4), the shared prefix (equation 6), and which parameters were frozen.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from echo_lora.method.config import EchoConfig
 
 
 class Setting(AbstractContextManager[None]):
-    """Sets `owner.current` inside; entered again by every backward that recomputes a checkpointed layer."""
+    """Sets `owner.current` inside. Reentrant: every recomputation of a checkpointed layer enters it again."""
 
     def __init__(self, owner: Any, value: Any) -> None:
         self.owner, self.value = owner, value
@@ -31,7 +34,7 @@ class Setting(AbstractContextManager[None]):
 
 
 class Freezing:
-    """Keeps the echo-on pass from training the adapter, where `echo_on_updates` is `echo_only`.                [O]"""
+    """Keeps the echo-on pass from training the adapter if `echo_on_updates` is `echo_only`.                    [O]"""
 
     def __init__(self) -> None:
         self.current: list[nn.Parameter] = []
@@ -39,18 +42,18 @@ class Freezing:
     def in_echo_on_pass(
         self, adapted: nn.Module, config: EchoConfig, is_checkpointed: bool
     ) -> AbstractContextManager[None] | None:
-        """What runs inside gives the adapter no gradient, nor does its recomputation; None where it may.
+        """A context in which the adapter gets no gradient, in recomputations too; None if it should get one.
 
-        Raises EchoModelError where its parameters could not be frozen reliably.
+        Raises EchoModelError where the parameters can't be frozen reliably.
         """
         if config.echo_on_updates == "all" or not torch.is_grad_enabled():
             return None
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         reason = None
         if any(isinstance(parameter, DTensor) for parameter in trained):
-            reason = "with parameters that are shared out among processes, as FSDP2 does"
+            reason = "with parameters that are sharded across processes, as by FSDP2"
         elif is_checkpointed and len({parameter.device for parameter in trained}) > 1:
-            reason = "with gradient checkpointing in a model that lies on several devices"
+            reason = "with gradient checkpointing in a model on several devices"
         if reason is not None:
             raise EchoModelError(
                 f"echo_on_updates='echo_only' can't be combined {reason}: the adapter would not be frozen reliably in "
@@ -64,7 +67,7 @@ class Freezing:
 
 
 class _Frozen(AbstractContextManager[None]):
-    """Parameters that require no gradient inside; entered again by every backward that recomputes a layer."""
+    """Sets requires_grad to False inside. Reentrant, like Setting."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -84,22 +87,19 @@ ContextFn = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 
 def _checkpoint_functions(base: PreTrainedModel) -> list[Any]:
-    """The functions by which modules of the base checkpoint their layers; none where checkpointing is off."""
+    """The functions with which modules of the base checkpoint their layers; empty if checkpointing is off."""
     on = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
     return [getattr(module, "_gradient_checkpointing_func", None) for module in on]
 
 
 class Checkpointing:
-    """Gradient checkpointing of a base's layers with contexts in which each is recomputed as it was run.
-
-    contexts: `context_fn`s of torch's checkpoint.
-    """
+    """Gradient checkpointing of the base's layers, with these `context_fn`s of torch's checkpoint added."""
 
     def __init__(self, *contexts: ContextFn) -> None:
         self.contexts = contexts
 
     def enable(self, base: PreTrainedModel, arguments: dict[str, Any] | None, **kwargs: Any) -> None:
-        """As the base's own. Raises EchoModelError for use_reentrant=True, which has no context."""
+        """As the base's own. Raises EchoModelError for use_reentrant=True, which supports no contexts."""
         checkpointing = {"use_reentrant": False, **(arguments or {})}
         if checkpointing["use_reentrant"]:
             raise EchoModelError(
@@ -110,14 +110,14 @@ class Checkpointing:
         base.activation_checkpointing_enable(checkpointing, **kwargs)
 
     def is_on(self, base: PreTrainedModel) -> bool:
-        """Whether layers are recomputed; one that would forget the pass it belongs to is set right first."""
+        """Whether layers are recomputed. Adds our contexts if checkpointing was enabled without them."""
         if not base.training:
             return False
         functions = _checkpoint_functions(base)
         if functions and is_compiled(base):
             raise EchoModelError(
-                "torch.compile can't trace gradient checkpointing with a context, which the echo needs. Compile no "
-                "layer, or set gradient_checkpointing=False (activation_checkpointing in newer transformers)."
+                "torch.compile can't trace gradient checkpointing with the contexts that the echo needs. Don't compile "
+                "the layers, or set gradient_checkpointing=False (activation_checkpointing in newer transformers)."
             )
         for function in functions:
             arguments = dict(getattr(function, "keywords", {}))
@@ -127,7 +127,7 @@ class Checkpointing:
         return bool(functions)
 
     def leave(self, base: PreTrainedModel) -> None:
-        """Checkpointing as it would be without these contexts."""
+        """Remove our contexts; checkpointing stays on."""
         for function in _checkpoint_functions(base):
             arguments = dict(getattr(function, "keywords", {}))
             if isinstance(context := arguments.get("context_fn"), _JoinedContexts):
@@ -141,7 +141,7 @@ def is_compiled(base: PreTrainedModel) -> bool:
 
 
 class _JoinedContexts:
-    """A `context_fn` that enters ours, and theirs for those who bring one, such as selective checkpointing."""
+    """A `context_fn` that enters ours, and the user's if there is one, as with selective checkpointing."""
 
     def __init__(self, theirs: ContextFn | None, *ours: ContextFn) -> None:
         self.theirs = {} if theirs is None else {"context_fn": theirs}
@@ -153,7 +153,7 @@ class _JoinedContexts:
 
 
 class _All(AbstractContextManager[None]):
-    """Several contexts as one, which may be entered again if they may."""
+    """Several contexts as one; reentrant if they are."""
 
     def __init__(self, contexts: Iterable[AbstractContextManager]) -> None:
         self.contexts = list(contexts)

@@ -3,11 +3,11 @@
     lora_input:  y = W0 x + s·B A (dropout(x) + a_t δ_m)          a forward pre-hook on `lora_A[adapter]`
     output:      y = (module output) + a_t δ_m                    a forward hook on the LoRA module
 
-`lora_A[adapter]` is the one place that LoRA, DoRA, rsLoRA and quantised bases all pass through. The hooks stay
-registered and do nothing unless a pass is `injecting`. a_t is 1 at the positions named by `injection_mask`.
+a_t is 1 at the positions of `alignment.injection_mask`; `_add` computes x + a_t δ_m. LoRA, DoRA, rsLoRA and quantised
+bases all run `lora_A[adapter]`, so one hook fits all. The hooks stay registered and do nothing outside `injecting`.
 
-With gradient checkpointing the layers run again during backward, when no pass is under way any more:
-`Injector.checkpoint_contexts` lets each recomputation see what its forward saw.
+With gradient checkpointing, layers run again during backward, when no pass is injecting any more:
+`Injector.checkpoint_contexts` makes each recomputation see what its forward saw.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from transformers import PreTrainedModel
 from echo_lora.errors import EchoModelError
 from echo_lora.method.checkpointing import Setting
 
-# PEFT's variants of LoRA that run the module lora_A, as LoRA without a variant does; others compute with its weights.
+# PEFT's LoRA variants that run the module lora_A, as plain LoRA does; the others only read its weights.
 RUNS_LORA_A = ("DoraLinearVariant", "KasaLinearVariant", "MiCALinearVariant", "BdLoraLinearVariant")
 
 
 @dataclass(frozen=True)
 class Injection:
-    """What one pass adds: δ (B, width) by module name, and where: mask (B, T) bool."""
+    """What a pass adds: δ (B, width) by module name, and a_t, the positions: mask (B, T) bool."""
 
     deltas: dict[str, Tensor]
     mask: Tensor
@@ -50,14 +50,14 @@ def decoder_layers(base_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not found:
         depth = base_model.config.get_text_config().num_hidden_layers
         raise EchoModelError(
-            f"{type(base_model).__name__} holds no list of {depth} decoder layers, so source and target layers "
+            f"{type(base_model).__name__} has no ModuleList of {depth} decoder layers, so source and target layers "
             "can't be found. The echo needs a decoder-only language model of transformers."
         )
     return found[0]
 
 
 def outermost_lists(base_model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
-    """Names and lists of length `num_hidden_layers` that lie least deep; one, if its items are the decoder layers."""
+    """Names and ModuleLists of length `num_hidden_layers` at the outermost level; only one in a supported model."""
     length = base_model.config.get_text_config().num_hidden_layers
     found = [
         (name, module)
@@ -71,18 +71,17 @@ def outermost_lists(base_model: PreTrainedModel) -> list[tuple[str, nn.ModuleLis
 def target_modules(
     base_model: PreTrainedModel, target_layers: list[int], adapter: str, site: str
 ) -> tuple[dict[str, LoraLayer], dict[str, str]]:
-    """The LoRA modules of the target layers that the echo enters, and those that keep their LoRA without it, with why.
+    """The LoRA modules of the target layers that receive the echo, and the others with the reason, by their full names.
 
-    Both by their full name in the base model. The echo enters linear modules that see each token of each row once, in
-    its place. Raises EchoModelError if a target layer holds none, or if the low-rank branch of one has no input where
-    site `lora_input` could add the echo.
+    The echo is added to linear modules that see each token of each row once, in order. Raises EchoModelError if a
+    target layer has none, or if the low-rank branch of one has no input for site `lora_input`.
     """
     for name, module in base_model.named_modules():
         base_layer = module.get_base_layer() if isinstance(module, LoraLayer) else None
         if isinstance(base_layer, nn.Linear) and type(base_layer).__name__.endswith("Router"):
             raise EchoModelError(
-                f"{name} is a router that gives several tensors, and PEFT can't run it as the linear layer that it "
-                f"takes it for. Leave it out: LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])."
+                f"{name} is a router that returns several tensors, which PEFT mistakes for a linear layer and can't "
+                f"run. Exclude it: LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])."
             )
     prefix, layers = decoder_layers(base_model)
     found: dict[str, LoraLayer] = {}
@@ -99,8 +98,8 @@ def target_modules(
         if not in_layer:
             but = f" ({listed(left_out)})" if left_out else ""
             raise EchoModelError(
-                f"target layer {index} ({name}) holds no LoRA linear module of adapter {adapter!r} that the echo could "
-                f"enter{but}. Widen LoraConfig.target_modules or layers_to_transform, or choose other target_layers."
+                f"target layer {index} ({name}) has no linear LoRA module of adapter {adapter!r} that can receive the "
+                f"echo{but}. Widen LoraConfig.target_modules or layers_to_transform, or choose other target_layers."
             )
         found |= in_layer
         without |= left_out
@@ -110,17 +109,18 @@ def target_modules(
             kind = getattr(variant, "__name__", type(variant).__name__)
             if variant is not None and kind not in RUNS_LORA_A:
                 raise EchoModelError(
-                    f"{name} is adapted by PEFT's {kind}, which reads the weights of lora_A and never runs it: an echo "
-                    "at its input could not learn. Use injection_site='output'."
+                    f"{name} is adapted by PEFT's {kind}, which reads the weights of lora_A without running it, so an "
+                    "echo at its input can't learn. Use injection_site='output'."
                 )
     return found, without
 
 
 def unmatched_targets(model: PeftModel, given: Any, adapter: str) -> list[str]:
-    """The names in LoraConfig.target_modules that no module with an adapter has at its end.
+    """The names in LoraConfig.target_modules with which the name of no adapted module ends.
 
-    given: target_modules before the adapter was made. One text is a pattern or `all-linear`, which PEFT refuses if it
-    matches nothing. Names that PEFT replaces, as those of experts that transformers holds in one tensor, are not meant.
+    given: target_modules before the adapter was made. A string is a pattern or `all-linear`, for which PEFT itself
+    raises an error if nothing matches. Names that PEFT replaces, such as those of experts kept in one tensor, don't
+    count.
     """
     names = model.peft_config[adapter].target_modules
     if given is None or isinstance(given, str) or names is None or isinstance(names, str):
@@ -131,26 +131,26 @@ def unmatched_targets(model: PeftModel, given: Any, adapter: str) -> list[str]:
 
 
 def _why_without_echo(layer: nn.Module, path: str, module: LoraLayer, adapter: str) -> str | None:
-    """Why the echo can't enter a LoRA module, found by its type and its path in the layer; None if it can."""
+    """Why a LoRA module can't receive the echo, judged by its type and its path in the layer; None if it can."""
     if isinstance(module, ParamWrapper):
-        return "adapts a parameter, such as those of experts and routers"
+        return "adapts a bare parameter, such as the weights of experts or routers"
     if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], (nn.Linear, BlockDiagonalLinear)):
         return f"adapts a layer of type {type(module.get_base_layer()).__name__}, which is not linear"
     if isinstance(module, MultiheadAttention):
-        return "adapts an attention as a whole"
+        return "adapts a whole attention module"
     parts = path.split(".")
     for end in range(1, len(parts)):
         if "expert" in parts[end - 1] and isinstance(layer.get_submodule(".".join(parts[:end])), nn.ModuleList):
-            return "belongs to one of several experts, which sees some tokens only"
+            return "belongs to one of several experts, each of which sees only some of the tokens"
     if any(part in ("encoder_attn", "crossattention") for part in parts):
-        return "attends to an encoder, of which there is none"
+        return "attends to an encoder, which this model lacks"
     if parts[-1] == "kv_b_proj":  # multi-head latent attention
-        return "expands cached states of all tokens, the prefix's too"
+        return "expands the cached states of all tokens, including the prefix's"
     return None
 
 
 def listed(reasons: dict[str, str]) -> str:
-    """Modules by reason, as text; of many with one reason, the first."""
+    """The reasons as text, each with the first module it applies to and the number of the others."""
     by_reason: dict[str, list[str]] = {}
     for name, why in reasons.items():
         by_reason.setdefault(why, []).append(name)
@@ -160,7 +160,7 @@ def listed(reasons: dict[str, str]) -> str:
 
 
 class Injector:
-    """Owns the hooks on the target modules and the injection under way, if any."""
+    """Owns the hooks on the target modules, and the current injection."""
 
     def __init__(self, modules: dict[str, LoraLayer], adapter: str, site: str) -> None:
         self.adapter = adapter
@@ -169,7 +169,7 @@ class Injector:
         self._hooked: dict[str, nn.Module] = {}  # lora_A of each module, at site lora_input
         self._reached: set[str] = set()
         for name, module in modules.items():
-            # bound methods and partials, not closures: a deep copy of the model copies its hooks with it
+            # bound methods and partials, not closures: deepcopy must copy the hooks with the model
             if site == "lora_input":
                 self._hooked[name] = module.lora_A[adapter]
                 self._hooked[name].register_forward_pre_hook(partial(self._add_to_input, name))
@@ -177,28 +177,28 @@ class Injector:
                 module.register_forward_hook(partial(self._add_to_output, name))
 
     def follow(self, base_model: nn.Module) -> None:
-        """Move to the lora_A that a module has now: PEFT replaces it where EVA changes the rank.
+        """Move the hooks to each module's present lora_A: EVA makes PEFT replace it when the rank changes.
 
-        Raises EchoModelError for a module that has left the model, as one whose rank EVA makes 0.
+        Raises EchoModelError for a module that has left the model, such as one whose rank EVA sets to 0.
         """
-        module: Any  # for the checker, a module found by isinstance has no attributes of its class
+        module: Any  # mypy does not know the attributes of LoraLayer
         for name, module in self.modules.items():
             lora_A = module.lora_A
             if base_model.get_submodule(name) is not module or self.adapter not in lora_A:
                 raise EchoModelError(
                     f"{name} lost its adapter {self.adapter!r} after the echo was attached to it, so its echo can't "
-                    "learn. Keep the adapter; with EVA use EvaConfig(rho=1.0), which moves no rank between modules."
+                    "learn. Keep the adapter; with EVA use EvaConfig(rho=1.0), which leaves all ranks as they are."
                 )
             if name in self._hooked and self._hooked[name] is not lora_A[self.adapter]:
                 self._hooked[name] = lora_A[self.adapter]
                 self._hooked[name].register_forward_pre_hook(partial(self._add_to_input, name))
 
     def require_reached(self) -> None:
-        """Raises EchoModelError if injecting passes have run some modules and left out others, which never learn."""
+        """Raises EchoModelError if an injecting pass has run only some of the modules: the others would never learn."""
         missing = [name for name in self.modules if name not in self._reached]
-        if missing and self._reached:  # compiled code does not tell
+        if missing and self._reached:  # compiled modules record nothing
             raise EchoModelError(
-                f"{missing[0]} was not run in the echo-on pass ({len(missing)} such modules), so its echo can't learn. "
+                f"{missing[0]} did not run in the echo-on pass ({len(missing)} such modules), so its echo can't learn. "
                 "Leave it out of LoraConfig.target_modules, or choose other target_layers."
             )
 
@@ -208,7 +208,7 @@ class Injector:
         return {n: m.in_features if site == "lora_input" else m.out_features for n, m in modules.items()}
 
     def injecting(self, injection: Injection | None) -> AbstractContextManager[None]:
-        """Add this to every forward inside; None adds nothing."""
+        """A context in which every forward adds this injection; None adds nothing."""
         return Setting(self, injection)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -217,11 +217,11 @@ class Injector:
 
     @contextmanager
     def measuring(self) -> Iterator[list[Tensor]]:
-        """Collect how much of the low-rank branch's output the echo makes up, in every injecting pass inside.
+        """Collect the echo's share of each target module's low-rank branch, in every injecting pass inside.
 
-        Gives ‖echo's part‖ / ‖whole output of the branch, echo included‖, a mean over the injected positions, for each
-        target module: scalars, float32. The branch is what the module adds to the base layer. For a diagnosis in
-        eval mode: it runs the modules twice.
+        The share is ‖echo's part‖ / ‖output of the branch, echo included‖, a mean over the injected positions: float32
+        scalars. The branch is what the module adds to its base layer. For a diagnosis in eval mode: it runs the modules
+        twice.
         """
         shares: list[Tensor] = []
         handles = [module.register_forward_hook(self._share_hook(module, shares)) for module in self.modules.values()]
@@ -263,27 +263,27 @@ class Injector:
 
 
 def _is_weight_probe(x: Tensor) -> bool:
-    """Whether x is the identity matrix that DoRA sends through lora_A to learn the weight's norm.
+    """Whether x is the identity matrix that DoRA sends through lora_A to compute the weight's norm.
 
-    Only a square matrix is compared, so that ordinary (B, T, d) inputs cost nothing.
+    Only square matrices are compared, so ordinary (B, T, d) inputs cost nothing.
     """
     return x.dim() == 2 and x.shape[0] == x.shape[1] and torch.equal(x, torch.eye(len(x)).to(x))
 
 
 def _add(x: Tensor, injection: Injection, name: str) -> Tensor:
-    """x + a_t δ_m, for x of shape (B, T, width), or (B·T, width) in layers that flatten their rows."""
+    """x + a_t δ_m of equation 4, for x of shape (B, T, width), or (B·T, width) in layers that flatten rows."""
     if not isinstance(x, Tensor):
         raise EchoModelError(
-            f"{name} gives a {type(x).__name__}, not a tensor of (rows, tokens, width), as routers of experts do: "
-            "there is nothing to add the echo to. Leave this module out of LoraConfig.target_modules."
+            f"{name} returns a {type(x).__name__}, as routers of experts do, not a tensor of (rows, tokens, width) "
+            "that the echo can be added to. Leave this module out of LoraConfig.target_modules."
         )
     mask_BT = injection.mask
     if x.shape[:-1] not in (mask_BT.shape, mask_BT.flatten().shape):
         raise EchoModelError(
-            f"{name} sees an input of shape {tuple(x.shape)} where the batch has {tuple(mask_BT.shape)} "
-            "(rows, tokens): the layer regroups tokens, and the echo can't tell which row each belongs to. "
+            f"{name} sees an input of shape {tuple(x.shape)}, but the batch has {tuple(mask_BT.shape)} (rows, tokens): "
+            "the layer regroups tokens, so the echo can't tell which row each one belongs to. "
             "Leave this module out of LoraConfig.target_modules."
         )
     delta = injection.deltas[name].to(x.device, x.dtype)  # (B, width)
     added = torch.where(mask_BT.to(x.device)[..., None], delta[:, None, :], 0)  # (B, T, width)
-    return x + added.reshape(x.shape)
+    return x + added.reshape(x.shape)  # (B, T, width) or (B·T, width)

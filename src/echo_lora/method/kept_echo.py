@@ -1,6 +1,7 @@
-"""Generating with the echo kept on: what the distillation could reach, no model to deploy.                      [O]
+"""Generating with the echo kept on: an upper bound for the distillation, not a way to deploy a model.         [O]
 
-The echo of a prompt is read at its last token, the boundary, which then runs a second time, on the prefix in the cache.
+The echo of a prompt is read at its last token, the boundary (equations 1 to 3), which then runs a second time on the
+cached prefix, with the echo injected (equation 4), as does every generated token.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class KeptEchoMixin(PeftModelForCausalLM):
 
     @contextmanager
     def keeping_echo(self) -> Iterator[None]:
-        """Inside, `generate` keeps the echo on: what the distillation could reach, no model to deploy. [O]"""
+        """Inside, `generate` keeps the echo on: an upper bound for the distillation, not a way to deploy. [O]"""
         self._keeps_echo = True
         try:
             yield
@@ -44,19 +45,25 @@ class KeptEchoMixin(PeftModelForCausalLM):
             self._keeps_echo = False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's. Inside `keeping_echo` every answer is generated with the echo of its prompt.
+        """As PEFT's. Inside `keeping_echo`, every answer is generated with the echo of its prompt.
 
-        Then input_ids and attention_mask, padded on the left, are given by name, and the search is greedy or sampled.
-        Raises EchoModelError otherwise, and for a model that can't share a prefix.
+        There, pass input_ids and attention_mask by keyword, padded on the left, for greedy decoding or sampling. Raises
+        EchoModelError otherwise, and for a model that can't share a prefix.
         """
         if not self._keeps_echo:
             return super().generate(*args, **kwargs)
-        if args or "input_ids" not in kwargs or kwargs.get("num_beams") not in (None, 1):
-            raise EchoModelError("with the echo kept on, generate takes input_ids= by name and no beams.")
+        config = kwargs.get("generation_config") or getattr(self.get_base_model(), "generation_config", None)
+        several = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
+        if args or "input_ids" not in kwargs or not set(several) <= {None, 1}:
+            raise EchoModelError(
+                "inside keeping_echo, generate takes input_ids by keyword, no beam search, and one answer to each row. "
+                "Call generate(input_ids=…, attention_mask=…) with num_beams=1 and num_return_sequences=1."
+            )
         input_ids = kwargs["input_ids"]  # (B, P)
         if (reason := self.why_full(input_ids.device)) is not None:
             raise EchoModelError(
-                f"with the echo kept on, generate runs the boundary a second time on its prefix, but {reason}."
+                f"inside keeping_echo, generate runs the boundary a second time on its cached prefix, but {reason}. "
+                "Generate without keeping_echo, or use another model."
             )
         attention_mask = kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         base = self.get_base_model()
@@ -67,9 +74,9 @@ class KeptEchoMixin(PeftModelForCausalLM):
         with self._injecting_from_boundary(deltas, torch.ones_like(input_ids[:, :1], dtype=torch.bool)):
             return super().generate(**kwargs)
 
-    @torch.no_grad()  # nor are these rows of a training step, for the statistics of states
+    @torch.no_grad()  # also keeps these rows out of the statistics of `standardize`
     def _echo_of_prompts(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> dict[str, Tensor]:
-        """The injected signal of each prompt; fills the cache."""
+        """δ of each prompt, by module name; fills the cache."""
         boundary_B = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
         with reading(self._source_layers, boundary_B, input_ids.shape[1]) as hidden:
             self._plain_forward(
@@ -86,9 +93,9 @@ class KeptEchoMixin(PeftModelForCausalLM):
 
     @contextmanager
     def _injecting_from_boundary(self, deltas: dict[str, Tensor], everywhere: Tensor) -> Iterator[None]:
-        """Inside, passes have the echo: the first is the boundary's, each later one that of an answer's token.
+        """Inside, inject δ into every pass: the first runs the boundary, each later one an answer token.
 
-        everywhere: (B, 1) bool, true: every pass has one column.
+        everywhere: (B, 1) bool, all true, since every pass has one column.
         """
         passes = itertools.count()
 

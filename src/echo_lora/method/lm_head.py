@@ -1,10 +1,10 @@
-"""The model's output layer, applied to the hidden states of supervised positions only.   [O]
+"""The model's output layer, applied to the hidden states of supervised positions only, for equation 7.         [O]
 
     logits = softcap( scale · W h )
 
-`loss_terms` calls it for one chunk of positions at a time, so that no tensor of all positions and the whole vocabulary
-ever exists. What a model does to the result of its output layer is read from its configuration and then compared with
-the model's own logits, not taken on trust: a model that does something else keeps its own logits.
+`loss_terms` calls it for one chunk of positions at a time, so a tensor of all positions and the whole vocabulary never
+exists. Scale and soft cap come from the model's configuration and are checked once against the model's own logits. If
+these differ, the model computes its logits itself.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 
 PROBED_LOGITS = (1.0, 100.0)
 
-FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # what configurations call a factor of logits
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # names of the scale in configurations
 
 
 @contextmanager
 def without_trace(device: torch.device) -> Iterator[None]:
-    """Run the model inside without gradient, and leave the random numbers of the CPU and of this device as they were.
+    """Run the model without gradient, and leave the random generators of the CPU and of this device unchanged.
 
-    Autocast keeps weights that it has cast. That of torch 2.9 keeps those without gradient too, and gives them to the
-    training pass that follows, from which the adapter would then learn nothing.
+    Also clears autocast's cache of cast weights: torch 2.9 caches those without gradient too, and would use them in the
+    training pass that follows, so the adapter would get no gradient.
     """
     devices = [device] if device.type != "cpu" else []
     try:
@@ -64,9 +64,9 @@ class Head:
 
     @contextmanager
     def intercepting(self, replacement: Tensor | None = None) -> Iterator[list[Tensor]]:
-        """Collect what the model sends to its output layer, which then works on the first column only.
+        """Collect the states that the model passes to its output layer, which then runs on the first column only.
 
-        replacement: works on these states instead.
+        replacement: run it on these states instead.
         """
         states: list[Tensor] = []
 
@@ -81,17 +81,19 @@ class Head:
             handle.remove()
 
     def why_not(self, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor | None) -> str | None:
-        """Why this is not what the model computes; None if it is.
+        """Why this does not compute the model's logits; None if it does.
 
-        Compares both on random states, once with logits of about 1 and once of about 100, which a soft cap would bend.
-        What the tokens are does not matter then, and logits that happen to be zero hide no factor.
-        input_ids, position_ids: (1, T), run without gradient; the random number generators are left as they were.
+        Compares both on random states, with logits of about 1 and of about 100, which a soft cap would bend. Random
+        states make the result independent of the tokens: logits that happen to be zero would hide a factor.
+        input_ids, position_ids: (1, T), run without gradient; the random generators are left unchanged.
         """
         with without_trace(input_ids.device):
             with self.intercepting() as states:
                 forward(input_ids=input_ids, position_ids=position_ids, use_cache=False)
             if len(states) != 1 or states[0].dim() != 3:
-                return f"the output layer {type(self.linear).__name__} was not called once with (rows, tokens, d)"
+                return (
+                    f"the model does not call its output layer {type(self.linear).__name__} once with (rows, tokens, d)"
+                )
             x = torch.randn(states[0].shape, generator=torch.Generator().manual_seed(0)).to(states[0])
             largest = self.linear(x).abs().max()
             for size in PROBED_LOGITS:
@@ -102,5 +104,5 @@ class Head:
                 ours = self(x * (size / largest)).to(theirs.device)
                 bound = 8 * torch.finfo(x.dtype).eps * ours.float().abs().max()
                 if ours.shape != theirs.shape or not ((ours.float() - theirs.float()).abs() <= bound).all():
-                    return "the model does more to its logits than its configuration tells"
+                    return "the model changes its logits in a way that its configuration does not mention"
         return None

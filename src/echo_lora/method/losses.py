@@ -1,17 +1,18 @@
-"""The loss terms, over the positions that predict answer tokens, a chunk of positions at a time.   (equation 7)
+"""The losses at the positions that predict answer tokens, a chunk of positions at a time.           (equation 7)
 
-    CE(off)        cross-entropy of the echo-off pass: the model that is deployed
+    CE(off)        cross-entropy of the echo-off pass, the model that is deployed
     CE(on)         cross-entropy of the echo-on pass
-    distillation   τ² · KL(teacher ‖ student), the teacher without gradient; at all positions, or at those where the
+    distillation   τ² · KL(teacher ‖ student), with a stop-gradient on the teacher; at all positions, or only where the
                    teacher gives the target a higher probability (`distillation_tokens`)                    [O]
-    CE(prompt)     where prompts are trained on: that of the echo-off pass at all other tokens              [O]
+    CE(prompt)     if prompts are trained on: cross-entropy of the echo-off pass at all other tokens        [O]
 
-Every term is a sum over tokens; the step divides it by the number of supervised tokens of the whole optimizer step,
-so that any split of a step into micro-batches gives the same gradient.
+Read `chunk_terms` for the equation and `distillation` for its KL term. Every term is a sum over tokens; the step
+divides it by the supervised tokens of the whole optimizer step, so any split into micro-batches gives the same
+gradient.
 
-All terms of a chunk are computed from its hidden states, and so is their gradient, in the same breath: what remains is
-a gradient as large as the hidden states, and neither logits nor the output layer are needed again in backward. The
-result does not depend on the chunk size.
+Logits of all positions would take most of the memory. So forward goes through the positions in chunks and computes for
+each chunk the logits, the terms and their gradient with respect to the hidden states; backward only scales that
+gradient and needs neither logits nor the output layer. The result does not depend on the chunk size.
 
 Shapes: `N` supervised positions, `n` of a chunk, `M` that predict prompt tokens, `d` hidden width, `V` vocabulary.
 """
@@ -30,14 +31,14 @@ from transformers.utils import ModelOutput
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.lm_head import Head
 
-CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; about ten of them exist at one time, 32 MiB each in float32
+CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; about ten of them exist at a time, 32 MiB each in float32
 
 
 @dataclass
 class Terms(ModelOutput):
-    """Sums over the supervised positions, or means; float32 scalars. Only `loss` carries gradient.
+    """Sums over the supervised positions, or means; float32 scalars, of which only `loss` carries gradient.
 
-    What a term is called here is its name in the step's output, in logs, plots and model cards.
+    The names of the fields are the names in the step's output, in logs, plots and model cards.
     """
 
     loss: Tensor | None = None  # w · (CE(off) + CE(on) + μ · distillation) + CE(prompt)
@@ -50,11 +51,11 @@ class Terms(ModelOutput):
 
 
 NAMES = tuple(field.name for field in fields(Terms))
-ROUTED = ("ce_on", "distillation")  # those of the echo-on pass; zero in a step that is not routed
-SHOWN = ("ce_off", *ROUTED, "ce_prompt")  # what people follow, in this order
+ROUTED = ("ce_on", "distillation")  # the terms of the echo-on pass; zero in an unrouted step
+SHOWN = ("ce_off", *ROUTED, "ce_prompt")  # the terms that logs and plots show, in this order
 
 
-@torch.compiler.disable  # it finds gradients on its way, which torch.compile can't trace
+@torch.compiler.disable  # torch.compile can't trace torch.autograd.grad inside forward
 def loss_terms(
     off_Nd: Tensor,
     on_Nd: Tensor | None,
@@ -65,14 +66,13 @@ def loss_terms(
     *,
     answer_weight: float = 1.0,
 ) -> Terms:
-    """Sums of all terms.
+    """Equation 7, as sums over positions.
 
-    off_Nd, on_Nd: (N, d) hidden states of any float dtype; on_Nd is None in a step that is not routed, whose CE(on)
-    and distillation are zero. targets_N: (N,) int64, all of them supervised. head: makes logits (n, V) of them, with
-    parameters that need no gradient; None where the states are logits already, (N, V). With N = 0 every term is zero,
-    and the loss is still connected to the states, so that no rank waits for a gradient. prompt: echo-off states (M, d)
-    and targets (M,) of prompt tokens that are trained on too; they count in the loss, the entropy and the accuracy.
-    answer_weight: w, in the loss alone.
+    off_Nd, on_Nd: (N, d) hidden states of any float dtype; on_Nd is None in an unrouted step, whose CE(on) and
+    distillation are zero. targets_N: (N,) int64, all supervised. head: the frozen output layer, (n, d) → (n, V); None
+    if the states are already logits, (N, V). prompt: echo-off states (M, d) and targets (M,) of trained prompt tokens;
+    they count in loss, entropy and accuracy. answer_weight: w, which affects `loss` only. With N = 0 every term is
+    zero, but the loss stays connected to the states, so that no rank waits for a gradient.
     """
     terms = Terms(*_ChunkedTerms.apply(off_Nd, on_Nd, targets_N, config, head))
     if answer_weight != 1:
@@ -86,7 +86,7 @@ def loss_terms(
 
 
 class _ChunkedTerms(torch.autograd.Function):
-    """The gradient of the loss is found in forward, chunk by chunk; backward only scales it."""
+    """Computes the terms and the loss's gradient in forward, chunk by chunk; backward only scales the gradient."""
 
     @staticmethod
     def forward(
@@ -98,54 +98,55 @@ class _ChunkedTerms(torch.autograd.Function):
         head: Head | None,
     ) -> tuple[Tensor, ...]:
         states = [off_Nd] if on_Nd is None else [off_Nd, on_Nd]
-        gradients = [torch.empty_like(x) for x in states] if any(ctx.needs_input_grad) else []
-        sums = torch.zeros(len(NAMES), device=off_Nd.device)
+        gradients = [torch.empty_like(x) for x in states] if any(ctx.needs_input_grad) else []  # (N, d) each
+        sums = torch.zeros(len(NAMES), device=off_Nd.device)  # (terms,)
         chunk = max(1, CHUNK_ELEMENTS // (off_Nd.shape[-1] if head is None else head.vocabulary))
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(bool(gradients)):
+                # (n, d) each, stop-gradient: the graph of a chunk ends here, and is freed with the chunk
                 leaves = [x[part].detach().requires_grad_(bool(gradients)) for x in states]
                 logits = [leaf if head is None else head(leaf) for leaf in leaves]  # (n, V) each
                 terms = chunk_terms(logits, targets_N[part], config)
             if gradients:
-                for gradient, found in zip(gradients, torch.autograd.grad(terms["loss"], leaves), strict=True):
-                    gradient[part] = found
-            sums += torch.stack([terms[name] for name in NAMES]).detach()
+                for gradient, of_chunk in zip(gradients, torch.autograd.grad(terms["loss"], leaves), strict=True):
+                    gradient[part] = of_chunk  # (n, d)
+            sums += torch.stack([terms[name] for name in NAMES]).detach()  # (terms,), stop-gradient: frees the graph
         ctx.save_for_backward(*gradients)
         loss, *others = (total.clone() for total in sums)
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
     @staticmethod
-    @once_differentiable  # the gradient holds no graph: a second derivative is an error, not a wrong number
+    @once_differentiable  # the gradient has no graph: a second derivative must be an error, not a wrong number
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # a loss scaled for float16 is beyond its range, and 1/N has no 8 bits
-        of_off, *of_on = ((gradient.float() * grad_loss).to(gradient.dtype) for gradient in ctx.saved_tensors)
+        # in float32: a scaled loss overflows float16, and bfloat16 would round 1/N
+        of_off, *of_on = ((gradient.float() * grad_loss).to(gradient.dtype) for gradient in ctx.saved_tensors)  # (N, d)
         return of_off, of_on[0] if of_on else None, None, None, None
 
 
 def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) -> Terms:
-    """Terms of some positions. logits_nV: [off] or [off, on], each (n, V)."""
-    off = logits_nV[0].float()
+    """Equation 7 for a chunk of positions. logits_nV: [off] or [off, on], each (n, V)."""
+    off = logits_nV[0].float()  # (n, V)
     log_off = F.log_softmax(off, dim=-1)  # (n, V)
-    ce_off = F.nll_loss(log_off, targets_n, reduction="sum")
-    with torch.no_grad():
-        entropy = -(log_off.exp() * log_off).sum()
-        correct = (off.argmax(-1) == targets_n).sum().float()
+    ce_off = F.nll_loss(log_off, targets_n, reduction="sum")  # scalar
+    with torch.no_grad():  # stop-gradient: metrics
+        entropy = -(log_off.exp() * log_off).sum()  # scalar
+        correct = (off.argmax(-1) == targets_n).sum().float()  # scalar
     zero = ce_off.new_zeros(())
     if len(logits_nV) == 1:
         return Terms(ce_off, ce_off, zero, zero, zero, entropy, correct)
-    on = logits_nV[1].float()
+    on = logits_nV[1].float()  # (n, V)
     log_on = F.log_softmax(on, dim=-1)  # (n, V)
-    ce_on = F.nll_loss(log_on, targets_n, reduction="sum")
+    ce_on = F.nll_loss(log_on, targets_n, reduction="sum")  # scalar
     passes = [(on, log_on), (off, log_off)]
     if config.distillation_direction == "off_to_on":
         passes.reverse()
     (teacher, log_teacher), (student, log_student) = passes
     if config.distillation_tokens == "teacher_better":
         is_followed = is_better(log_teacher, log_student, targets_n)  # (n,)
-        teacher, student = teacher[is_followed], student[is_followed]
-    kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)
+        teacher, student = teacher[is_followed], student[is_followed]  # (≤ n, V) each
+    kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)  # scalar
     return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, zero, entropy, correct)
 
 
@@ -153,17 +154,18 @@ def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) 
 def is_better(log_teacher_NV: Tensor, log_student_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Where the teacher gives the target a higher probability than the student does; (N,) bool, without gradient.
 
-    Followed there only, a teacher that is worse than its student on average can't pull it away from the answer. [O]
+    If the student follows it only there, a teacher that is worse on average can't pull it away from the answer. [O]
     """
-    at = targets_N[:, None]
-    return (log_teacher_NV.gather(1, at) > log_student_NV.gather(1, at))[:, 0]
+    at = targets_N[:, None]  # (N, 1)
+    return (log_teacher_NV.gather(1, at) > log_student_NV.gather(1, at))[:, 0]  # (N,)
 
 
 def distillation(*, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:
     """τ² · Σ_N KL(teacher ‖ student) at temperature τ; (N, V) logits in, a float32 scalar out.
 
-    τ² keeps the gradient's size independent of τ. Gradient flows to the student only.
+    τ² keeps the gradient's size independent of τ.
     """
-    teacher = F.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)  # stop-gradient: the teacher leads
-    student = F.log_softmax(student_NV.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
+    # (N, V), stop-gradient: the student moves towards the teacher, not the teacher towards the student
+    teacher = F.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)
+    student = F.log_softmax(student_NV.float() / temperature, dim=-1)  # (N, V)
+    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)  # scalar

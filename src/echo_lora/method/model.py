@@ -1,8 +1,8 @@
 """EchoModel: a PEFT model whose training forward is one step of Echo-LoRA.
 
-In training mode with labels, one `forward` runs both passes and all losses, so that DDP and FSDP see one forward
-per step. In eval mode, without labels, with `echo_enabled = False`, with another adapter active or with the
-adapter disabled, it is the plain PEFT model. What `save_pretrained` writes is a plain PEFT adapter.
+In training mode with labels, one `forward` runs both passes and all losses, so that DDP and FSDP see one forward per
+step. In eval mode, without labels, with `echo_enabled = False`, with another adapter active or with the adapter
+disabled, it is the plain PEFT model. `save_pretrained` writes a plain PEFT adapter (equation 8).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from echo_lora.errors import EchoDataError, EchoModelError
-from echo_lora.method import losses
+from echo_lora.method import losses, refusals
 from echo_lora.method.alignment import AlignedRows, align_rows
 from echo_lora.method.checkpointing import Checkpointing, Freezing, is_compiled
 from echo_lora.method.config import EchoConfig
@@ -28,14 +28,7 @@ from echo_lora.method.kept_echo import KeptEchoMixin
 from echo_lora.method.lm_head import Head
 from echo_lora.method.neftune import with_one_noise
 from echo_lora.method.prefix import PrefixSharing, fitting
-from echo_lora.method.refusals import (
-    refuse_base,
-    refuse_batch,
-    refuse_lora_config,
-    refuse_other_scaling,
-    refuse_untrainable,
-)
-from echo_lora.method.routing import clock_of, distillation_weight, is_routed
+from echo_lora.method.routing import default_clock, distillation_weight, is_routed
 from echo_lora.method.sharing import angles_depend_on_length
 from echo_lora.method.step import EchoOutput, router_aux_loss_coef, training_step
 from echo_lora.method.trial import Abilities
@@ -53,19 +46,19 @@ def get_echo_model(
 ) -> EchoModel:
     """Wrap a base model for training with the echo, as `peft.get_peft_model` wraps it without.
 
-    The adapter's initial weights are the ones that `get_peft_model` would draw. Further keyword arguments go to
-    the PEFT model. A name in target_modules that matches no module is a warning. Raises EchoModelError if the base
-    model or the adapter can't carry the echo, EchoConfigError if a layer does not exist.
+    The adapter's initial weights are those that `get_peft_model` would draw. Further keyword arguments are passed to
+    the PEFT model. Warns about a name in target_modules that matches no module. Raises EchoModelError if the base
+    model or the adapter does not support the echo, EchoConfigError if a layer does not exist.
     """
-    refuse_lora_config(peft_config)
-    refuse_base(model)
+    refusals.refuse_lora_config(peft_config)
+    refusals.refuse_base(model)
     peft_config.base_model_name_or_path = model.__dict__.get("name_or_path", None) or None  # as get_peft_model
     given = peft_config.target_modules
     wrapped = EchoModel(model, peft_config, echo_config or EchoConfig(), adapter_name, **kwargs)
     if unmatched := unmatched_targets(wrapped, given, adapter_name):
         logger.warning(
-            "LoraConfig.target_modules names %s, which no module with an adapter has at the end of its name. PEFT "
-            "trains the others only.",
+            "LoraConfig.target_modules names %s, but the name of no adapted module ends that way: PEFT ignores it. "
+            "Correct the name, or leave it out.",
             ", ".join(unmatched),
         )
     return wrapped
@@ -75,9 +68,9 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
     """A PEFT LoRA model with echo networks beside it. Made by `get_echo_model`.
 
     echo: the echo networks; trainable, part of `parameters()` and of training checkpoints, never of an adapter.
-    echo_enabled: set it to False for a plain PEFT model.
-    without_echo: the LoRA modules of the target layers that the echo does not enter, by name, with the reason.
-    initial_adapter: the adapter as it was drawn, where it was subtracted from the base's weights (PiSSA and its kin).
+    echo_enabled: False makes it a plain PEFT model.
+    without_echo: the LoRA modules of the target layers that receive no echo, by name, with the reason.
+    initial_adapter: the initial adapter, if it was subtracted from the base's weights (PiSSA and the like).
     """
 
     def __init__(
@@ -99,7 +92,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         self.initial_adapter = as_drawn(self, adapter_name)
         self.echo_adapter = adapter_name
         self.echo_enabled = True
-        self._reaches_all = False
+        self._has_routed = False
         self._source_layers = [layers[index] for index in source]  # a list, so that they are not registered twice
         self._injector = Injector(modules, adapter_name, echo_config.injection_site)
         self._sharing = PrefixSharing(list(layers))
@@ -110,7 +103,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         self._abilities = Abilities(self._sharing)
         self._routing_clock: tuple[int, int] | None = None
         self.is_stepping = False  # whether a forward was a step of Echo-LoRA since the clock was set
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
         widths = Injector.widths(modules, echo_config.injection_site)
         self.echo = EchoNetworks(base.config.get_text_config().hidden_size, widths, echo_config)
@@ -118,11 +111,11 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         if base.is_activation_checkpointing:
             self.gradient_checkpointing_enable()
         if self.without_echo:
-            self._say_once(f"These keep their LoRA and get no echo: {listed(self.without_echo)}.")
+            self._warn_once(f"These modules keep their LoRA but receive no echo: {listed(self.without_echo)}.")
         if (what := changes_base(peft_config)) is not None:
-            self._say_once(
-                f"{what} changed the base's weights, and checkpoints fit these alone. Save the adapter with "
-                "save_verified, which proves it on the base as it was."
+            self._warn_once(
+                f"{what} changed the base's weights, so checkpoints only fit the changed base. Save the adapter with "
+                "save_verified, which converts it to the original base and checks it there."
             )
 
     # -------------------------------------------------------------- the step
@@ -139,14 +132,14 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """In training mode with labels: the whole step, returning an EchoOutput. Else: the plain PEFT model.
+        """In training mode with labels: one step of Echo-LoRA, returning an EchoOutput. Otherwise the plain PEFT model.
 
-        input_ids, attention_mask, labels: (B, T) int64, rows padded on either side, labels -100 outside the
-        answer. Where labels cover prompt tokens too, completion_mask (B, T) is 1 at answer tokens; prompt tokens are
-        trained in the echo-off pass only, and answer_weight is the weight of the answer's losses beside theirs.
-        num_items_in_batch: supervised tokens of the whole optimizer step; Trainer passes it.
-        Raises EchoDataError for rows without prompt or answer and for packed rows, EchoModelError if the
-        routing clock is not set or a forced `echo_step` is impossible.
+        input_ids, attention_mask, labels: (B, T) int64, padded on either side, labels -100 outside the answer. If the
+        labels cover prompt tokens too, completion_mask (B, T) is 1 at answer tokens; prompt tokens are trained in the
+        echo-off pass only, and answer_weight weighs the answer losses against theirs. num_items_in_batch: supervised
+        tokens of the whole optimizer step; Trainer passes it.
+        Raises EchoDataError for rows without prompt or answer and for packed rows, EchoModelError if the routing clock
+        is not set or a forced `echo_step` is impossible.
         """
         kwargs |= {
             "input_ids": input_ids,
@@ -163,9 +156,9 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
                 kwargs.pop(name, None)
             return super().forward(**kwargs)
         self.is_stepping = True
-        step, total = clock_of(self.echo_config) if self._routing_clock is None else self._routing_clock
+        step, total = default_clock(self.echo_config) if self._routing_clock is None else self._routing_clock
         if self._routing_clock is None:
-            self.end_step()  # every forward is taken for a step
+            self.end_step()  # without a clock each forward counts as a step
         return self.echo_losses(
             is_routed=is_routed(self.echo_config, step, total),
             distillation_weight=distillation_weight(self.echo_config, step, total),
@@ -185,13 +178,16 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         answer_weight: float = 1.0,
         **kwargs: Any,
     ) -> EchoOutput:
-        """The step with the echo-on pass run or not as asked, in any mode: for validation and measurement.
+        """The step with or without the echo-on pass, as `is_routed` says, in any mode: for validation and measurement.
 
-        distillation_weight: in place of the configuration's. Everything else is as in `forward`.
+        distillation_weight: overrides the configuration's. Everything else is as in `forward`.
         """
         if input_ids is None or labels is None:
-            raise EchoDataError("the echo needs input_ids and labels; inputs_embeds can't be aligned at the boundary.")
-        refuse_batch(attention_mask, kwargs)
+            raise EchoDataError(
+                "a step with the echo needs input_ids and labels, but one of them is missing; inputs_embeds can't be "
+                "aligned at the boundary. Pass both, or set model.echo_enabled = False."
+            )
+        refusals.refuse_batch(attention_mask, kwargs)
         config = self.echo_config
         if distillation_weight is not None:
             config = dataclasses.replace(config, distillation_weight=distillation_weight)
@@ -225,34 +221,31 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
             echo_only=self._freezing.in_echo_on_pass(self.base_model, config, is_checkpointed) if is_routed else None,
             router_aux_loss_coef=router_aux_loss_coef(base.config),
         )
-        if is_routed and not self._reaches_all:
-            self._reaches_all = True
-            drops_layers = bool(getattr(base.config.get_text_config(), "layerdrop", False))
-            if not (is_compiled(base) or drops_layers):
-                self._injector.require_reached()
+        if is_routed:
+            self._require_reached_once(base)
         return output
 
     def set_routing_clock(self, step: int, total_steps: int) -> None:
-        """Tell which optimizer step (from 0) of how many comes next; routing is a function of it.
+        """Set which optimizer step (from 0) of how many comes next; the routing is a function of it.
 
-        Another step than before ends the one under way, whose rows then count where states are standardised.
-        EchoTrainer and EchoCallback do this; a training loop of one's own calls it before each step.
+        A new step ends the current one, whose rows then enter the statistics of `standardize`. EchoTrainer and
+        EchoCallback call this; your own training loop must call it before each step.
         """
         if self._routing_clock is None and self.echo_enabled:
-            refuse_untrainable(self, self.echo_adapter, list(self._injector.modules.values()))
+            refusals.refuse_untrainable(self, self.echo_adapter, list(self._injector.modules.values()))
         if (step, total_steps) != self._routing_clock:
             self.end_step()
         self._routing_clock = (step, total_steps)
         self.is_stepping = False
 
     def end_step(self) -> None:
-        """Forget the clock, as at the start of a training: what comes next belongs to no step before."""
+        """End the current step and clear the clock, as at the start of a training."""
         self._routing_clock = None
         if self.echo.standardize is not None:
             self.echo.standardize.end_step()
 
     def applies(self, labels: Tensor | None) -> bool:
-        """Whether a forward with these labels would be a step of Echo-LoRA, not the plain model's."""
+        """Whether a forward with these labels is a step of Echo-LoRA rather than the plain model's forward."""
         return (
             self.training
             and self.echo_enabled
@@ -265,30 +258,30 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Raises EchoModelError: a saved adapter is a plain one, and PEFT would make a plain model of it."""
+        """Raises EchoModelError: a saved adapter holds no echo, and PEFT would load it as a plain model."""
         raise EchoModelError(
-            "a saved adapter holds no echo, so there is no EchoModel to load. To use it: PeftModel.from_pretrained. To "
-            "go on training it: get_echo_model(base, LoraConfig(…)), and on the model that this gives "
-            "load_adapter(folder, 'default', is_trainable=True)."
+            "a saved adapter holds no echo, so there is no EchoModel to load. To use it, call "
+            "PeftModel.from_pretrained. To continue training it, call get_echo_model(base, LoraConfig(…)) and then, on "
+            "the model that returns, load_adapter(folder, 'default', is_trainable=True)."
         )
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's. Into the adapter that carries the echo, to go on training it, goes only one that fits it.
+        """As PEFT's. The adapter that carries the echo accepts only a saved adapter of the same configuration.
 
-        Raises EchoModelError where PEFT would keep the scale of the present adapter, or load a part of the other.
+        Raises EchoModelError where PEFT would keep the present adapter's scale, or load only a part of the other.
         """
         if adapter_name != self.echo_adapter or adapter_name not in self.peft_config:
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)
         other = type(self.peft_config[adapter_name]).from_pretrained(model_id, **self._split_kwargs(dict(kwargs))[0])
-        misfit = f"{model_id} does not fit the adapter {adapter_name!r}"
-        refuse_other_scaling(other, self.peft_config[adapter_name], misfit)
+        misfit = f"the saved adapter {model_id} does not fit the adapter {adapter_name!r}"
+        refusals.refuse_other_scaling(other, self.peft_config[adapter_name], misfit)
         before = {name: t.clone() for name, t in get_peft_model_state_dict(self, adapter_name=adapter_name).items()}
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        for what, keys in (("lacks", result.missing_keys), ("holds also", result.unexpected_keys)):
+        for what, keys in (("lacks", result.missing_keys), ("also holds", result.unexpected_keys)):
             if keys:
                 set_peft_model_state_dict(self, before, adapter_name=adapter_name)
                 raise EchoModelError(
-                    f"{misfit}: it {what} {keys[0]} ({len(keys)} such tensors). Give get_echo_model the LoraConfig "
+                    f"{misfit}: it {what} {keys[0]} ({len(keys)} such tensors). Pass get_echo_model the LoraConfig "
                     "that the saved adapter was made with."
                 )
         return result
@@ -297,7 +290,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         """As PEFT's. Raises EchoModelError for the adapter that carries the echo."""
         if adapter_name == self.echo_adapter:
             raise EchoModelError(
-                f"the adapter {adapter_name!r} carries the echo, so it can't be deleted. Use unload() for the base "
+                f"the adapter {adapter_name!r} carries the echo, so it can't be deleted. Use unload() to get the base "
                 "model, or load_adapter to replace the adapter's weights."
             )
         super().delete_adapter(adapter_name)
@@ -311,10 +304,10 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
 
     @torch.no_grad()
     def diagnose(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> dict[str, float]:
-        """What the echo does on a batch, in the model's current mode: each term a mean over the answer tokens.
+        """What the echo does on a batch, in the model's current mode; each term is a mean over the answer tokens. [O]
 
-        Gives ce_off, ce_on, distillation, echo_norm, gate_mean, and echo_share: how much of the output of the target
-        modules' low-rank branches the echo makes up. Where ce_on is not below ce_off, distillation teaches nothing. [O]
+        Returns ce_off, ce_on, distillation, echo_norm, gate_mean, and echo_share: the echo's share of the output of the
+        target modules' low-rank branches. Unless ce_on is below ce_off, the distillation has nothing to teach.
         """
         with self._injector.measuring() as shares:
             output = self.echo_losses(input_ids, attention_mask, labels, is_routed=True)
@@ -333,19 +326,19 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         return self._left(self.base_model.merge_and_unload(*args, **kwargs))
 
     def _left(self, base: PreTrainedModel) -> PreTrainedModel:
-        """The base as it was before the echo; the injector's hooks went with the LoRA modules."""
+        """The base without the echo's hooks and contexts; the injector's hooks went with the LoRA modules."""
         self._sharing.remove()
         self._checkpointing.leave(base)
         return base
 
     def _plain_forward(self, *, cache: Cache | None = None, **kwargs: Any) -> Any:
-        """The plain PEFT model. Raises EchoModelError if its forward does not take what the step needs."""
+        """The plain PEFT model. Raises EchoModelError if its forward lacks an argument that the step needs."""
         return super().forward(**fitting(self.get_base_model(), cache, kwargs))
 
     def why_full(self, device: torch.device | None = None) -> str | None:
         """Why the echo-on pass can't share the prefix; None if it can.
 
-        device: where the model is tried on a few tokens, once; None for what it says of itself.
+        device: where to try the model on a few tokens, once; None reads its configuration only.
         """
         return self._abilities.why_full(self._plain_forward, self.get_base_model(), device)
 
@@ -355,18 +348,25 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         if reason is not None and self.echo_config.echo_step == "shared_prefix":
             raise EchoModelError(f"echo_step='shared_prefix' is impossible: {reason}. Use echo_step='auto'.")
         if reason is not None:
-            self._say_once(f"The echo-on pass runs in full, not on the answer only: {reason}.")
+            self._warn_once(f"The echo-on pass runs on whole rows, not just on the answers: {reason}.")
         return reason is None
+
+    def _require_reached_once(self, base: PreTrainedModel) -> None:
+        """After the first routed step, raises EchoModelError if it left out modules that should receive the echo."""
+        is_first, self._has_routed = not self._has_routed, True
+        drops_layers = bool(getattr(base.config.get_text_config(), "layerdrop", False))
+        if is_first and not (is_compiled(base) or drops_layers):
+            self._injector.require_reached()
 
     def _usable_head(self, base: PreTrainedModel, rows: AlignedRows) -> Head | None:
         head, reason = self._abilities.head(self._plain_forward, base, rows)
         if reason is not None:
-            self._say_once(f"Logits of all answer tokens are made at once, which takes memory: {reason}.")
+            self._warn_once(f"The logits of all answer tokens are computed at once, which takes memory: {reason}.")
         return head
 
-    def _say_once(self, warning: str) -> None:
-        if warning not in self._said:
-            self._said.add(warning)
+    def _warn_once(self, warning: str) -> None:
+        if warning not in self._warned:
+            self._warned.add(warning)
             logger.warning(warning)
 
     # -------------------------------------------------- gradient checkpointing
@@ -374,9 +374,9 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """As the base model's, with a context that lets recomputed layers see the injection of their forward.
+        """As the base model's, but recomputed layers see the injection of their forward.
 
-        Raises EchoModelError for use_reentrant=True, which has no such context.
+        Raises EchoModelError for use_reentrant=True, with which they can't.
         """
         self._checkpointing.enable(self.get_base_model(), gradient_checkpointing_kwargs, **kwargs)
 

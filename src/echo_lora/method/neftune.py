@@ -1,9 +1,8 @@
-"""NEFTune in a step of two passes: the noise that transformers adds to embeddings.        [O]
+"""NEFTune with two passes: both see the same noise, of the size that a plain forward of the batch would see.        [O]
 
-Its hook draws from ±alpha / sqrt(columns · d), for the columns that the embedding layer sees. Here these are not those
-of the batch: rows are aligned, and the echo-on pass may run on the last columns only. So alpha is scaled to give what a
-plain forward of the batch would get, and the echo-on pass gets the noise of the echo-off pass: the noise belongs to the
-rows, and the echo alone makes the passes differ.
+The hook of transformers draws noise from ±alpha / sqrt(columns · d), for the columns that the embedding layer sees. The
+step runs other columns than the batch has, so alpha is scaled accordingly. The echo-on pass reuses the noise of the
+echo-off pass, so that only the echo makes the passes differ.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 
 
 def with_one_noise(forward: Callable[..., Any], embeddings: nn.Module, columns: int) -> Callable[..., Any]:
-    """`forward`, for a first pass over all columns of a step and a second one over the last of them.
+    """`forward`, wrapped for a first pass over all columns of a step and a second one over the last of them.
 
-    embeddings: the input embeddings, where `activate_neftune` leaves its alpha; without one, nothing changes.
-    columns: those of the batch.
+    embeddings: the input embeddings, on which `activate_neftune` stores alpha; without it, nothing changes.
+    columns: number of columns of the batch.
     """
     alpha = getattr(embeddings, "neftune_noise_alpha", None)
     if alpha is None or not embeddings.training:
@@ -32,7 +31,7 @@ def with_one_noise(forward: Callable[..., Any], embeddings: nn.Module, columns: 
 
     def noisy_forward(**kwargs: Any) -> Any:
         embeddings.neftune_noise_alpha = alpha * (kwargs["input_ids"].shape[1] / columns) ** 0.5
-        handle = embeddings.register_forward_hook(reuse)  # runs after the one that adds the noise
+        handle = embeddings.register_forward_hook(reuse)  # runs after the hook that adds the noise
         try:
             return forward(**kwargs)
         finally:

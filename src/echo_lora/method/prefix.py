@@ -1,12 +1,11 @@
-"""The prefix's keys and values: recorded by the echo-off pass, attended to by the echo-on pass.   [O]
+"""The shared prefix: keys and values, recorded by the echo-off pass (equation 1) for the echo-on pass (6).     [O]
 
-They stay in the autograd graph of the echo-off pass, so that the echo-on pass sends its gradient through them.
+They stay in the autograd graph of the echo-off pass, so the gradient of the echo-on pass flows through them.
 
-Under gradient checkpointing transformers takes the cache away from its layers, for a layer that runs again in
-backward would append its states a second time. A cache of ours gives the same answer however often it is asked, so
-hooks hand it to the attention modules themselves, in the forward and in each recomputation. What a checkpointed layer
-records is part of the graph although nothing inside the layer is stored: backward recomputes the layer when the
-gradient of its keys and values, or of its output, arrives.
+Under gradient checkpointing transformers removes the cache from its layers, because a layer that runs again in backward
+would append its states a second time. Our cache returns the same however often it is called, so hooks pass it to the
+attention modules directly, in the forward and in each recomputation. What a checkpointed layer records is part of the
+graph: backward recomputes the layer when a gradient of its keys and values, or of its output, arrives.
 """
 
 from __future__ import annotations
@@ -25,57 +24,57 @@ from transformers.cache_utils import DynamicLayer
 from echo_lora.errors import EchoModelError
 from echo_lora.method.checkpointing import Setting
 
-# One thing, as models and attentions name it; `cache` since transformers 5.24.
+# The names of the key-value cache in models and attention modules; `cache` since transformers 5.24.
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:
-    """What this function calls its key-value cache; None if it takes none."""
+    """The name of this function's key-value cache argument; None if it has none."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
-# What a forward may lack: columns that need no logits are cut off afterwards, and the rest are requests, not inputs.
+# Arguments that a forward may lack: superfluous logits are cut off later, and the others change no result.
 DISPENSABLE = {"position_ids", "logits_to_keep", "use_cache", "output_router_logits"}
 
 
 def fitting(base: PreTrainedModel, cache: Cache | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What of a pass's arguments the base's forward takes. Raises EchoModelError if it does not take what matters."""
+    """The arguments of a pass that the base's forward takes. Raises EchoModelError if it lacks a necessary one."""
     if cache is not None:
         kwargs[cache_argument(base.forward) or "past_key_values"] = cache
     taken = inspect.signature(base.forward).parameters
-    if "input_ids" in taken:  # else a wrapper, which passes on what it is given
+    if "input_ids" in taken:  # otherwise it is a wrapper that passes on any argument
         refused = kwargs.keys() - taken.keys()
         mask = kwargs.get("attention_mask")
         if "attention_mask" in refused and mask is not None and bool(mask[:, 0].all()):
-            del kwargs["attention_mask"]  # on the right of a row padding changes nothing
+            del kwargs["attention_mask"]  # all padding is on the right, where it changes nothing
             refused -= {"attention_mask"}
         if refused - DISPENSABLE:
             raise EchoModelError(
-                f"{type(base).__name__}.forward takes no {', '.join(sorted(refused - DISPENSABLE))}, which the "
-                "echo's step needs. Use another model, or train this one without the echo."
+                f"{type(base).__name__}.forward takes no {', '.join(sorted(refused - DISPENSABLE))}, which a step with "
+                "the echo needs. Use another model, or train this one without the echo."
             )
         kwargs = {name: value for name, value in kwargs.items() if name not in refused}
     return kwargs
 
 
 class PrefixRecorder(Cache):
-    """What the echo-off pass is given: it keeps each layer's first columns and changes nothing."""
+    """The cache of the echo-off pass: it records the first columns of each layer and changes nothing."""
 
     def __init__(self, columns: int, depth: int, *, is_checkpointed: bool) -> None:
         super().__init__(layers=[_RecordingLayer(columns, is_checkpointed) for _ in range(depth)])
 
     def prefix(self, *, is_detached: bool = False) -> Cache:
-        """The recorded prefix, for the echo-on pass; the recorder lets go of it and records no more.
+        """The recorded prefix, for the echo-on pass; the recorder releases it and stops recording.
 
-        is_detached: no gradient flows back into the echo-off pass.
-        Raises EchoModelError if a layer recorded nothing: it keeps its states elsewhere.
+        is_detached: stop the gradient between the echo-on pass and the echo-off pass. Raises EchoModelError if a layer
+        recorded nothing: it keeps its states elsewhere.
         """
         missing = [index for index, layer in enumerate(self.layers) if layer.recorded is None]
         if missing:
             raise EchoModelError(
-                f"{len(missing)} of {len(self.layers)} layers, the first of them layer {missing[0]}, gave their keys "
-                "and values to no cache, so the prefix can't be shared. Set echo_step='full'."
+                f"{len(missing)} of {len(self.layers)} layers (the first is layer {missing[0]}) did not pass their "
+                "keys and values to the cache, so the prefix can't be shared. Set echo_step='full'."
             )
         return Cache(layers=[layer.handed_over(is_detached) for layer in self.layers])
 
@@ -89,7 +88,7 @@ class _RecordingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_over:
             prefix = [states[..., : self.columns, :] for states in (key_states, value_states)]
-            # a view would keep the whole row's states alive, which checkpointing is there to drop
+            # a view would keep the whole row's states alive, which checkpointing should free
             self.recorded = [states.clone() for states in prefix] if self.is_checkpointed else prefix
         return key_states, value_states
 
@@ -116,7 +115,7 @@ class _PrefixLayer(DynamicLayer):
 
 
 class PrefixSharing:
-    """Owns the hooks that hand the cache of the pass under way to the attention modules."""
+    """Owns the hooks that pass the current cache to the attention modules."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         self.current: Cache | None = None
@@ -127,22 +126,22 @@ class PrefixSharing:
             named = [(m, cache_argument(m.forward)) for m in layer.modules() if m is not layer]
             found = [(module, name) for module, name in named if name is not None]
             if len(found) != 1:
-                self.why_not = f"{type(layer).__name__} holds {len(found)} modules that take a key-value cache, not one"
+                self.why_not = f"{type(layer).__name__} has {len(found)} modules that take a key-value cache, not one"
                 continue
             module, name = found[0]
             self.handles += [
                 layer.register_forward_pre_hook(self._take_away, with_kwargs=True),
-                # bound methods and partials, not closures: a deep copy of the model copies its hooks with it
+                # bound methods and partials, not closures: deepcopy must copy the hooks with the model
                 module.register_forward_pre_hook(partial(self._hand_over, name), with_kwargs=True),
             ]
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
     def using(self, cache: Cache | None) -> AbstractContextManager[None]:
-        """Give this cache to every attention inside; None leaves them as they are."""
+        """A context in which every attention module gets this cache; None changes nothing."""
         return Setting(self, cache)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -150,7 +149,7 @@ class PrefixSharing:
         return self.using(self.current), self.using(self.current)
 
     def _take_away(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Outside a checkpoint, whose warning about the cache would not be true."""
+        """Remove the cache before transformers' checkpointing sees it, whose warning would be wrong here."""
         if self.current is None:
             return None
         return args, {key: None if key in CACHE_NAMES else value for key, value in kwargs.items()}

@@ -1,8 +1,8 @@
-"""What the echo can't train, refused by name with the reason: base models, LoRA configurations, adapters, batches."""
+"""What the echo does not support: checks that name the base model, LoRA setting, adapter or batch, and the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType
@@ -15,18 +15,18 @@ from echo_lora.method.injection import outermost_lists
 
 WORKING = "docs/architectures.md lists the models that work."
 
-# Inputs that ask for outputs and change none: they may stand in a batch.
+# Inputs that request outputs without changing any; a batch may hold them.
 IGNORED_INPUTS = {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits"}
 
-# What decides how an adapter acts, beside the names and shapes of its tensors.
+# Settings that change what an adapter computes without changing the names and shapes of its tensors.
 SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 def refuse_lora_config(peft_config: LoraConfig) -> None:
-    """Raises EchoModelError for a configuration whose adapter can't carry the echo, or would train something else."""
+    """Raises EchoModelError for a configuration whose adapter can't receive the echo or would not be trained alone."""
     if not isinstance(peft_config, LoraConfig):
         raise EchoModelError(
-            f"the echo enters LoRA modules, but peft_config is a {type(peft_config).__name__}. "
+            f"the echo is injected into LoRA modules, but peft_config is a {type(peft_config).__name__}. "
             "Use peft.LoraConfig (use_dora and use_rslora are supported)."
         )
     if peft_config.task_type not in (None, TaskType.CAUSAL_LM):
@@ -36,17 +36,18 @@ def refuse_lora_config(peft_config: LoraConfig) -> None:
         )
     if peft_config.alora_invocation_tokens:
         raise EchoModelError(
-            "activated LoRA (alora_invocation_tokens) chooses its own positions; it can't be combined with the echo."
+            "activated LoRA (alora_invocation_tokens) chooses its own positions, so it can't be combined with the "
+            "echo. Leave alora_invocation_tokens out."
         )
     if peft_config.bias != "none":
         raise EchoModelError(
-            f"LoraConfig.bias is {peft_config.bias!r}: the base's biases would be trained and saved with the adapter, "
-            "and the echo's with them. Use bias='none'; lora_bias=True gives the adapter biases of its own."
+            f"LoraConfig.bias is {peft_config.bias!r}: biases of the base, and of the echo with them, would be trained "
+            "and saved with the adapter. Use bias='none'; lora_bias=True gives the adapter biases of its own."
         )
     if peft_config.arrow_config is not None:
         raise EchoModelError(
-            "LoraConfig.arrow_config routes between adapters that are trained already; train each of them with the "
-            "echo, without it."
+            "LoraConfig.arrow_config routes between adapters that are already trained. Train each of them with the "
+            "echo first, without arrow_config."
         )
     initialisation = str(peft_config.init_lora_weights)
     if not initialisation.islower() and initialisation.lower().startswith(
@@ -58,76 +59,79 @@ def refuse_lora_config(peft_config: LoraConfig) -> None:
         )
     if peft_config.inference_mode:
         raise EchoModelError(
-            "LoraConfig.inference_mode is True, as saved adapters have it: the adapter would be frozen, and only the "
-            "echo, which is not deployed, trained. Set peft_config.inference_mode = False."
+            "LoraConfig.inference_mode is True, as in saved adapters: the adapter would be frozen, and only the echo, "
+            "which is not deployed, would be trained. Set peft_config.inference_mode = False."
         )
 
 
 def refuse_base(base_model: PreTrainedModel) -> None:
-    """Raises EchoModelError for a model that says of itself that no step on it could be right."""
+    """Raises EchoModelError for a model whose class or configuration shows that the step would be wrong on it."""
     if hasattr(base_model, "peft_config"):
         raise EchoModelError(
-            f"{type(base_model).__name__} carries a PEFT adapter already. Pass the base model (`.unload()` removes an "
-            "adapter); to go on training a saved adapter, call `load_adapter` on the model that this function returns."
+            f"{type(base_model).__name__} already carries a PEFT adapter. Pass the base model (`.unload()` removes an "
+            "adapter); to continue training a saved adapter, call `load_adapter` on the model this function returns."
         )
-    name = type(base_model).__name__
+    for problem in _problems_of_base(base_model, type(base_model).__name__):
+        raise EchoModelError(f"{problem}. {WORKING}")
+
+
+def _problems_of_base(base_model: PreTrainedModel, name: str) -> Iterator[str]:
     config = base_model.config.get_text_config()
     if getattr(base_model.config, "is_encoder_decoder", False):
-        raise EchoModelError(f"{name} is an encoder-decoder; the echo needs a decoder-only model. {WORKING}")
+        yield f"{name} is an encoder-decoder; the echo needs a decoder-only model"
     if getattr(config, "num_hidden_layers", None) is None:
-        raise EchoModelError(
-            f"the configuration of {name} has no num_hidden_layers, by which decoder layers are found. {WORKING}"
-        )
-    lists = [name for name, _ in outermost_lists(base_model)]
+        yield f"the configuration of {name} has no num_hidden_layers, needed to find its decoder layers"
+    lists = [path for path, _ in outermost_lists(base_model)]
     if len(lists) > 1:
-        raise EchoModelError(
-            f"{name} keeps the parts of its layers in several lists ({', '.join(lists)}), so that no module gives "
-            f"the state of a layer. {WORKING}"
+        yield (
+            f"{name} keeps the parts of its layers in several lists ({', '.join(lists)}), so no module returns the "
+            "state of a whole layer"
         )
-    if getattr(config, "local_attn_chunk_length", None) is not None:
-        raise EchoModelError(
-            f"{name} trains on rows of a multiple of {config.local_attn_chunk_length} tokens only "
-            f"(local_attn_chunk_length), which the echo's step does not keep. {WORKING}"
+    if (length := getattr(config, "local_attn_chunk_length", None)) is not None:
+        yield (
+            f"{name} only trains on rows whose length is a multiple of {length} tokens (local_attn_chunk_length), "
+            "which a step with the echo does not preserve"
         )
     if getattr(config, "prompt_length", None) and getattr(config, "use_prompt", True):
-        raise EchoModelError(
-            f"{name} puts {config.prompt_length} tokens of its own before each row (prompt_length), so that the "
-            f"boundary is not where the labels say. {WORKING}"
+        yield (
+            f"{name} puts {config.prompt_length} tokens of its own before each row (prompt_length), so the boundary is "
+            "not where the labels say"
         )
     layers_say = any(getattr(module, "is_decoder", None) is False for module in base_model.modules())
-    flags = {
+    for flag, is_set in {
         "is_decoder": layers_say and getattr(config, "is_decoder", None) is False,
         "is_causal": getattr(config, "is_causal", None) is False,
         "causal": getattr(config, "causal", None) is False,
         "use_bidirectional_attention": getattr(config, "use_bidirectional_attention", None) in (True, "all"),
         "attn_type": getattr(config, "attn_type", None) == "bi",
-    }
-    for flag in (flag for flag, is_set in flags.items() if is_set):
-        raise EchoModelError(
-            f"the tokens of {name} see later ones (its configuration has {flag}={getattr(config, flag)!r}), so that "
-            f"the state at the boundary would know the answer. The echo needs a causal language model. {WORKING}"
-        )
-    if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
-        raise EchoModelError(
-            f"{name} runs layers {config.n_recurrent_loops} times in a pass (n_recurrent_loops), where the echo reads "
-            f"one state of each. {WORKING}"
+    }.items():
+        if is_set:
+            yield (
+                f"the tokens of {name} see later ones (its configuration has {flag}={getattr(config, flag)!r}), so the "
+                "state at the boundary would leak the answer. The echo needs a causal language model"
+            )
+    if (loops := getattr(config, "n_recurrent_loops", None) or 1) > 1:
+        yield (
+            f"{name} runs its layers {loops} times in a pass (n_recurrent_loops), but the echo reads one state of each "
+            "layer"
         )
     for streams in ("altup_num_inputs", "hc_mult", "hc_count"):
-        if (getattr(config, streams, None) or 1) > 1:
-            raise EchoModelError(
-                f"the layers of {name} hand on {getattr(config, streams)} streams of hidden states ({streams}), where "
-                f"the echo reads one state of each token. {WORKING}"
+        if (count := getattr(config, streams, None) or 1) > 1:
+            yield (
+                f"the layers of {name} pass on {count} streams of hidden states ({streams}), but the echo reads one "
+                "state of each token"
             )
 
 
 def refuse_untrainable(model: PeftModel, name: str, modules: list[LoraLayer]) -> None:
-    """Raises EchoModelError if steps would train something else than the adapter that carries the echo."""
+    """Raises EchoModelError if training would not update the adapter that carries the echo."""
     reason = None
     if model.active_adapters != [name]:
         reason = (
-            f"the echo belongs to the adapter {name!r}, but active is {', '.join(map(repr, model.active_adapters))}."
-            f" To go on training a saved adapter, load it under that name: load_adapter(folder, {name!r}, "
-            "is_trainable=True). To train the active one without the echo, set model.echo_enabled = False."
+            f"the echo belongs to the adapter {name!r}, but the active one is "
+            f"{', '.join(map(repr, model.active_adapters))}. To continue training a saved adapter, load it under that "
+            f"name: load_adapter(folder, {name!r}, is_trainable=True). To train the active one without the echo, set "
+            "model.echo_enabled = False."
         )
     elif any(module.disable_adapters for module in modules):
         reason = (
@@ -138,15 +142,15 @@ def refuse_untrainable(model: PeftModel, name: str, modules: list[LoraLayer]) ->
         reason = f"the adapter {name!r} is merged into the base, so it can't be trained. Call unmerge_adapter()."
     elif not any(p.requires_grad for n, p in model.base_model.named_parameters() if name in n.split(".")):
         reason = (
-            f"every parameter of the adapter {name!r} is frozen, so that only the echo, which is not deployed, "
-            f"would be trained. Call model.set_adapter({name!r})."
+            f"every parameter of the adapter {name!r} is frozen, so only the echo, which is not deployed, would be "
+            f"trained. Call model.set_adapter({name!r})."
         )
     if reason is not None:
         raise EchoModelError(reason)
 
 
 def refuse_other_scaling(other: LoraConfig, own: LoraConfig, problem: str) -> None:
-    """Raises EchoModelError where PEFT would load tensors and keep the scale of the adapter that they replace."""
+    """Raises EchoModelError where PEFT would load the tensors but keep the scale of the adapter they replace."""
     differences = [
         f"{name} is {getattr(other, name)!r} there and {getattr(own, name)!r} here"
         for name in SCALING
@@ -154,7 +158,7 @@ def refuse_other_scaling(other: LoraConfig, own: LoraConfig, problem: str) -> No
     ]
     if differences:
         raise EchoModelError(
-            f"{problem}: {'; '.join(differences)}. Give get_echo_model the LoraConfig that the saved adapter was made "
+            f"{problem}: {'; '.join(differences)}. Pass get_echo_model the LoraConfig that the saved adapter was made "
             "with."
         )
 
@@ -164,14 +168,14 @@ def refuse_batch(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> No
     _refuse_packed(attention_mask, kwargs)
     if kwargs.get("fused_lm_head"):
         raise EchoModelError(
-            "TRL's SFTTrainer computes the loss itself, from log-probabilities, and would leave out the echo. Use "
-            "EchoSFTTrainer, with the same arguments."
+            "TRL's SFTTrainer computes the loss itself, from log-probabilities, so the echo would have no effect. Use "
+            "EchoSFTTrainer with the same arguments."
         )
     unknown = [key for key, value in kwargs.items() if value is not None and key not in IGNORED_INPUTS]
     if unknown:
         raise EchoDataError(
-            f"the echo's step takes input_ids, attention_mask and labels, but was given {', '.join(unknown)} too, "
-            "which would be lost when rows are aligned. Leave them out of the batch."
+            f"a step with the echo takes input_ids, attention_mask and labels, but the batch also holds "
+            f"{', '.join(unknown)}, which would be lost when rows are aligned. Leave them out of the batch."
         )
 
 
@@ -185,16 +189,16 @@ def _refuse_packed(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> 
     if restarts or packed:
         what = "position_ids restart within a row" if restarts else f"the batch holds {packed[0]}"
         raise EchoDataError(
-            f"the batch is packed ({what}), but each row needs a boundary of its own. Set packing=False and "
+            f"the batch is packed ({what}), but each row needs its own boundary. Set packing=False and "
             "padding_free=False."
         )
     if attention_mask is not None and attention_mask.dim() == 2 and bool((attention_mask > 1).any()):
         raise EchoDataError(
             f"the batch is packed (attention_mask numbers the rows up to {int(attention_mask.max())}), but each row "
-            "needs a boundary of its own. Set packing=False, and give a mask with 1 at tokens and 0 at padding."
+            "needs its own boundary. Set packing=False, and give a mask with 1 at tokens and 0 at padding."
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise EchoDataError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; the echo aligns rows by a (rows, tokens) mask "
-            "with 1 at tokens and 0 at padding. Pass that one."
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but the echo needs a (rows, tokens) mask to "
+            "align rows. Pass one with 1 at tokens and 0 at padding."
         )

@@ -1,4 +1,4 @@
-"""Whether the second pass can run on the answer only: what a configuration says about it."""
+"""Whether the echo-on pass can run on the answer columns only, judged by the model's configuration (equation 6)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROPE_OF_FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional", "
 
 
 def angles_depend_on_length(config: Any) -> bool:
-    """Whether the model's rotary angles depend on the largest position of a batch, as with dynamic NTK or LongRoPE."""
+    """Whether rotary angles depend on the largest position in the batch, as with dynamic NTK or LongRoPE."""
 
     def kinds(parameters: Any) -> Iterator[str | None]:
         if isinstance(parameters, dict):
@@ -27,17 +27,17 @@ def angles_depend_on_length(config: Any) -> bool:
 
 
 def why_full(base_model: PreTrainedModel) -> str | None:
-    """Why the echo-on pass can't share the prefix with the echo-off pass exactly; None if it can."""
+    """Why the echo-on pass can't share the prefix of the echo-off pass exactly; None if it can."""
     config = base_model.config.get_text_config()
     if getattr(base_model, "_is_stateful", False):
-        return f"{type(base_model).__name__} carries a recurrent state"
+        return f"{type(base_model).__name__} has a recurrent state"
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if others:
         return f"the model has layers of type {', '.join(sorted(others))}"
     if getattr(config, "num_kv_shared_layers", 0) or "reuse" in (getattr(config, "kv_sharing_modes", None) or []):
-        return "some layers use the keys and values of others"
+        return "some layers reuse the keys and values of others"
     if config._attn_implementation not in ("eager", "sdpa"):
-        return f"attention {config._attn_implementation!r} has not been shown to agree with and without a prefix"
+        return f"attention {config._attn_implementation!r} is not known to give the same result with a cached prefix"
     if cache_argument(base_model.forward) is None:
         return f"{type(base_model).__name__} takes no key-value cache"
     return None

@@ -1,27 +1,29 @@
-"""One training step of Echo-LoRA: align rows, echo-off pass, echo, echo-on pass, losses.
+"""One training step of Echo-LoRA: echo-off pass, echo, echo-on pass, losses.
 
-    rows     prompts left-padded, answers right-padded: all boundaries fall in column P-1 (mostly: see below)
-    off      the ordinary pass; source layers are read at the boundary                    (equation 1)
-    z, δ     echo representation, projection and gate                                     (equations 2, 3)
-             z carries no gradient to the source layers, unless `source_gradient` lets it
-    on       the pass again with δ injected                                               (equations 4, 6)
-    loss     w · (CE(off) + CE(on) + μ · distillation) [+ CE(off) at prompt tokens]       (equation 7)
+    off      the ordinary forward pass; source layers are read at the boundary β        (equation 1)
+    z, δ     echo representation, then projection and gate                              (equations 2, 3)
+    on       the forward pass again, with δ injected                                    (equations 4, 6)
+    loss     w · (CE(off) + CE(on) + μ · distillation) [+ CE(off) at prompt tokens]     (equation 7)
 
-Before the boundary the two passes are identical, for nothing is injected there and a causal model's states can't
-depend on later tokens. The echo-on pass therefore runs on the last A columns only and attends to the keys and
-values of the echo-off pass, which stay in the autograd graph: losses and gradients are those of a second full
-pass. [O] Where that does not hold (`why_full`), the second pass is run in full.
+Routing (equation 5) decides which steps have an echo-on pass; without one, this is a plain LoRA step.
+
+Why the second pass is nearly free [O]: nothing is injected before the boundary, and the states of a causal model don't
+depend on later tokens, so before the boundary both passes are identical. The echo-on pass runs on the last A columns
+only and attends to the keys and values of the echo-off pass. These stay in the autograd graph, so losses and gradients
+are exactly those of a second full pass. Where that does not hold (`why_full`), the second pass runs in full.
 
     P-1 columns           A columns
     ┌────────────────────┬─┬───────────────┐
     │ · · prompt of row 0│β│ answer …      │   off: all columns
-    │ prompt of row 1    │β│ answer … · ·  │   on:  the last A columns, from β on
+    │ prompt of row 1    │β│ answer … · ·  │   on:  the last A columns, starting at β
     └────────────────────┴─┴───────────────┘
-Column c predicts the token of column c+1; the last token of a row predicts nothing and is not run. Rows with a long
-prompt beside rows with a long answer would make that wide: where it is cheaper, all rows start in one column instead,
-and the echo-on pass runs from the first boundary on.
+Column c predicts the token of column c+1; the last token of a row predicts nothing and is not run. `alignment.py` moves
+the padding so that all boundaries are in column P-1. Where a long prompt next to a long answer would make that wider
+than two full passes, all rows start in one column instead, and the echo-on pass starts at the first boundary.
 
-Legend: `B` rows, `T` tokens in a row, `P` prompt, `A` answer, `d` hidden width, `V` vocabulary, `L` layers.
+Legend: `B` rows, `T` tokens in a row, `P` prompt, `A` answer, `d` hidden width, `V` vocabulary, `L` decoder layers.
+Here also `N` supervised answer positions of all rows, `M` positions that predict trained prompt tokens, and `K` columns
+whose final states are kept: A, or T if prompts are trained on. Without `head` the states are logits: read V for d.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig
 
@@ -47,14 +50,14 @@ from echo_lora.method.prefix import PrefixRecorder, PrefixSharing
 
 @dataclass
 class EchoOutput(Terms):
-    """What one training step gives; scalars in float32, and only `loss` carries gradient.
+    """The result of one training step; float32 scalars, of which only `loss` carries gradient.
 
-    The terms are sums over tokens divided by `num_items_in_batch`; over the micro-batches of one optimizer step they
-    add up to means. Entropy and accuracy are those of all supervised tokens, `ce_off`, `ce_on` and `distillation` those
-    of answer tokens; `ce_prompt` is None where prompts are not trained on.
+    Terms are sums over tokens divided by `num_items_in_batch`; over the micro-batches of one optimizer step they add up
+    to means. Entropy and accuracy cover all supervised tokens; `ce_off`, `ce_on` and `distillation` cover answer
+    tokens; `ce_prompt` is None unless prompts are trained on.
     """
 
-    routed: Tensor | None = None  # bool: whether the echo-on pass was run
+    routed: Tensor | None = None  # bool: whether there was an echo-on pass
     echo_norm: Tensor | None = None  # mean norm of δ
     gate_mean: Tensor | None = None  # mean gate, in (0, 1)
 
@@ -76,20 +79,17 @@ def training_step(
     echo_only: AbstractContextManager | None = None,
     router_aux_loss_coef: float = 0.0,
 ) -> EchoOutput:
-    """Both passes and all losses of one (micro-)batch.
+    """Both passes and all losses of one (micro-)batch. Longer than most functions, to show equations 1 to 7 in order.
 
-    forward: the plain PEFT model. sharing: None runs the echo-on pass in full. head: None leaves the logits to the
-    model, for all answer columns at once (all columns, where prompts are trained on). num_items: supervised tokens of
-    the whole optimizer step, of prompts too where they are trained on; by default those of this batch.
-    answer_weight: weight of the answer's losses beside CE(prompt). echo_only:
-    freezes the adapter inside, for an echo-on pass that trains the echo networks alone. With `is_routed` false this is
-    a plain LoRA step, with logits at predicting positions only.
+    forward: the plain PEFT model. is_routed: r_k of equation 5; if false, this is a plain LoRA step with logits only at
+    supervised positions. sharing: None runs the echo-on pass in full. head: None leaves the logits to the model, for
+    all kept columns at once. num_items: supervised tokens of the whole optimizer step; by default those of this batch.
+    answer_weight: weight of the answer losses relative to CE(prompt). echo_only: freezes the adapter inside, so that
+    the echo-on pass trains only the echo networks.
     """
-    supervised = rows.targets != -100  # (B, A)
-    targets_N = rows.targets[supervised]  # (N,)
     A, T = rows.targets.shape[1], rows.input_ids.shape[1]
 
-    # echo-off pass
+    # equation 1: the echo-off pass
     recorder = None
     if is_routed and sharing is not None:
         recorder = PrefixRecorder(rows.prefix_length, sharing.depth, is_checkpointed=is_checkpointed)
@@ -97,86 +97,93 @@ def training_step(
         reading(source_layers if is_routed else [], rows.boundary, T, keeps_graph=config.source_gradient) as hidden,
         sharing.using(recorder) if sharing is not None else nullcontext(),
     ):
-        off, off_BKd = _run(forward, head, rows, 0, None, keep=A if rows.prompt_targets is None else T)
-    off_Nd = off_BKd[:, -A:][supervised]  # (N, d)
+        keep = A if rows.prompt_targets is None else T
+        off, off_BKd = _run(forward, head, rows, 0, None, keep=keep)  # (B, K, d)
 
-    on_Nd, echo_norm, gate_mean = None, None, None
+    on_BAd = echo_norm = gate_mean = None
     if is_routed:
-        # echo
+        # equations 2 and 3: z, then δ for each target module
         z = apply_control(echo_representation(hidden, echo.standardize), config.echo_kind)  # (B, d)
-        deltas, echo_norm, gate_mean = echo(z)
-        mask_BA = injection_mask(rows.targets, config.injection_mask)
+        deltas, echo_norm, gate_mean = echo(z)  # each δ: (B, width of its module)
 
-        # echo-on pass
+        # equations 4 and 6: the echo-on pass, on the answer columns or on all of them
+        mask = injection_mask(rows.targets, config.injection_mask)  # (B, A)
+        start, prefix = 0, None
         if sharing is not None and recorder is not None:
-            prefix = recorder.prefix(is_detached=echo_only is not None)
-            with echo_only or nullcontext(), injector.injecting(Injection(deltas, mask_BA)), sharing.using(prefix):
-                _, on_BAd = _run(forward, head, rows, rows.prefix_length, prefix, keep=A)
+            # echo_only: stop-gradient, because the prefix belongs to the adapter, which this pass must not train
+            start, prefix = rows.prefix_length, recorder.prefix(is_detached=echo_only is not None)
         else:
-            before = mask_BA.new_zeros(len(mask_BA), rows.prefix_length)
-            injection = Injection(deltas, torch.cat([before, mask_BA], dim=1))
-            with echo_only or nullcontext(), injector.injecting(injection):
-                _, on_BAd = _run(forward, head, rows, 0, None, keep=A)
-        on_Nd = on_BAd[supervised]  # (N, d)
+            mask = F.pad(mask, (rows.prefix_length, 0))  # (B, T): nothing is injected before the boundary
+        with (
+            echo_only or nullcontext(),
+            injector.injecting(Injection(deltas, mask)),
+            sharing.using(prefix) if sharing is not None else nullcontext(),
+        ):
+            _, on_BAd = _run(forward, head, rows, start, prefix, keep=A)  # (B, A, d)
 
-    # losses
-    tokens, prompt = len(targets_N), None
-    if rows.prompt_targets is not None:
-        is_target = rows.prompt_targets != -100  # (B, T)
-        prompt = off_BKd[is_target], rows.prompt_targets[is_target]  # (M, d), (M,)
-        tokens += len(prompt[1])
-    terms = loss_terms(
-        off_Nd,
-        on_Nd,
-        targets_N,
-        config,
-        head,
-        prompt,
-        answer_weight=answer_weight * (config.routed_loss_scale if is_routed else 1.0),
-    )
-    count = max(tokens, 1) if num_items is None else torch.as_tensor(num_items, device=off_Nd.device)
+    # equation 7: the losses
+    weight = answer_weight * (config.routed_loss_scale if is_routed else 1.0)
+    terms, tokens = _loss_sums(off_BKd, on_BAd, rows, config, head, weight)
+    count = max(tokens, 1) if num_items is None else torch.as_tensor(num_items, device=off_BKd.device)
     means = {name: terms[name] / count for name in NAMES}
     if router_aux_loss_coef:
-        # a mean over the batch; over the micro-batches of a step these shares add up to 1
-        aux_loss = off.aux_loss.to(off_Nd.device) * tokens / count
-        means["loss"] = means["loss"] + router_aux_loss_coef * aux_loss
-    if prompt is None:
+        # the model's loss is a mean over the batch; weighted by its share of the tokens, it adds up over micro-batches
+        means["loss"] = means["loss"] + router_aux_loss_coef * (off.aux_loss.to(off_BKd.device) * tokens / count)
+    if rows.prompt_targets is None:
         del means["ce_prompt"]
     zero = means["ce_off"].new_zeros(())
     return EchoOutput(
         **means,
-        routed=torch.tensor(is_routed, device=off_Nd.device),
+        routed=torch.tensor(is_routed, device=off_BKd.device),
         echo_norm=zero if echo_norm is None else echo_norm,
         gate_mean=zero if gate_mean is None else gate_mean,
     )
 
 
+def _loss_sums(
+    off_BKd: Tensor, on_BAd: Tensor | None, rows: AlignedRows, config: EchoConfig, head: Head | None, weight: float
+) -> tuple[Terms, int]:
+    """Equation 7 as sums over tokens, and the number of supervised tokens. weight: of the answer losses."""
+    A = rows.targets.shape[1]
+    is_answer = rows.targets != -100  # (B, A)
+    targets_N = rows.targets[is_answer]  # (N,)
+    off_Nd = off_BKd[:, -A:][is_answer]  # (N, d)
+    on_Nd = None if on_BAd is None else on_BAd[is_answer]  # (N, d)
+    tokens, prompt = len(targets_N), None
+    if rows.prompt_targets is not None:
+        is_prompt = rows.prompt_targets != -100  # (B, T)
+        prompt = off_BKd[is_prompt], rows.prompt_targets[is_prompt]  # (M, d), (M,)
+        tokens += len(prompt[1])
+    return loss_terms(off_Nd, on_Nd, targets_N, config, head, prompt, answer_weight=weight), tokens
+
+
 def _run(
     forward: Callable[..., Any], head: Head | None, rows: AlignedRows, start: int, prefix: Cache | None, *, keep: int
 ) -> tuple[Any, Tensor]:
-    """The plain model on columns `start` …; its output, and what `head` makes logits of at the last `keep` columns."""
+    """Run the plain model on the columns from `start`; its output, and the states (or logits) of the last `keep`."""
     with head.intercepting() if head is not None else nullcontext() as states:
         output = forward(
-            input_ids=rows.input_ids[:, start:],
-            attention_mask=rows.attention_mask,
-            position_ids=None if rows.position_ids is None else rows.position_ids[:, start:],
+            input_ids=rows.input_ids[:, start:],  # (B, T - start)
+            attention_mask=rows.attention_mask,  # (B, T): the prefix is attended to
+            position_ids=None if rows.position_ids is None else rows.position_ids[:, start:],  # (B, T - start)
             cache=prefix,
             use_cache=False,
             logits_to_keep=keep,
-            # the auxiliary loss is that of the echo-off pass, and its mask must fit the columns
+            # the auxiliary loss is the echo-off pass's; on a prefix, its mask would not fit the columns
             **({"output_router_logits": False} if prefix is not None else {}),
         )
-    return output, (output.logits if states is None else states[0])[:, -keep:].to(rows.targets.device)
+    kept = (output.logits if states is None else states[0])[:, -keep:]  # (B, keep, d)
+    return output, kept.to(rows.targets.device)
 
 
 @contextmanager
 def reading(
     layers: list[nn.Module], column_B: Tensor, columns: int, *, keeps_graph: bool = False
 ) -> Iterator[list[Tensor]]:
-    """Collect each layer's output at each row's column, (B, d), during the pass inside.
+    """Collect h^s of equation 1, each layer's output at each row's column, (B, d), during the pass inside.
 
-    keeps_graph: False stops the gradient here, so that the echo is a signal about the prompt, not a second path to
-    train it. [P, R]
+    keeps_graph: let gradient flow from the echo into the source layers. By default it stops here, so that the echo is a
+    signal about the prompt, not a second path to train it. [P, R]
     """
     states: list[Tensor] = []
 
@@ -184,14 +191,14 @@ def reading(
         hidden = output[0] if isinstance(output, (tuple, list)) else output  # (B, T, d)
         if hidden.dim() != 3 or hidden.shape[1] != columns:
             raise EchoModelError(
-                f"{type(module).__name__} gives hidden states of shape {tuple(hidden.shape)} where the echo reads "
-                f"those of {columns} tokens in each row. Choose source_layers whose output holds every token."
+                f"{type(module).__name__} returns hidden states of shape {tuple(hidden.shape)}, but the echo needs "
+                f"{columns} tokens in each row. Choose source_layers whose output holds every token."
             )
-        at = torch.arange(len(hidden), device=hidden.device), column_B.to(hidden.device)
+        at = torch.arange(len(hidden), device=hidden.device), column_B.to(hidden.device)  # (B,), (B,)
         if not keeps_graph:
-            states.append(hidden.detach()[at])  # (B, d), stop-gradient
+            states.append(hidden.detach()[at])  # (B, d), stop-gradient: the echo must not train the source layers
             return
-        # a checkpointed layer counts the tensors it saves, and runs again without this hook
+        # a checkpointed layer counts its saved tensors, and is recomputed without this hook
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
             states.append(hidden[at])  # (B, d)
 
@@ -203,12 +210,12 @@ def reading(
             handle.remove()
     if len(states) != len(layers):
         raise EchoModelError(
-            f"{len(layers)} source layers gave {len(states)} states: the model skips some of them (as those that "
-            "attend to images, in a text), or runs some more than once. Choose other source_layers."
+            f"{len(layers)} source layers returned {len(states)} states: the model skips some of them (such as image "
+            "layers in a text-only batch) or runs some more than once. Choose other source_layers."
         )
 
 
 def router_aux_loss_coef(config: PretrainedConfig) -> float:
-    """Weight of a mixture-of-experts model's load-balancing loss, where it is switched on."""
+    """Weight of a mixture-of-experts model's load-balancing loss; 0 if it is off."""
     text = config.get_text_config()
     return float(text.router_aux_loss_coef) if getattr(text, "output_router_logits", False) else 0.0

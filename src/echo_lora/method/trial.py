@@ -1,11 +1,11 @@
-"""Whether the step is exact on a base model: what it says of itself, and what it does with a few tokens.   [O]
+"""Trial: whether the step is exact on a base model, tested once by running it on a few tokens.   [O]
 
-    later tokens       a token must not see them: nothing could be read at the boundary, nor predicted after it
-    padding            before a row it must change nothing, or rows start in one column
-    positions          counted from 0 at a row's first token, or the model counts them itself
-    a prefix           its keys and values must stand for it, or the second pass is run in full
+    later tokens       a token must not see them, or the state at the boundary would leak the answer
+    padding            before a row it must change nothing, or all rows start in one column
+    positions          the model must use position_ids, or count positions itself
+    prefix             cached keys and values must replace it exactly, or the second pass runs in full
 
-`why_full` knows the architectures that say which of these do not hold. The trial is for those that don't say it.
+`sharing.why_full` reads what the configuration says; the trial finds what it does not say.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from echo_lora.method.refusals import WORKING
 from echo_lora.method.sharing import why_full
 
 PREFIX, SUFFIX, PADDING = 6, 6, 3  # columns of the trial
-PROBE_COLUMNS = 2  # on which the output layer is compared with the model's own logits
+PROBE_COLUMNS = 2  # columns on which the output layer is compared with the model's own logits
 
 
 class Abilities:
-    """What a base model can do in a step: run on a prefix, lend its output layer. Asked once each."""
+    """Whether a base model can run on a cached prefix, and whether its output layer can be used directly; cached."""
 
     def __init__(self, sharing: PrefixSharing) -> None:
         self._sharing = sharing
-        self._tried: dict[bool, str | None] = {}  # by whether a prefix was tried: what stands against sharing it
+        self._tried: dict[bool, str | None] = {}  # reason against sharing, by whether the trial included a prefix
         self._head: Head | None = None
         self._why_no_head: str | None = None
         self._head_is_known = False
 
     def why_full(self, forward: Callable[..., Any], base: PreTrainedModel, device: torch.device | None) -> str | None:
-        """Why the prefix can't be shared: what the model says of itself, or what it does when it is tried."""
+        """Why the prefix can't be shared, from the configuration or from the trial. device: None skips the trial."""
         reason = why_full(base) or self._sharing.why_not
         if device is None:
             return reason
@@ -53,7 +53,7 @@ class Abilities:
     def head(
         self, forward: Callable[..., Any], base: PreTrainedModel, rows: AlignedRows
     ) -> tuple[Head | None, str | None]:
-        """The output layer, if the losses may apply it themselves, else why not; tried on tokens of the first row."""
+        """The output layer if the losses may apply it themselves, and otherwise why not; tested on the first row."""
         if not self._head_is_known:
             self._head_is_known = True
             self._why_no_head = "the model names no output layer"
@@ -69,10 +69,10 @@ class Abilities:
 def why_full_by_trial(
     forward: Callable[..., Any], base_model: PreTrainedModel, sharing: PrefixSharing | None, device: torch.device
 ) -> str | None:
-    """Why the echo-on pass can't share the prefix, as far as a few tokens tell; None if it can.
+    """Why the echo-on pass can't share the prefix, found by running a few tokens; None if it can.
 
-    sharing: None asks for later tokens only. forward: the plain PEFT model.
-    Raises EchoModelError if the model fails on token ids alone, or if its tokens see later ones.
+    forward: the plain PEFT model. sharing: None tests only that tokens don't see later ones. Raises EchoModelError if
+    they do, or if the model fails on token ids alone. Longer than most functions: it is one experiment.
     """
     name = type(base_model).__name__
     first, second, later, others = _tokens(base_model).to(device).split([PREFIX, PREFIX, SUFFIX, SUFFIX])
@@ -87,21 +87,21 @@ def why_full_by_trial(
         given = {"input_ids": input_ids[rows, start:], "attention_mask": attention_mask[rows]}
         return forward(**given, use_cache=False, output_router_logits=False, **kwargs).logits.float()  # (rows, T, V)
 
-    # compiled layers run as they are: the shapes of a trial are worth no graph
+    # eager: compiling for the shapes of a trial would be a waste
     with evaluating(base_model), without_trace(device), torch.compiler.set_stance("force_eager"):
         try:
             stock = logits(slice(4))
         except Exception as error:
             raise EchoModelError(
-                f"{name} fails on a few tokens: {type(error).__name__}: {error}. The echo needs a model that runs on "
-                f"token ids alone. {WORKING}"
+                f"{name} fails on a batch of a few tokens: {type(error).__name__}: {error}. The echo needs a model "
+                f"that runs on token ids alone. {WORKING}"
             ) from error
         same = _Agreement(base_model, stock)
-        # two pairs: a router that is about to choose another expert may differ in one of them by rounding
+        # two pairs, because rounding may flip a router's choice of expert in one of them
         if not same(stock[0, :PREFIX], stock[1, :PREFIX]) and not same(stock[2, :PREFIX], stock[3, :PREFIX]):
             raise EchoModelError(
-                f"the tokens of {name} see later ones, or two runs of it differ, so that the state at the boundary "
-                f"would know the answer. The echo needs a causal language model. {WORKING}"
+                f"the tokens of {name} see later ones, or two runs of it differ, so the state at the boundary would "
+                f"leak the answer. The echo needs a causal language model. {WORKING}"
             )
         if sharing is None:
             return None
@@ -113,18 +113,18 @@ def why_full_by_trial(
             with sharing.using(prefix):
                 suffix = logits(slice(5), PREFIX, position_ids=position_ids[:, PREFIX:], cache=prefix)
         except Exception as error:
-            return f"{name} can't be run on a prefix ({type(error).__name__}: {error})"
+            return f"{name} can't run on a cached prefix ({type(error).__name__}: {error})"
     if not same(whole[:4], stock):
-        return f"{name} counts positions in its own way"
+        return f"{name} ignores position_ids and counts positions itself"
     if not same(whole[4, PADDING:], stock[0, :-PADDING]):
         return f"padding before a row changes what {name} computes"
     if not same(suffix, whole[:, PREFIX:]):
-        return f"{name} computes something else on a prefix than on the whole row"
+        return f"{name} gives different results with a cached prefix than on the whole row"
     return None
 
 
 class _Agreement:
-    """Whether logits are the same at every token, but for half the digits of the dtype that they were computed in."""
+    """Whether logits agree at every token to half the digits of the dtype that they were computed in."""
 
     def __init__(self, base_model: PreTrainedModel, logits: Tensor) -> None:
         dtypes = {p.dtype for p in base_model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1}
@@ -139,7 +139,7 @@ class _Agreement:
 
 
 def _tokens(base_model: PreTrainedModel) -> Tensor:
-    """Ids from all over the vocabulary, but of no token that the configuration names: it may stand for an image."""
+    """Token ids spread over the vocabulary, except those the configuration names, which may stand for an image."""
     count = 2 * (PREFIX + SUFFIX)
     vocabulary = base_model.config.get_text_config().vocab_size
     spread = dict.fromkeys(index * vocabulary // (2 * count) for index in range(2 * count))
@@ -159,7 +159,7 @@ def _named_tokens(config: dict[str, Any]) -> set[int]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, without dropout; each module has its own mode back afterwards."""
+    """Run the model in eval mode, then restore each module's own mode."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:

@@ -1,4 +1,4 @@
-"""Variants of LoRA whose adapter fits no other base: PEFT changes the base's weights when it makes them."""
+"""LoRA variants such as PiSSA, for which PEFT changes the base's weights when it creates the adapter."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # initialisations that take s·B A, as drawn, out of the base
+SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # initialisations that subtract the initial s·B A from the base
 
 
 def changes_base(config: PeftConfig | Mapping[str, Any]) -> str | None:
-    """What makes this adapter change the base's weights when it is created, if anything does."""
+    """The setting that makes this adapter change the base's weights when it is created; None if there is none."""
     values = config if isinstance(config, Mapping) else vars(config)
     initialisation = values.get("init_lora_weights")
     if str(initialisation).lower().startswith((*SUBTRACTED, "loftq")):
@@ -21,7 +21,7 @@ def changes_base(config: PeftConfig | Mapping[str, Any]) -> str | None:
 
 
 def as_drawn(model: PeftModel, adapter_name: str) -> dict[str, Tensor] | None:
-    """The tensors of a new adapter, where its initialisation has taken them out of the base's weights."""
+    """The initial tensors of an adapter whose initialisation subtracts them from the base's weights; otherwise None."""
     if not str(model.peft_config[adapter_name].init_lora_weights).lower().startswith(SUBTRACTED):
         return None
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)

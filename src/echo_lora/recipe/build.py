@@ -23,7 +23,7 @@ from echo_lora.models import empty_model, has_position_table, load_base_model, l
 from echo_lora.recipe.rows import check_rows, prepare_split
 from echo_lora.recipe.schema import Recipe
 
-# What decides the result of a training, by the trainer's keys, and the recipe's keys for it.
+# The recipe's names of the trainer's configuration keys that decide a run's result.
 RECIPE_KEYS = {
     "adapter.lora_alpha": "lora.alpha",
     "adapter.lora_dropout": "lora.dropout",
@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}, 
 
 
 def require_packages(recipe: Recipe) -> None:
-    """Raises EchoConfigError if the recipe asks for a package that is not installed."""
+    """Raises EchoConfigError if the recipe needs a package that is not installed."""
     needs: dict[str, str] = {f"training.report_to = {name}": name for name in recipe.training.report_to}
     if "8bit" in recipe.training.optimizer:
         needs[f"training.optimizer = {recipe.training.optimizer}"] = "bitsandbytes"
@@ -79,16 +79,16 @@ def lora_config(recipe: Recipe) -> LoraConfig:
 
 
 def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
-    """The base with the recipe's adapter, freshly initialised, and with the echo if the recipe wants it.
+    """The base with a freshly initialised adapter, and with the echo if the recipe has it on.
 
-    Raises EchoModelError if the base can't carry it.
+    Raises EchoModelError if the base does not support it.
     """
     set_seed(recipe.seeds.initialisation)
     width = getattr(base.config.get_text_config(), "hidden_size", None)
     if width is not None and recipe.lora.r > width:
         raise EchoModelError(
-            f"lora.r = {recipe.lora.r} is above the width of {recipe.model}, {width}, and no update has a higher rank. "
-            "Lower it."
+            f"lora.r = {recipe.lora.r} is larger than the width of {recipe.model}, {width}, which limits the rank of "
+            "an update. Lower it."
         )
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
     config = lora_config(recipe)
@@ -97,7 +97,7 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
             model: PeftModel = get_echo_model(base, config, recipe.build_echo_config())
         else:
             model = get_peft_model(base, config)
-    except (ValueError, re.error) as error:  # PEFT's, for modules that are not there or can't carry an adapter
+    except (ValueError, re.error) as error:  # PEFT's, for modules that are missing or can't be adapted
         if isinstance(error, EchoError):
             raise
         raise EchoModelError(
@@ -107,22 +107,22 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
     if unmatched := unmatched_targets(model, recipe.lora.target_modules, "default"):
         ends = {name.rpartition(".")[2] for name in (*linear, *model.base_model.targeted_module_names)}
         raise EchoModelError(
-            f"lora.target_modules names {unmatched[0]!r}, and no module of {recipe.model} that gets an adapter has a "
-            f"name that ends so.{nearest(unmatched[0], sorted(ends))} Correct it, or leave it out."
+            f"lora.target_modules names {unmatched[0]!r}, but the name of no adapted module of {recipe.model} ends "
+            f"that way.{nearest(unmatched[0], sorted(ends))} Correct it, or leave it out."
         )
     return model
 
 
 def parameter_counts(model: PeftModel) -> tuple[int, int]:
-    """Trainable parameters of the adapter, and of the echo."""
+    """Number of trainable parameters of the adapter, and of the echo."""
     echo = sum(p.numel() for p in model.echo.parameters()) if isinstance(model, EchoModel) else 0
     return sum(p.numel() for p in model.parameters() if p.requires_grad) - echo, echo
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
-    """The recipe's `training` in the words of transformers and TRL, whose own defaults differ."""
+    """The recipe's `training` as arguments of transformers and TRL, whose defaults differ."""
     training = recipe.training
-    # with a warm-up of 0 steps this is the constant schedule
+    # the only constant schedule that takes a warm-up, which may have 0 steps
     schedule = "constant_with_warmup" if training.schedule == "constant" else training.schedule
     return SFTConfig(
         output_dir=str(checkpoints),
@@ -149,25 +149,24 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         seed=recipe.seeds.initialisation,
         data_seed=recipe.seeds.data_order,
         max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and checked before they come here
+        dataset_kwargs={"skip_prepare_dataset": True},  # `prepare` has tokenised and checked the rows
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.accelerator.is_available(),  # where it is said, bf16 works there too
-        disable_tqdm=True,  # _Progress shows what there is to see
+        use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU is only allowed with this set
+        disable_tqdm=True,  # recipe.train shows its own progress
     )
 
 
 def recipe_key(key: str) -> str:
-    """How a recipe calls what decides the result of a training, with the trainer's key, in whose terms values are."""
+    """The recipe's name for a trainer's configuration key, followed by the trainer's, whose values messages show."""
     section, _, name = key.partition(".")
     own = RECIPE_KEYS.get(key, f"echo_config.{name}" if section == "echo" else key)
     return key if own == key else f"{own} ({key})"
 
 
 def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, dict[str, list[PreparedData]]]:
-    """The tokenizer and the rows of data.train and data.validation, checked as far as that goes without weights.
+    """The tokenizer and the rows of data.train and data.validation, checked as far as possible without weights.
 
-    What takes longer comes later: the form of all rows, their tokens, then what the model has embeddings for.
-    Raises EchoDataError.
+    Cheap checks come first: the form of all rows, then their tokens, then the model's embeddings. Raises EchoDataError.
     """
     check_rows(recipe)
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)

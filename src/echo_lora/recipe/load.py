@@ -1,10 +1,9 @@
 """Reading a recipe: one YAML file that shows a whole run.
 
-`load_recipe` reads it, `recipe_table` lists its keys (of `schema.py`) for the documentation. What a recipe does not
-say keeps its default; a key it should not say is an error that names file, line and key.
+The keys and their defaults are in `schema.py`; an unknown key is an error that names file, line and key.
 
-Paths of rows in a recipe start at the recipe's folder; those of a shipped recipe, of `--set`, and `output`, at the
-working directory.
+Paths of rows in a recipe are relative to the recipe's folder; those of a shipped recipe or of `--set`, and `output`,
+are relative to the working directory.
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file, or of the name of one that is shipped with the package.
+    """Load the recipe in a YAML file, or a shipped one by its name.
 
-    overrides: `key.path=value`, the value in YAML, as in `training.steps=20`. Raises EchoConfigError, which
-    names file, line and key.
+    overrides: `key.path=value` with the value in YAML, as in `training.steps=20`. Raises EchoConfigError, which names
+    file, line and key.
     """
     path = find_yaml(str(source), SHIPPED, "recipe")
     tree, document = parse_yaml(path)
-    if not is_in(path, SHIPPED):  # the user's rows are not in the package
+    if not is_in(path, SHIPPED):
         _rebase(document, path.parent)
     document.setdefault("output", f"runs/{path.stem}")
     return validated(Recipe, document, str(source), tree, overrides)
 
 
 def recipe_of_run(record: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that the `run.json` of a finished run holds, as it was then. Raises EchoConfigError.
+    """The recipe in the `run.json` of a finished run. Raises EchoConfigError.
 
-    It may be somebody else's, so it does not decide whether code of the model is run: only `overrides` do.
+    The file may come from somebody else, so its trust_remote_code is ignored; only `overrides` can set it.
     """
     try:
         document = json.loads(Path(record).read_text(encoding="utf-8"))["recipe"]
         if not isinstance(document, dict):
             raise TypeError(f"its recipe is a {type(document).__name__}, not an object")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise EchoConfigError(f"{record} holds no recipe: {error!r}. Name a recipe instead.") from error
+        raise EchoConfigError(f"{record} holds no recipe: {error!r}. Pass a recipe instead.") from error
     document.pop("trust_remote_code", None)
     return validated(Recipe, document, str(record), None, overrides)
 
@@ -60,7 +59,7 @@ def recipe_of_run(record: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def validated(
     kind: type[AnySection], document: dict[str, Any], source: str, tree: yaml.Node | None, overrides: Sequence[str] = ()
 ) -> AnySection:
-    """The document as a section of this kind, some keys overridden. Raises EchoConfigError with file, line and key."""
+    """Validate the document, after applying the overrides. Raises EchoConfigError with file, line and key."""
     changed = {}
     for text in overrides:
         keys, value = _override(text)
@@ -73,12 +72,12 @@ def validated(
 
 
 def shipped_recipes() -> list[str]:
-    """Names that `load_recipe` takes without a file."""
+    """Names of the shipped recipes, for `load_recipe`."""
     return names_in(SHIPPED)
 
 
 def _rebase(document: dict[str, Any], folder: Path) -> None:
-    """Let the file's relative paths of rows and of the model start at the file's folder."""
+    """Make the document's relative paths of rows and of the model relative to the file's folder."""
 
     def rebased(value: Any) -> Any:
         if isinstance(value, list):
@@ -89,7 +88,7 @@ def _rebase(document: dict[str, Any], folder: Path) -> None:
 
     model, data, evaluation = (document.get(key) for key in ("model", "data", "evaluation"))
     if isinstance(model, str) and model.startswith("."):
-        document["model"] = str((folder / model).absolute())  # "./base" must not become the hub id "base"
+        document["model"] = str((folder / model).absolute())  # Path would turn "./base" into "base", a hub id
     tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
     for holder, keys in ((data, SPLITS), *((task, ("data",)) for task in (tasks if isinstance(tasks, list) else []))):
         for key in keys:
@@ -106,7 +105,7 @@ def _override(text: str) -> tuple[list[str], Any]:
         return keys, parsed_yaml(value)[1]
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
-        raise EchoConfigError(f"--set {text}: the value is not YAML: {problem}. Correct it, or quote it.") from error
+        raise EchoConfigError(f"--set {text}: the value is not valid YAML: {problem}. Correct or quote it.") from error
 
 
 def _set(document: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
@@ -114,12 +113,9 @@ def _set(document: dict[str, Any], keys: list[str], value: Any, text: str) -> No
         section = document.get(key) or {}
         if not isinstance(section, dict):
             raise EchoConfigError(f"--set {text}: {'.'.join(keys[: depth + 1])} is not a section. Set it as a whole.")
-        document[key] = dict(section)  # a copy: YAML's anchors make one section stand in two places
+        document[key] = dict(section)  # a copy: a YAML anchor may share one section between two keys
         document = document[key]
     document[keys[-1]] = value
-
-
-# ---------------------------------------------------------------------- errors
 
 
 def _explain(
@@ -130,7 +126,7 @@ def _explain(
     tree: yaml.Node | None,
     changed: dict[tuple[str, ...], str],
 ) -> str:
-    """One line per wrong key: where it stands, which it is, what is wrong, what is allowed."""
+    """One line per wrong key: file and line, key, what is wrong, what is allowed."""
     problems: dict[tuple[Any, ...], list[str]] = {}
     for problem in error.errors():
         path = _written_path(problem["loc"], document)
@@ -148,7 +144,7 @@ def _explain(
         else:
             message = f"{shown} = {value} {message}."
             if value == "null" and problem["type"] == "string_type":
-                message += ' YAML reads ~ and an empty value as null: quote it, as in "~", to mean the text.'
+                message += ' YAML reads ~ and an empty value as null: to mean the string, quote it, as in "~".'
         problems.setdefault(path, []).append(message)
     lines = []
     for path, messages in problems.items():
@@ -157,7 +153,7 @@ def _explain(
 
 
 def _written_path(loc: tuple[Any, ...], document: Any) -> tuple[Any, ...]:
-    """The location as the user wrote it: without pydantic's names of types, and of lists that we made."""
+    """The location as the user wrote it, without the type names and list indices that pydantic adds."""
     path = []
     for part in loc:
         is_there = isinstance(document, dict) and part in document
@@ -179,7 +175,7 @@ def _where(path: tuple[Any, ...], source: str, tree: yaml.Node | None, changed: 
     for part in path:
         if isinstance(tree, yaml.MappingNode):
             found = [(key, value) for key, value in tree.value if key.value == part]
-            if not found:  # then the section consists of what --set gave
+            if not found:  # the whole section came from --set
                 return below.removeprefix(", ") or source
             line, tree = found[0][0].start_mark.line, found[0][1]
         elif isinstance(tree, yaml.SequenceNode) and part < len(tree.value):
@@ -189,7 +185,7 @@ def _where(path: tuple[Any, ...], source: str, tree: yaml.Node | None, changed: 
 
 
 def _keys(kind: type[Section], loc: tuple[Any, ...]) -> list[str]:
-    """The keys that are known at a location."""
+    """The valid keys at a location."""
     model: Any = kind
     for part in loc:
         if isinstance(part, str) and part in model.model_fields:

@@ -1,7 +1,7 @@
-"""What a recipe would do, without doing it: its rows as the model will see them, and a dry run.
+"""Preview and dry run: a recipe's rows as the model will see them, and what training would cost.
 
-The dry run builds the model on torch's meta device, where tensors have shapes but no numbers: it needs neither the
-weights nor their memory, and still counts parameters, and the bytes that autograd would keep, on the real modules.
+The dry run builds the model on torch's meta device, where tensors have shapes but no data: it counts parameters, and
+the bytes that autograd would keep, on the real modules, without loading any weights.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from echo_lora.progress import stage
 from echo_lora.recipe.build import add_adapter, parameter_counts, prepare, require_packages
 from echo_lora.recipe.schema import Recipe
 
-# Bytes per trainable parameter: float32 weight and gradient, and Adam's two moments or what stands for them.
+# Bytes per trainable parameter: float32 weight and gradient, and the optimizer's state.
 STATE_BYTES = {"adamw_bnb_8bit": 10, "paged_adamw_8bit": 10, "adafactor": 9, "sgd": 8}
 
 ADAM_BYTES = 16
 
-QUANTISED_SHARE = {"4bit": 0.55 / 4, "8bit": 1.05 / 4}  # of the float32 bytes, with the scales
+QUANTISED_SHARE = {"4bit": 0.55 / 4, "8bit": 1.05 / 4}  # of the float32 bytes, quantisation constants included
 
-NAMED_ROWS = 20  # dropped rows that are named on a screen; run.json names each one
+NAMED_ROWS = 20  # dropped rows to list on the screen; run.json lists all
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of training, an estimate: kernels' workspaces and fragmentation are not counted."""
+    """Estimated bytes at the peak of training, without kernel workspaces and fragmentation."""
 
     base: int  # the base's weights
     states: int  # adapter and echo: weights, gradients, optimizer
-    activations: int | None  # what autograd keeps of the longest batch; None where the model can't tell
+    activations: int | None  # what autograd keeps for the longest batch; None if it can't be measured
     process: int  # Python and its libraries, on a CPU
 
     @property
@@ -60,21 +60,21 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `train` would do."""
+    """What `train` would do, and what it would cost."""
 
     model: str
     method: str
     echo_kind: str | None  # None without the echo
     source_layers: list[str]
     target_layers: dict[str, list[str]]  # the modules in each that receive the echo
-    without_echo: dict[str, str]  # those that keep their LoRA without it, and why
+    without_echo: dict[str, str]  # adapted modules that receive no echo, and why
     base_parameters: int
-    deployed_parameters: int  # of the adapter: what is saved
-    echo_parameters: int  # trained beside it and thrown away
+    deployed_parameters: int  # of the adapter, which is saved
+    echo_parameters: int  # of the echo, which is discarded
     rows: list[str]
     steps: int
     mean_routing: float  # p̄, over the planned steps
-    why_full: str | None  # why the echo-on pass does not share its prefix, if it does not
+    why_full: str | None  # why the echo-on pass can't share the prefix; None if it does
     cost: float  # arithmetic relative to the same adapter without the echo
     memory: Memory
 
@@ -83,7 +83,7 @@ class Plan:
         return self.deployed_parameters + self.echo_parameters
 
     def pairs(self) -> dict[str, str]:
-        """What a terminal shows of it."""
+        """Labels and values for the terminal."""
         pairs = {"model": self.model, "method": f"{self.method}, echo {self.echo_kind or 'off'}"}
         if self.echo_kind is not None:
             pairs |= {
@@ -106,9 +106,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Preview:
-    """Rows as segments of prompt, boundary, answer and ignored tokens, with the statistics of all rows."""
+    """Some rows, split into prompt, boundary, answer and ignored tokens, and the statistics of all rows."""
 
-    rows: list[tuple[str, list[Segment]]]  # where it comes from, and its tokens
+    rows: list[tuple[str, list[Segment]]]  # source and number of the row, and its tokens
     summary: list[str]
 
 
@@ -128,7 +128,7 @@ def preview(recipe: Recipe, count: int = 3) -> Preview:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """The dry run. Raises what training would raise before its first step."""
+    """The dry run. Raises the errors that training would raise before its first step."""
     require_packages(recipe)
     with stage("Reading rows", line=False):
         prepared = prepare(recipe)[1]["train"]
@@ -136,7 +136,7 @@ def plan(recipe: Recipe) -> Plan:
     config = recipe.build_echo_config()
     sources, targets = _named_layers(base, model, config) if isinstance(model, EchoModel) else ([], {})
     steps = _steps(recipe, sum(len(data.rows) for data in prepared))
-    # both schedules are straight lines
+    # both schedules are linear in the step
     mean_routing = (routing_probability(config, 0, steps) + routing_probability(config, steps - 1, steps)) / 2
     reason = model.why_full() if isinstance(model, EchoModel) else None
     if config.echo_step == "full":
@@ -151,7 +151,7 @@ def plan(recipe: Recipe) -> Plan:
         source_layers=sources,
         target_layers=targets,
         without_echo=model.without_echo if isinstance(model, EchoModel) else {},
-        base_parameters=_base_parameters(model),
+        base_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         deployed_parameters=deployed,
         echo_parameters=echo,
         rows=[line for data in prepared for line in data.summary(named=NAMED_ROWS)],
@@ -187,10 +187,6 @@ def _named_layers(
     return sources, targets
 
 
-def _base_parameters(model: PeftModel) -> int:
-    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
-
-
 def _steps(recipe: Recipe, rows: int) -> int:
     training = recipe.training
     if training.steps is not None:
@@ -218,7 +214,7 @@ def _memory(recipe: Recipe, model: PeftModel, prepared: list[PreparedData], shar
     scored = P + A if recipe.data.train_on_prompt else A  # columns with logits, in the echo-off pass
     kept = _kept_bytes(model, B, P + A, scored)
     if kept is not None:
-        # about ten float32 tensors of a chunk's logits exist at one time
+        # about ten float32 tensors of a chunk's logits exist at a time
         logits = 10 * 4 * min(B * scored * model.get_input_embeddings().num_embeddings, CHUNK_ELEMENTS)
         prefix = _prefix_bytes(model.get_base_model(), B, P) if recipe.echo and shares_prefix else 0
         kept = int(passes * kept + prefix + logits)
@@ -235,10 +231,10 @@ def _memory(recipe: Recipe, model: PeftModel, prepared: list[PreparedData], shar
 
 
 def _prefix_bytes(base: PreTrainedModel, B: int, P: int) -> int:
-    """Bytes that the prefix's keys and values take beside what the passes keep.
+    """Bytes of the prefix's keys and values, on top of what the passes keep.
 
-    Without checkpointing the echo-on pass keeps them joined to its own, for each query head; with checkpointing they
-    and, in backward, their gradients are kept for each key head.
+    Without checkpointing, the echo-on pass keeps them concatenated to its own, for each query head. With checkpointing,
+    they are kept for each key head, and in backward so are their gradients.
     """
     config = base.config.get_text_config()
     heads = config.num_attention_heads
@@ -249,7 +245,7 @@ def _prefix_bytes(base: PreTrainedModel, B: int, P: int) -> int:
 
 
 def _kept_bytes(model: PeftModel, B: int, T: int, A: int) -> int | None:
-    """Bytes that autograd keeps of one forward; with checkpointing also those of one layer that is run again."""
+    """Bytes that autograd keeps for one forward; with checkpointing, plus those of one recomputed layer."""
     base = model.get_base_model()
     kept = _saved_bytes(lambda: _forward(base, B, T, A), model)
     if kept is None or not base.is_activation_checkpointing:
@@ -262,15 +258,15 @@ def _kept_bytes(model: PeftModel, B: int, T: int, A: int) -> int | None:
 
 def _forward(base: PreTrainedModel, B: int, T: int, A: int) -> None:
     ids = torch.zeros(B, T, dtype=torch.long, device="meta")
-    # a mask of four dimensions is taken as it is; any other would be looked into, and there is nothing to see
+    # a 4-dimensional mask is used as is; the values of any other would be read, and meta tensors have none
     mask = torch.ones(B, 1, T, T, dtype=torch.bool, device="meta")
     base(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=A)
 
 
 def _saved_bytes(forward: Callable[[], None], model: PeftModel) -> int | None:
-    """Bytes of the tensors that are kept for backward, weights aside; None if the model looks into its tensors."""
+    """Bytes of the tensors, except weights, saved for backward; None if the model needs values, not just shapes."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}  # the tensor stays alive, so that its storage's address stays its own
+    kept: dict[int, tuple[int, Tensor]] = {}  # keeps the tensor alive, so that its storage's address is not reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -281,6 +277,6 @@ def _saved_bytes(forward: Callable[[], None], model: PeftModel) -> int | None:
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             forward()
-    except (RuntimeError, NotImplementedError, ValueError):  # mixtures of experts route by value, for example
+    except (RuntimeError, NotImplementedError, ValueError):  # for example, mixtures of experts route by value
         return None
     return sum(size for size, _ in kept.values())

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and who may write there."""
+"""A run's output folder: claiming it, the result in `run.json`, the plot of its losses, and cleaning up."""
 
 from __future__ import annotations
 
@@ -22,28 +22,26 @@ from echo_lora.training.checkpoint import (
 
 logger = logging.getLogger(__name__)
 
-
 RUN_FILE = "run.json"
-
-STARTED = "started.json"  # in checkpoints/, the recipe: the folder is a run's own, and may be tidied
+STARTED = "started.json"  # the recipe, in checkpoints/: marks the folder as a run's own
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run is; `run.json` holds the same fields."""
+    """A finished run; `run.json` holds the same fields."""
 
     output: str
     recipe: dict[str, Any]
     versions: dict[str, str]
     device: str
-    rows: list[str]  # what was trained on, as lines
+    rows: list[str]  # the training rows, as lines of text
     steps: int
-    resumed_at: int  # the step that this process started from; 0 for a run in one piece
+    resumed_at: int  # the step from which this process resumed; 0 if it did not
     seconds: float  # of training, in this process
     peak_memory: int  # bytes: of the process on a CPU, of torch's tensors on a GPU
     deployed_parameters: int  # of the adapter
-    echo_parameters: int  # trained beside it and thrown away
-    data_sha256: str  # of the training rows, tokenised
+    echo_parameters: int  # of the echo, which is discarded
+    data_sha256: str  # of the tokenised training rows
     initial_adapter_sha256: str
     adapter_sha256: str
     final: dict[str, float]  # the last value of every metric
@@ -54,7 +52,7 @@ class RunResult:
         return Path(self.output) / "adapter"
 
     def pairs(self) -> dict[str, str]:
-        """What a terminal shows of it."""
+        """Labels and values for the terminal."""
         shown = ("loss", *losses.SHOWN, "eval_loss")
         return {
             "adapter": str(self.adapter),
@@ -70,15 +68,15 @@ class RunResult:
         path = Path(output) / RUN_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**fields | {"output": str(output)})  # the folder may have been moved
+            return cls(**fields | {"output": str(output)})  # the folder may have moved
         except (OSError, ValueError, TypeError) as error:
             raise EchoCheckpointError(
-                f"{path} is not the record of a finished run: {error}. Name the output folder of `echo-lora train`."
+                f"{path} is not the record of a finished run: {error}. Pass the output folder of `echo-lora train`."
             ) from error
 
 
 def plot_losses(history: list[dict[str, float]], path: Path) -> None:
-    """Draw the losses, and the routing probability on an axis of its own, as PNG."""
+    """Plot the losses, with the routing probability on a second axis, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -99,52 +97,46 @@ def plot_losses(history: list[dict[str, float]], path: Path) -> None:
 
 
 def claim_folder(output: Path, checkpoints: Path, resume: bool) -> None:
-    """Make the output folder this run's own.
-
-    Raises EchoCheckpointError if it is not free, or holds nothing to resume.
-    """
+    """Claim the output folder. Raises EchoCheckpointError if it is not empty, or has nothing to resume from."""
     if resume:
         if os.path.exists(output / RUN_FILE):
             raise EchoCheckpointError(
                 f"{output} holds a finished run; there is nothing to resume. Its adapter is in adapter/."
             )
         if not has_complete_checkpoint(checkpoints):
-            last_complete_checkpoint(checkpoints)  # which says so
+            last_complete_checkpoint(checkpoints)  # raises the error
         return
     is_run = (checkpoints / STARTED).is_file() and not (output / RUN_FILE).exists()
-    if is_run and not has_complete_checkpoint(checkpoints):  # killed before it had anything to resume from
+    if is_run and not has_complete_checkpoint(checkpoints):  # killed before its first checkpoint
         remove_unfinished(checkpoints)
         return
     try:
         refuse_existing(output)
     except EchoCheckpointError as error:
-        hint = "To go on with its training, resume (--resume). " if is_run else ""
+        hint = "To continue its training, resume (--resume). " if is_run else ""
         raise EchoCheckpointError(f"{error} {hint}The recipe's key is output.") from None
 
 
 def tidy_folder(output: Path, checkpoints: Path, is_new: bool) -> None:
-    """Remove what an interruption left of this run: all that is unfinished, and folders of ours without more.
+    """Remove the unfinished files of this run, and its folders if they are then empty.
 
-    What can't be removed is told and left: an error here would hide the one that ended the run.
+    Failing to remove something is only a warning: an error would hide the one that ended the run.
     """
     try:
         for name in (output / "adapter", output / "loss.png", output / RUN_FILE, checkpoints / STARTED):
             remove_leftovers(name)
         remove_unfinished(checkpoints)
-        own = [STARTED, "README.md"]  # the second is TRL's
+        own = [STARTED, "README.md"]  # TRL writes the second
         if checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= set(own):
             remove_files(checkpoints, own)
         if is_new:
             remove_empty(output)
     except OSError as error:
-        logger.warning("%s could not be tidied: %s", output, error)
+        logger.warning("%s could not be cleaned up: %s", output, error)
 
 
-def way_on(checkpoints: Path) -> str:
+def resume_hint(checkpoints: Path) -> str:
+    """How to continue an interrupted run."""
     if complete := complete_checkpoints(checkpoints):
-        return f"The newest complete checkpoint is {complete[-1]}: to go on from it, repeat the command with --resume."
-    return "No checkpoint was complete yet: repeat the command to start again."
-
-
-def numbers(entry: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+        return f"The newest complete checkpoint is {complete[-1]}. To resume from it, repeat the command with --resume."
+    return "There is no complete checkpoint yet: repeat the command to start again."

@@ -1,4 +1,4 @@
-"""From the sources of a recipe to rows: raw, tokenised for training, rendered for scoring."""
+"""From a recipe's sources to rows: raw, tokenised for training, or rendered for scoring."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from echo_lora.data.forms import check_forms, is_learned, row_number, texts_of
 from echo_lora.data.generated import reasoning_gym_splits
-from echo_lora.data.prepared import PreparedData, tokenize_rows
+from echo_lora.data.prepared import PreparedData, prepare_rows
 from echo_lora.data.sources import ROW, RowFile, where_is
 from echo_lora.data.tokenize import end_token_ids, render_prompt
 from echo_lora.errors import EchoConfigError, EchoDataError
@@ -31,12 +31,12 @@ Row = dict[str, Any]
 def source_rows(recipe: Recipe, source: Source, split: str) -> RowFile | list[Row]:
     """The raw rows of one source of `data.train`, `data.validation` or `data.test`.
 
-    Splits that name the same task with the same seed and parameters share no question, and the test rows depend on
-    neither the number of training rows nor on other sources. Raises EchoDataError.
+    Splits of one task with equal seed and parameters share no question, and the test rows depend neither on the number
+    of training rows nor on other sources. Raises EchoDataError.
     """
     if source.file is not None:
         return RowFile(Path(source.file), recipe.data.columns, source.part, recipe.data.limit)
-    sizes = dict.fromkeys(SPLITS, 1)  # every split has its place, so that adding one moves no row of another
+    sizes = dict.fromkeys(SPLITS, 1)  # every split has its place, so that adding one changes no other
     for name, other in _all_sources(recipe):
         if other.rows_key == source.rows_key:
             sizes[name] = max(sizes[name], other.count or 1)
@@ -46,18 +46,18 @@ def source_rows(recipe: Recipe, source: Source, split: str) -> RowFile | list[Ro
 
 
 def check_rows(recipe: Recipe) -> None:
-    """Check the form of every row to train on, without a tokenizer. Raises EchoDataError with file and line."""
+    """Check the form of every training and validation row, without a tokenizer. Raises EchoDataError."""
     for split in ("train", "validation"):
         for source in getattr(recipe.data, split) or []:
-            if source.file is not None:  # those of a task are our own
+            if source.file is not None:  # generated rows are valid
                 rows = source_rows(recipe, source, split)
                 check_forms(rows, source.file, recipe.data.ignore_columns, chat=recipe.data.chat)
 
 
 def prepare_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str) -> list[PreparedData]:
-    """The tokenised and checked rows of each source of a split, after `check_rows`; none if the split is not given."""
+    """The tokenised and checked rows of each source of a split. Call `check_rows` first."""
     return [
-        tokenize_rows(
+        prepare_rows(
             source_rows(recipe, source, split),
             tokenizer,
             max_length=recipe.data.max_length,
@@ -65,13 +65,14 @@ def prepare_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str
             chat=recipe.data.chat,
             train_on_prompt=recipe.data.train_on_prompt,
             source=source.file or source.name,
+            forms_are_checked=True,
         )
         for source in getattr(recipe.data, split) or []
     ]
 
 
 def join(prepared: list[PreparedData]) -> Dataset:
-    """One dataset of all sources; with several, its rows are numbered through all of them."""
+    """All sources as one dataset; with several, the rows are renumbered consecutively."""
     from datasets import concatenate_datasets
 
     if len(prepared) == 1:
@@ -85,9 +86,9 @@ def evaluation_rows(
 ) -> list[tuple[EvalTask, list[Row]]]:
     """Tasks and their rows for `evaluate.score`.
 
-    Without `evaluation.tasks` each source of `data.test` is a task that generates an answer. Tasks without a stop
-    of their own end where the model's turns end. split: `validation` takes the rows of `data.validation` instead.
-    Raises EchoConfigError if there is nothing to score.
+    Without `evaluation.tasks`, each source of `data.test` is a task that generates an answer. Tasks without `stop` end
+    at the model's end-of-turn tokens. split: `validation` scores the rows of `data.validation` instead. Raises
+    EchoConfigError if there is nothing to score.
     """
     tasks = recipe.evaluation.tasks or _default_tasks(recipe, split)
     ends = tokenizer.convert_ids_to_tokens(sorted(end_token_ids(tokenizer)))
@@ -95,11 +96,12 @@ def evaluation_rows(
     for task in tasks:
         if task.data and recipe.evaluation.tasks and split != "test":
             raise EchoConfigError(
-                f"evaluation task {task.name!r} has test rows of its own, so it can't be scored on data.{split}."
+                f"evaluation task {task.name!r} has its own test rows, so it can't be scored on data.{split}. Leave "
+                "out the task's data, or score the test rows."
             )
         sources = task.data or getattr(recipe.data, split)
         if not sources:
-            raise EchoConfigError(f"evaluation task {task.name!r} has no rows. Give it data, or give data.{split}.")
+            raise EchoConfigError(f"evaluation task {task.name!r} has no rows. Set its data, or data.{split}.")
         rendered = []
         for source in sources:
             where, rows = source.file or source.name, source_rows(recipe, source, split)
@@ -114,21 +116,21 @@ def evaluation_rows(
 
 
 def _all_sources(recipe: Recipe) -> list[tuple[str, Source]]:
-    """Every source with its split; rows that only a task of the evaluation names count as test rows."""
+    """Every source with its split; the sources of evaluation tasks count as test rows."""
     sources = [(split, source) for split in SPLITS for source in getattr(recipe.data, split) or []]
     return sources + [("test", source) for task in recipe.evaluation.tasks for source in task.data or []]
 
 
 @cache
 def _generated(task: str, seed: int, params: str, sizes: tuple[int, ...]) -> dict[str, list[Row]]:
-    """The splits of a task; params in JSON, sizes in the order of SPLITS."""
+    """The splits of a task, cached; params is JSON, sizes are in the order of SPLITS."""
     return reasoning_gym_splits(task, dict(zip(SPLITS, sizes, strict=True)), seed, json.loads(params))
 
 
 def _default_tasks(recipe: Recipe, split: str) -> list[EvaluationTask]:
     sources: list[Source] = getattr(recipe.data, split) or []
     if not sources:
-        raise EchoConfigError(f"the recipe has nothing to score. Give data.{split}, or evaluation.tasks with data.")
+        raise EchoConfigError(f"the recipe has nothing to score. Set data.{split}, or evaluation.tasks with data.")
     names: list[str] = []
     for source in sources:
         name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(source.name).stem)
@@ -139,7 +141,7 @@ def _default_tasks(recipe: Recipe, split: str) -> list[EvaluationTask]:
 def _scored(
     task: EvaluationTask, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: bool, where: str
 ) -> Row:
-    """A row as its kind of task wants it: the prompt rendered, and what is right."""
+    """A row in the form that its kind of task needs: the rendered prompt, and the reference."""
     rendered = {"prompt": render_prompt(row, tokenizer, chat, where)}
     if task.kind in ("generate", "number"):
         rendered["answer"] = _answer(row, where)
@@ -155,5 +157,5 @@ def _answer(row: Mapping[str, Any], where: str) -> str:
         turns = next(("".join(texts_of(turn)) or None for turn in turns if is_learned(turn)), None)
     if not isinstance(turns, str):
         present = ", ".join(name for name in row if name != ROW)
-        raise EchoDataError(f"{where} has no answer to compare with. Present: {present}. Give it a completion.")
+        raise EchoDataError(f"{where} has no answer to compare with. Present: {present}. Add a completion.")
     return turns

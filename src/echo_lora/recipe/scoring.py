@@ -1,4 +1,4 @@
-"""From a recipe to scores: its base, its adapter, or both on its evaluation tasks."""
+"""Scoring a recipe: the base, the adapter, or both on its evaluation tasks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from echo_lora.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model got right."""
+    """The results of one model on all tasks."""
 
     model: Literal["base", "adapter"]
     adapter: str | None  # its folder
@@ -43,11 +43,11 @@ class Scores:
 
     @property
     def commonsense_average(self) -> float | None:
-        """The unweighted mean of LLM-Adapters' eight accuracies, if all were scored under their names."""
+        """The unweighted mean of LLM-Adapters' eight commonsense accuracies; None unless all eight were scored."""
         return commonsense_average({result.task: result.accuracy for result in self.results})
 
     def table(self) -> list[dict[str, str]]:
-        """A row for each task, as a terminal shows it."""
+        """One row per task, for the terminal."""
         return [
             {
                 "model": self.model,
@@ -61,7 +61,7 @@ class Scores:
         ]
 
     def averages(self) -> list[str]:
-        """The averages that its tasks have, as lines."""
+        """The averages over classes or tasks, one per line."""
         values = {f"{result.task}, macro": result.macro_accuracy for result in self.results}
         values["commonsense, mean of eight"] = self.commonsense_average
         return [f"{self.model}: {name}: {value:.1%}" for name, value in values.items() if value is not None]
@@ -78,17 +78,17 @@ class Scores:
 def resolve(
     target: str, overrides: Sequence[str] = (), adapter: str | Path | None = None
 ) -> tuple[Recipe, Path | None]:
-    """The recipe and the adapter that `eval` means.
+    """The recipe and the adapter to score.
 
-    target: a recipe (its adapter is the one of its output folder, if it has been trained), the output folder of a
-    run, or an adapter folder inside one. What a run's folder says about remote code does not count. Raises
-    EchoConfigError, or EchoCheckpointError, also while another process trains into the folder.
+    target: a recipe (with the adapter in its output folder, if it has been trained), the output folder of a run, or an
+    adapter folder inside one. A run's own trust_remote_code is ignored. Raises EchoConfigError, or EchoCheckpointError,
+    also while another process is training into the folder.
     """
     folder = expanded(target)
     if not os.path.isdir(folder):
         recipe = load_recipe(target, overrides)
         trained = Path(recipe.output) / "adapter"
-        if adapter is None:  # which a run that is not over has not written yet
+        if adapter is None:  # a run that is still training has not written it yet
             refuse_locked(recipe.output)
         return recipe, Path(adapter) if adapter is not None else trained if trained.is_dir() else None
     is_adapter = (folder / CONFIG_FILE).is_file()
@@ -96,8 +96,8 @@ def resolve(
     refuse_locked(run)
     if not (run / RUN_FILE).is_file():
         raise EchoCheckpointError(
-            f"{folder} has no {RUN_FILE} {'beside' if is_adapter else 'in'} it, so nothing says what to score it on. "
-            "Name a recipe, and the adapter with --adapter."
+            f"{folder} has no {RUN_FILE} {'beside' if is_adapter else 'in'} it, which would say what to score it on. "
+            "Pass a recipe, and the adapter with --adapter."
         )
     own = folder if is_adapter else folder / "adapter"
     return recipe_of_run(run / RUN_FILE, overrides), Path(adapter) if adapter is not None else own
@@ -111,10 +111,10 @@ def score_recipe(
     run_generated_code: bool = False,
     allow_unsandboxed: bool = False,
 ) -> list[Scores]:
-    """Score the adapter on the recipe's evaluation tasks, the base before it if asked for or if there is no adapter.
+    """Score the adapter on the recipe's evaluation tasks, and before it the base if `with_base` or without an adapter.
 
-    run_generated_code, allow_unsandboxed: as of `score`. Raises EchoConfigError if a task needs them and they are
-    not given, EchoCheckpointError if the adapter does not fit the recipe's model.
+    run_generated_code, allow_unsandboxed: see `score`. Raises EchoConfigError if a task needs them and they are not
+    set, EchoCheckpointError if the adapter does not fit the recipe's model.
     """
     require_permission([task.build() for task in recipe.evaluation.tasks], run_generated_code, allow_unsandboxed)
     if any(task.kind == "code" for task in recipe.evaluation.tasks):
@@ -145,21 +145,18 @@ def score_recipe(
 
 
 def _require_numbers(model: Any, name: str) -> None:
-    """Raises EchoModelError for a model whose logits are not finite: what it generates means nothing."""
+    """Raises EchoModelError for a model whose logits are not finite."""
     with torch.no_grad():
         logits = model(input_ids=probe_ids(model)).logits
     if not logits.isfinite().all():
         raise EchoModelError(
-            f"{name} gives logits that are not finite. Are its weights damaged, or did its training diverge? Score "
-            "another one, or another dtype."
+            f"{name} gives logits that are not finite: its weights may be damaged, or its training may have diverged. "
+            "Score another model, or use another dtype."
         )
 
 
 def write_scores(recipe: Recipe, scores: list[Scores], path: str | Path) -> None:
-    """Write recipe, versions and scores with every prediction as JSON.
-
-    Raises EchoCheckpointError if the disk refuses.
-    """
+    """Write recipe, versions and scores, with every prediction, as JSON. Raises EchoCheckpointError if it can't."""
     record = {"recipe": recipe.to_dict(), "versions": versions(), "models": [one.to_dict() for one in scores]}
     text = json.dumps(record, indent=2, ensure_ascii=False)
     write_file(Path(path), lambda file: file.write_text(text, encoding="utf-8"))

@@ -13,18 +13,18 @@ from pydantic.fields import FieldInfo
 from echo_lora.recipe.load import section_of
 from echo_lora.recipe.schema import DataSection, Recipe, Source
 
-# --------------------------------------------------------------- documentation
+TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 def recipe_table() -> list[tuple[str, str, str, str]]:
-    """Key, type, default and help of every key, for the documentation."""
+    """Key, type, default and help of every recipe key, for the documentation."""
     return list(_rows(Recipe, ""))
 
 
 def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in section.model_fields.items():
         key, inner = f"{prefix}{name}", section_of(field.annotation)
-        if key == "echo_config.routing_seed":  # it is seeds.routing
+        if key == "echo_config.routing_seed":  # a recipe sets seeds.routing
             continue
         is_list = get_origin(field.annotation) is list
         if inner is Source:
@@ -47,9 +47,9 @@ def _type(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_type(arg) for arg in args if arg is not type(None))
     if origin is list:
-        return f"list of {_type(args[0])}"
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
-    return names.get(annotation, "mapping")
+        item = _type(args[0])
+        return f"list of {item}{'s' * (item in TYPES.values())}"
+    return TYPES.get(annotation, "mapping")
 
 
 def _default(field: FieldInfo) -> str:

@@ -1,13 +1,13 @@
-"""From a recipe to a trained adapter and the folder that proves where it came from.
+"""Training: from a recipe to an output folder with the adapter and the record of how it was made.
 
     output/
       adapter/       the plain PEFT adapter, tokenizer with chat template, model card
-      checkpoints/   what `resume` goes on from
+      checkpoints/   for `resume`
       loss.png       the losses over the steps
-      run.json       recipe, versions, seeds, metrics; written last, so that it stands for a finished run
+      run.json       recipe, versions, seeds, metrics; written last, so it marks a finished run
 
-The adapter's initial weights depend on `seeds.initialisation` and the adapter's shape alone: with and without
-the echo they are the same numbers.
+The adapter's initial weights depend only on `seeds.initialisation` and the adapter's shape: they are the same with and
+without the echo.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from typing import Any
 from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from echo_lora.adapter.card import model_card
 from echo_lora.adapter.export import save_verified
 from echo_lora.adapter.files import adapter_hash
+from echo_lora.data.prepared import PreparedData
 from echo_lora.environment import MemoryWatch, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.files import locked, write_file
@@ -50,14 +51,13 @@ from echo_lora.recipe.record import (
     STARTED,
     RunResult,
     claim_folder,
-    numbers,
     plot_losses,
+    resume_hint,
     tidy_folder,
-    way_on,
 )
 from echo_lora.recipe.rows import join
 from echo_lora.recipe.schema import Recipe
-from echo_lora.training.checkpoint import last_complete_checkpoint
+from echo_lora.training.checkpoint import last_complete_checkpoint, step_of
 from echo_lora.training.sft import EchoSFTTrainer
 
 SHOWN_METRICS = ("loss", *losses.SHOWN, "routing_p", "eval_loss", "learning_rate")
@@ -66,9 +66,9 @@ SHOWN_METRICS = ("loss", *losses.SHOWN, "routing_p", "eval_loss", "learning_rate
 def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
     """Train the recipe's adapter and write its output folder.
 
-    resume: go on from the newest complete checkpoint in the output folder; the recipe must be the same.
-    Raises an EchoError, and then leaves nothing behind but complete checkpoints; EchoInterrupt at a Ctrl-C. Files in
-    the folder that are not the run's own stay.
+    resume: continue from the newest complete checkpoint in the output folder; the recipe must be the same. After an
+    EchoError, or an EchoInterrupt at Ctrl-C, only complete checkpoints remain; files that are not the run's own are
+    never touched.
     """
     if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
         raise EchoConfigError(
@@ -85,7 +85,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
         try:
             return _run(recipe, output, checkpoints, resume)
         except KeyboardInterrupt as error:
-            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {way_on(checkpoints)}") from error
+            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {resume_hint(checkpoints)}") from error
         finally:
             tidy_folder(output, checkpoints, is_new)
 
@@ -105,61 +105,31 @@ def _run(recipe: Recipe, output: Path, checkpoints: Path, resume: bool) -> RunRe
 
 
 def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult, PeftModel, Any]:
-    """Train the recipe's adapter, with checkpoints in this folder; the result, the trained model and its tokenizer.
+    """Train the recipe's adapter, with checkpoints in this folder. Raises an EchoError.
 
-    The model has its echo networks still. Raises an EchoError.
+    Returns the result, the trained model, which still has its echo networks, and its tokenizer.
     """
     with stage(f"Reading rows with the tokenizer of {recipe.model}"):
         tokenizer, prepared = prepare(recipe)
     with stage(f"Loading {recipe.model}"):
         model = add_adapter(recipe, load_base(recipe))
-    try:
-        arguments = training_arguments(recipe, checkpoints)
-    except (ValueError, ImportError) as error:  # bf16 on hardware without it, for example
-        raise EchoConfigError(f"transformers refuses the recipe's training: {error} Correct the key.") from error
     progress = _Progress()
-    try:
-        trainer = EchoSFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=join(prepared["train"]),
-            eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
-            processing_class=tokenizer,
-            callbacks=[progress],
-            answer_weight=recipe.training.answer_weight,
-        )
-    except (ValueError, ImportError) as error:  # of accelerate, which reads its settings from the environment
-        if isinstance(error, EchoError):
-            raise
-        raise EchoConfigError(
-            f"the trainer can't be made: {error} Correct the recipe, or the environment variables of accelerate."
-        ) from error
-    trainer.remove_callback(PrinterCallback)
-    trainer.name_of_key = recipe_key
+    trainer = _trainer(recipe, model, tokenizer, prepared, checkpoints, progress)
     last = last_complete_checkpoint(checkpoints) if resume else None
-    resumed_at = 0 if last is None else int(last.name.rpartition("-")[2])
     started, watch = time.perf_counter(), MemoryWatch()
     try:
-        with watch, _reading(last, progress):
+        with watch, _explained(trainer, checkpoints), _loading(last, progress):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except KeyboardInterrupt as error:
-        state = trainer.state
-        raise EchoInterrupt(f"Interrupted after step {state.global_step} of {state.max_steps}.") from error
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's file writer reports a full disk as a RuntimeError that names its source file
-        if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
-            raise
-        raise EchoCheckpointError(
-            f"{checkpoints} could not be written at step {trainer.state.global_step}: {error}. Free some space, then "
-            "resume; complete checkpoints are kept."
-        ) from error
     finally:
         progress.close()
     seconds = time.perf_counter() - started
-    history = [numbers(entry) for entry in trainer.state.log_history]
+    history = [
+        {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+        for entry in trainer.state.log_history
+    ]
     deployed, echo = parameter_counts(model)
     assert trainer.initial_adapter_hash is not None
-    # without the autocast of training.bf16: scored and proved as it will be loaded
+    # remove the autocast of training.bf16: the model is scored and verified as users will load it
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     result = RunResult(
         output=str(checkpoints.parent),
@@ -168,7 +138,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         device=str(model.device),
         rows=[line for data in prepared["train"] for line in data.summary()],
         steps=trainer.state.global_step,
-        resumed_at=resumed_at,
+        resumed_at=0 if last is None else step_of(last) or 0,
         seconds=seconds,
         peak_memory=watch.peak,
         deployed_parameters=deployed,
@@ -182,20 +152,68 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     return result, model, tokenizer
 
 
-@contextmanager
-def _reading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
-    """Errors before the first step are those of reading the checkpoint, whatever torch and transformers raise.
+def _trainer(
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: Any,
+    prepared: dict[str, list[PreparedData]],
+    checkpoints: Path,
+    progress: _Progress,
+) -> EchoSFTTrainer:
+    try:
+        arguments = training_arguments(recipe, checkpoints)
+    except (ValueError, ImportError) as error:  # for example, bf16 on hardware without it
+        raise EchoConfigError(f"transformers rejects the recipe's training section: {error} Correct it.") from error
+    try:
+        trainer = EchoSFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=join(prepared["train"]),
+            eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
+            processing_class=tokenizer,
+            callbacks=[progress],
+            answer_weight=recipe.training.answer_weight,
+        )
+    except (ValueError, ImportError) as error:  # accelerate's, which also reads environment variables
+        if isinstance(error, EchoError):
+            raise
+        raise EchoConfigError(
+            f"the trainer can't be created: {error} Correct the recipe, or accelerate's environment variables."
+        ) from error
+    trainer.remove_callback(PrinterCallback)
+    trainer.name_of_key = recipe_key
+    return trainer
 
-    Raises EchoCheckpointError for a checkpoint that is whole and can't be gone on from.
-    """
+
+@contextmanager
+def _explained(trainer: EchoSFTTrainer, checkpoints: Path) -> Iterator[None]:
+    """Raises EchoInterrupt with the step at Ctrl-C, and EchoCheckpointError if the disk can't be written."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        state = trainer.state
+        raise EchoInterrupt(f"Interrupted after step {state.global_step} of {state.max_steps}.") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError that names its source file
+        if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
+            raise
+        raise EchoCheckpointError(
+            f"{checkpoints} could not be written at step {trainer.state.global_step}: {error}. Free disk space, then "
+            "resume; complete checkpoints are kept."
+        ) from error
+
+
+@contextmanager
+def _loading(checkpoint: Path | None, progress: _Progress) -> Iterator[None]:
+    """Raises EchoCheckpointError for any error before the first step of a resume: the checkpoint can't be loaded."""
     try:
         yield
     except Exception as error:
         if checkpoint is None or progress.has_begun or isinstance(error, EchoError):
             raise
         raise EchoCheckpointError(
-            f"{checkpoint} can't be resumed from: {type(error).__name__}: {error}. Remove it, then resume: an earlier "
-            "checkpoint is taken, if there is one."
+            f"the run can't resume from {checkpoint}: {type(error).__name__}: {error}. Remove it, then resume: this "
+            "uses an earlier checkpoint, if there is one."
         ) from error
 
 
@@ -206,16 +224,12 @@ class _Progress(TrainerCallback):
         self.console = progress_console()
         self.bar: Progress | None = None
         self.started = 0.0
-        self.has_begun = False  # a step, so that the checkpoint has been read
+        self.has_begun = False  # whether a step has started, so the checkpoint is loaded
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.has_begun = True
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
         if self.console.is_terminal:
             columns = (TextColumn("Training"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
@@ -225,20 +239,14 @@ class _Progress(TrainerCallback):
             self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        shown = [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if logs and name in logs]
-        if not shown or (logs and "train_runtime" in logs):
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
+        shown = [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if name in logs]
+        if not shown or "train_runtime" in logs:
             return
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], description=" ".join(shown[:3]))
@@ -248,7 +256,7 @@ class _Progress(TrainerCallback):
             self.console.print(line, markup=False)
 
     def close(self) -> None:
-        """Remove the bar; also after an error, which no event of the trainer tells of."""
+        """Remove the bar; errors end training without an event."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -11,39 +11,39 @@ import yaml
 
 from echo_lora.errors import EchoConfigError, nearest
 
-LARGEST_FILE = 1_000_000  # bytes; a recipe has some hundred
+LARGEST_FILE = 1_000_000  # bytes; a recipe has a few hundred
 
 MOST_VALUES, DEEPEST = 100_000, 50
 
 
 def names_in(shipped: Path) -> list[str]:
-    """What `find_yaml` finds in a folder of the package by name."""
+    """The names that `find_yaml` accepts for a folder of the package."""
     return sorted(path.stem for path in shipped.glob("*.yaml"))
 
 
 def is_in(path: Path, shipped: Path) -> bool:
-    """Whether a file is one of a folder of the package: its paths then start at the working directory."""
+    """Whether a file is shipped with the package: its paths are then relative to the working directory."""
     return path.resolve().parent == shipped.resolve()
 
 
 def find_yaml(source: str, shipped: Path, kind: str) -> Path:
-    """The file of this path or, in the folder `shipped`, of this name. Raises EchoConfigError if there is neither."""
+    """The file with this path, or with this name in the folder `shipped`. Raises EchoConfigError if neither exists."""
     path = Path(os.path.expanduser(source))
-    if os.path.isfile(path):  # False also for a name that no file can have
+    if os.path.isfile(path):  # unlike Path.is_file, False for an invalid name
         return path
     names = names_in(shipped)
     if source in names:
         return shipped / f"{source}.yaml"
     raise EchoConfigError(
-        f"{source}: there is no such file, and no shipped {kind} of this name.{nearest(source, names)}"
+        f"{source}: there is no such file, and no shipped {kind} of that name.{nearest(source, names)}"
     )
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which every reader sees the same values.
+    """A YAML subset without surprises.
 
-    Numbers, booleans and null are those of JSON; what only YAML 1.1 takes for one (1:30, 1_000, 010, on, 2024-01-01)
-    is the text that it looks like. Keys are texts, each given once. Tags are refused.
+    Numbers, booleans and null are JSON's; what only YAML 1.1 reads as one (1:30, 1_000, 010, on, 2024-01-01) is a
+    string. Keys are unique strings. Tags are errors.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- as the base class has it
@@ -51,17 +51,17 @@ class _Loader(yaml.SafeLoader):
     def get_event(self) -> Any:
         event = super().get_event()
         if (tag := getattr(event, "tag", None)) not in (None, "!"):
-            raise yaml.MarkedYAMLError(problem=f"the tag {tag} has no meaning here", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"the tag {tag} is not supported", problem_mark=event.start_mark)
         return event
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag not in (_TEXT, _MERGE):
-                what = repr(key.value) if isinstance(key, yaml.ScalarNode) else "here"
-                raise yaml.MarkedYAMLError(problem=f"the key {what} is not text", problem_mark=key.start_mark)
+                what = f"the key {key.value!r}" if isinstance(key, yaml.ScalarNode) else "this key"
+                raise yaml.MarkedYAMLError(problem=f"{what} is not a string", problem_mark=key.start_mark)
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -85,16 +85,16 @@ for _tag, _pattern, _first in (
 
 
 def parse_yaml(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
-    """The tree, which knows lines, and the document. Raises EchoConfigError with file and line."""
+    """The node tree, which has line numbers, and the document. Raises EchoConfigError with file and line."""
     try:
         if (size := path.stat().st_size) > LARGEST_FILE:
             raise EchoConfigError(
-                f"{path} has {size:,} bytes, more than any recipe or study ({LARGEST_FILE:,}). Name another file."
+                f"{path} has {size:,} bytes, more than any recipe or study ({LARGEST_FILE:,}). Pass another file."
             )
         tree, document = parsed_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise EchoConfigError(
-            f"{path} can't be read: {error}. Correct its permissions, or name another file."
+            f"{path} can't be read: {error}. Correct its permissions, or pass another file."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -103,13 +103,13 @@ def parse_yaml(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
         raise EchoConfigError(f"{where}: not a YAML recipe: {problem}. Correct this line.") from error
     if not isinstance(document, dict):
         raise EchoConfigError(
-            f"{path}: a recipe is a list of `key: value` lines, as in `model: packaged:smollm2-135m`."
+            f"{path} is not a YAML mapping. Write `key: value` lines, as in `model: packaged:smollm2-135m`."
         )
     return tree, document
 
 
 def parsed_yaml(text: str) -> tuple[yaml.Node | None, Any]:
-    """The tree and the value of a YAML text. Raises yaml.YAMLError."""
+    """The node tree and the value of a YAML text. Raises yaml.YAMLError."""
     try:
         loader = _Loader(text)
         tree = loader.get_single_node()
@@ -122,9 +122,9 @@ def parsed_yaml(text: str) -> tuple[yaml.Node | None, Any]:
 
 
 def _check_size(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
-    """Number of values in a node, those that an alias repeats included. Raises yaml.YAMLError if there are too many."""
+    """Number of values in a node with all aliases expanded. Raises yaml.YAMLError if there are too many."""
     if id(node) in above:
-        raise yaml.MarkedYAMLError(problem="the value holds itself, by an alias", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="the value contains itself through an alias", problem_mark=node.start_mark)
     if len(above) > DEEPEST:
         raise yaml.MarkedYAMLError(
             problem=f"it is nested more than {DEEPEST} levels deep", problem_mark=node.start_mark
@@ -138,7 +138,7 @@ def _check_size(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
         known[id(node)] = 1 + sum(_check_size(part, known, above | {id(node)}) for part in inner)
         if known[id(node)] > MOST_VALUES:
             raise yaml.MarkedYAMLError(
-                problem=f"it has more than {MOST_VALUES:,} values, aliases counted as what they repeat",
+                problem=f"it has more than {MOST_VALUES:,} values, with aliases expanded",
                 problem_mark=node.start_mark,
             )
     return known[id(node)]

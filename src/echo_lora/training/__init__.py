@@ -1,1 +1,1 @@
-"""The trainers: the echo loss in Trainer and SFTTrainer, checkpoints, metrics, and what is refused."""
+"""The trainers: Trainer and SFTTrainer with the echo loss, their checkpoints and metrics, and unsupported settings."""

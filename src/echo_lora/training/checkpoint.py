@@ -1,12 +1,12 @@
 """Complete checkpoints: a seal, written last, that lists the files and the configuration they belong to.
 
-A run may be killed while it writes. A checkpoint without a seal was interrupted; one whose files differ from
-their seal was damaged. Neither is resumed from, and no older checkpoint is deleted before a newer one is sealed.
+A run may be killed while it writes. A checkpoint without a seal was interrupted; one whose files differ from the seal
+is damaged. A resume uses neither, and no older checkpoint is deleted before a newer one is sealed.
 
-Only what was saved is ever removed. While a checkpoint has no seal, because it is being saved or removed, a record
-beside it tells its own files from those of others: a folder with neither is not ours.
+Only files that a trainer saved are ever removed. While a checkpoint has no seal, because it is being saved or removed,
+a record beside its folder tells its files from other files; a folder with neither is left alone.
 
-Its tensors are whole, however many processes held parts of them, so that any number of processes can go on from it.
+Tensors are saved whole, even if they were sharded, so a run can resume on any number of processes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from echo_lora.adapter.files import CONFIG_FILE, TOKENIZER_FILES, whole
 from echo_lora.errors import EchoCheckpointError
@@ -32,16 +34,12 @@ from echo_lora.files import remove_empty, remove_files, use_umask, write_file
 
 logger = logging.getLogger(__name__)
 
-
 SEAL = "echo_checkpoint.json"
-
 RECORD = ".unfinished.json"  # beside the folder, .checkpoint-4.unfinished.json: made before it, removed after it
+IN_PROGRESS = "checkpoint-is-incomplete.txt"  # the marker of enable_jit_checkpoint in transformers
+LOADED = (".safetensors", ".bin", ".pt", ".pth")  # files that a trainer loads by name
 
-IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers' mark of enable_jit_checkpoint, removed when it is saved
-
-LOADED = (".safetensors", ".bin", ".pt", ".pth")  # files that a trainer reads by their names
-
-# What a trainer writes into a checkpoint; an interruption leaves temporary names of safetensors and of ours.
+# What a trainer writes into a checkpoint; an interrupted write leaves temporary files of safetensors and of ours.
 WRITTEN = (
     *(f"*{suffix}" for suffix in LOADED),
     *("trainer_state.json", CONFIG_FILE, "README.md", *TOKENIZER_FILES, IN_PROGRESS, ".tmp*", f".{SEAL}.*"),
@@ -49,14 +47,12 @@ WRITTEN = (
 
 
 def begin_checkpoint(folder: Path) -> None:
-    """To be called before a checkpoint is saved: record what is in its folder already, which is not ours.
-
-    What an earlier run saved there is removed.
-    """
+    """Call before saving a checkpoint: removes what an earlier run saved there, and records the files of others."""
     remove_checkpoint(folder)
     others = {name: _state(folder / name) for name in _files(folder) if name != IN_PROGRESS}
     _record(folder).parent.mkdir(parents=True, exist_ok=True)
-    _record(folder).write_text(json.dumps({"others": others}), encoding="utf-8")  # cut off: nothing was saved yet
+    # need not be atomic: a truncated record means that nothing was saved yet
+    _record(folder).write_text(json.dumps({"others": others}), encoding="utf-8")
 
 
 def seal_checkpoint(
@@ -67,10 +63,10 @@ def seal_checkpoint(
     num_tokens: int = 0,
     loss_sum: tuple[float, int] = (0.0, 0),
 ) -> None:
-    """Declare the checkpoint complete: its files with their SHA-256, and what decides the run's result.
+    """Declare the checkpoint complete: write its files' SHA-256 and the configuration that decides the run's result.
 
-    Its files are those that were written since `begin_checkpoint`. num_tokens: those trained on so far, as TRL counts
-    them for its log; a resume goes on counting from there. loss_sum: the logged loss, summed over the steps since one.
+    Its files are those written since `begin_checkpoint`. num_tokens: tokens trained on so far, as TRL logs them; a
+    resume continues the count. loss_sum: the logged loss, summed over the steps since the given one.
     """
     names = [name for name in _new_files(folder) if name != IN_PROGRESS]
     use_umask(folder, [folder / name for name in names])
@@ -89,31 +85,41 @@ def seal_checkpoint(
 def read_seal(folder: Path) -> dict[str, Any]:
     """The seal of a checkpoint, after comparing every file with it.
 
-    Raises EchoCheckpointError, which names the newest sound checkpoint beside it and how to go on from that, or the
-    file that has to go.
+    Raises EchoCheckpointError, which names the newest sound checkpoint beside it and how to resume from that, or the
+    file to remove.
     """
     try:
         seal = _sound_seal(folder)
     except EchoCheckpointError as error:
-        raise EchoCheckpointError(_with_way_on(str(error), folder)) from error
+        raise EchoCheckpointError(_with_remedy(str(error), folder)) from error
     for name in _files(folder):
         if Path(name).suffix in LOADED and name not in seal["files"]:
             raise EchoCheckpointError(
-                f"{folder / name} was not there when the checkpoint was written, and could be loaded in place of what "
-                "was saved. Remove it, then resume again."
+                f"{folder / name} was added after the checkpoint was written, and could be loaded instead of what was "
+                "saved. Remove it, then resume again."
             )
     return seal
 
 
+def checkpoint_folder(output_dir: str | Path, state: TrainerState) -> Path:
+    """Where Trainer saves the checkpoint of the current step."""
+    return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None if it has another name."""
+    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", folder.name)
+    return int(match[1]) if match else None
+
+
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """The folders checkpoint-1, checkpoint-2, … of a run, by step: a clock may be set back."""
-    folders = Path(output_dir).glob("checkpoint-*")
-    found = [(int(path.name[11:]), path) for path in folders if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    """The folders checkpoint-1, checkpoint-2, … of a run, in order of their steps (clocks may be set back)."""
+    found = [(step, path) for path in Path(output_dir).glob("checkpoint-*") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(found) if path.is_dir()]
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The sealed checkpoints of a run, by step."""
+    """The sealed checkpoints of a run, in order of their steps."""
     return [folder for folder in checkpoints_in(output_dir) if (folder / SEAL).is_file()]
 
 
@@ -123,22 +129,19 @@ def has_complete_checkpoint(output_dir: str | Path) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path:
-    """The newest sealed checkpoint; newer ones without a seal are passed over, with a line that says so.
-
-    To be called once in a resume. Raises EchoCheckpointError if there is none.
-    """
+    """The newest sealed checkpoint. Warns about newer, unsealed ones; raises EchoCheckpointError if there is none."""
     complete = complete_checkpoints(output_dir)
     for folder in reversed(checkpoints_in(output_dir)):
         if folder in complete:
             return folder
-        logger.warning("%s was not finished, or is of another program; passing over it.", folder)
+        logger.warning("%s is incomplete, or was written by another program; skipping it.", folder)
     raise EchoCheckpointError(f"{output_dir} holds no complete checkpoint to resume from. Start without resuming.")
 
 
 def rotate_checkpoints(newest: Path, limit: int | None, best: str | Path | None = None) -> None:
-    """Remove the earliest sealed checkpoints beside the `newest`, which was just written, until `limit` are left.
+    """Remove the oldest sealed checkpoints until `limit` are left; None or 0 keeps all.
 
-    The newest, the last by its step and the best are kept. limit: None or 0 keeps all.
+    The `newest`, which was just written, the one of the highest step and the best are always kept.
     """
     sealed = complete_checkpoints(newest.parent)
     kept = {newest.resolve(), sealed[-1].resolve()} | ({Path(best).resolve()} if best else set())
@@ -148,14 +151,14 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: str | Path | None 
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove what was saved into a checkpoint, and the folder if nothing else is in it.
+    """Remove what was saved into a checkpoint, and the folder if it is then empty.
 
-    Without a seal or a record it is not ours, and stays.
+    A folder with neither seal nor record is not ours and stays.
     """
     record = _record(folder)
     try:
         if (folder / SEAL).is_file():
-            (folder / SEAL).replace(record)  # so that a removal that is interrupted can be gone on with
+            (folder / SEAL).replace(record)  # so that an interrupted removal can be completed later
         if record.is_file():
             remove_files(folder, [SEAL, *_recorded_files(folder)])
             record.unlink()
@@ -164,17 +167,17 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Remove what was saved of checkpoints whose saving or removal was interrupted."""
+    """Remove the files of checkpoints whose saving or removal was interrupted."""
     for record in output_dir.glob(f".checkpoint-*{RECORD}"):
         folder = record.with_name(record.name.removesuffix(RECORD)[1:])
-        if (folder / SEAL).is_file():  # it was complete
+        if (folder / SEAL).is_file():  # interrupted after the seal was written
             record.unlink()
         else:
             remove_checkpoint(folder)
 
 
 def clear_checkpoints(output_dir: Path) -> None:
-    """Remove all checkpoints of a study's run, sealed or not, TRL's card, and the folder if nothing else is in it."""
+    """Remove all checkpoints of a study's run, sealed or not, TRL's card, and the folder if it is then empty."""
     remove_unfinished(output_dir)
     for folder in checkpoints_in(output_dir):
         remove_checkpoint(folder)
@@ -183,15 +186,15 @@ def clear_checkpoints(output_dir: Path) -> None:
 
 
 def _record(folder: Path) -> Path:
-    """Either what was in a folder before it was saved into, or the seal of one that is being removed."""
+    """Where a checkpoint being saved lists the files that were there before, or one being removed keeps its seal."""
     return folder.with_name(f".{folder.name}{RECORD}")
 
 
 def _recorded_files(folder: Path) -> list[str]:
-    """What was saved into a folder without a seal; nothing if the record is cut off or damaged."""
+    """What was saved into a folder without a seal; nothing if the record is truncated or damaged."""
     try:
         record = json.loads(_record(folder).read_text(encoding="utf-8"))
-        if "others" in record:  # who stopped it may have put more there since then
+        if "others" in record:  # the user may have added files since the interruption
             return [name for name in _new_files(folder) if any(Path(name).match(pattern) for pattern in WRITTEN)]
         return [name for name in record["files"] if _is_inside(name)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -199,7 +202,7 @@ def _recorded_files(folder: Path) -> list[str]:
 
 
 def _new_files(folder: Path) -> list[str]:
-    """The files in a folder that were not there, or were others, when its saving began."""
+    """The files in a folder that were added or rewritten since its saving began."""
     others = json.loads(_record(folder).read_text(encoding="utf-8"))["others"]
     return [name for name in _files(folder) if name != SEAL and others.get(name) != _state(folder / name)]
 
@@ -209,17 +212,17 @@ def _files(folder: Path) -> list[str]:
 
 
 def _state(path: Path) -> list[int]:
-    """Another one when the file has been written again."""
+    """A fingerprint that changes when the file is rewritten."""
     found = path.stat()
     return [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def _seal(folder: Path) -> dict[str, Any]:
-    """The seal as it is written. Raises EchoCheckpointError if it is missing or damaged."""
+    """The seal, unverified. Raises EchoCheckpointError if it is missing or damaged."""
     path = folder / SEAL
     if not path.is_file():
         raise EchoCheckpointError(
-            f"{folder} has no {SEAL}: it was interrupted while being written, or is not a checkpoint of this package."
+            f"{folder} has no {SEAL}: its writing was interrupted, or it is not a checkpoint of this package."
         )
     try:
         seal = json.loads(path.read_text(encoding="utf-8"))
@@ -231,12 +234,12 @@ def _seal(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EchoCheckpointError(f"{path} is damaged: {error!r}.") from error
     if not is_one:
-        raise EchoCheckpointError(f"{path} is damaged: it does not list files of its folder, or no number of tokens.")
+        raise EchoCheckpointError(f"{path} is damaged: it lacks a list of files in its folder, or a number of tokens.")
     return seal
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name stays in its folder, under any system."""
+    """Whether a relative path stays inside its folder, on any operating system."""
     return not any(part.anchor or ".." in part.parts for part in (PurePosixPath(name), PureWindowsPath(name)))
 
 
@@ -244,11 +247,11 @@ def _sound_seal(folder: Path) -> dict[str, Any]:
     seal = _seal(folder)
     for name, digest in seal["files"].items():
         if not (folder / name).is_file() or file_hash(folder / name) != digest:
-            raise EchoCheckpointError(f"{folder / name} is missing or not what was saved.")
+            raise EchoCheckpointError(f"{folder / name} is missing or differs from what was saved.")
     return seal
 
 
-def _with_way_on(problem: str, damaged: Path) -> str:
+def _with_remedy(problem: str, damaged: Path) -> str:
     """The problem of a checkpoint that can't be resumed from, and what to do about it."""
     newer = [damaged]
     for folder in reversed(checkpoints_in(damaged.parent)):
@@ -259,19 +262,19 @@ def _with_way_on(problem: str, damaged: Path) -> str:
             continue
         away = " and ".join(map(str, sorted(newer)))
         return (
-            f"{problem} The newest sound checkpoint is {folder}. To go on from it, move {away} away and resume again "
+            f"{problem} The newest sound checkpoint is {folder}. To resume from it, move {away} away and resume again "
             f"(echo-lora train … --resume), or pass resume_from_checkpoint={str(folder)!r} in a script."
         )
-    return f"{problem} There is no sound checkpoint beside it: start anew, in another output folder."
+    return f"{problem} There is no sound checkpoint beside it: start again in another output folder."
 
 
 def compare_configuration(
     folder: Path, saved: dict[str, Any], current: dict[str, Any], name_of: Callable[[str], str] = str
 ) -> None:
-    """Raises EchoCheckpointError with the differences, if there are any. name_of: what the user calls a key."""
+    """Raises EchoCheckpointError, which lists the differences. name_of: the user's name for a key."""
     current = _plain(current)
     keys = saved.keys() | current.keys()
-    if saved.get("base.sha256") == current.get("base.sha256"):  # the same base, wherever it lies now
+    if saved.get("base.sha256") == current.get("base.sha256"):  # the same base, even if it was moved
         keys -= {"adapter.base_model_name_or_path"}
     differences = [
         f"  {name_of(key)}: checkpoint {saved.get(key)!r}, now {current.get(key)!r}"
@@ -280,19 +283,19 @@ def compare_configuration(
     ]
     if differences:
         raise EchoCheckpointError(
-            f"{folder} was made with another configuration, so going on would give neither run's result:\n"
+            f"{folder} was saved with another configuration, so resuming would reproduce neither run:\n"
             + "\n".join(differences)
-            + "\nRestore these values, or start anew in another output folder."
+            + "\nRestore these values, or start again in another output folder."
         )
 
 
 def describe_base(model: PeftModel) -> dict[str, Any]:
-    """What of the base decides the result: how it computes, and SHA-256 of all its weights as they were loaded.
+    """What in the base decides a run's result: dtype, attention, quantisation, and the SHA-256 of its loaded weights.
 
-    To be read before training, while the model is whole. About a second for each gigabyte, in up to 8 threads.
+    Call it before training shards the model. Takes about a second per gigabyte, in up to 8 threads.
     """
     base = model.get_base_model()
-    config = getattr(base, "config", None)  # a module of one's own has none
+    config = getattr(base, "config", None)  # the user's own module may have none
     quantisation: Any = getattr(config, "quantization_config", None)
     return {
         "dtype": str(getattr(base, "dtype", None)).removeprefix("torch."),
@@ -322,19 +325,19 @@ def _weights_hash(model: PeftModel) -> str:
 
 
 def fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into those of the same names, of which each process may hold a part.
+    """Copy whole tensors into the targets of the same names, which may be sharded.
 
     Raises EchoCheckpointError if names or shapes differ.
     """
     if targets.keys() != values.keys():
         raise EchoCheckpointError(
-            f"the checkpoint holds other tensors than the model: {sorted(targets.keys() ^ values.keys())[:3]} are in "
-            "one only. Resume from a checkpoint of this run."
+            f"the checkpoint and the model have different tensors: {sorted(targets.keys() ^ values.keys())[:3]} are in "
+            "only one of them. Resume from a checkpoint of this run."
         )
     for name, target in targets.items():
         if target.shape != values[name].shape:
             raise EchoCheckpointError(
-                f"{name} has the shape {tuple(values[name].shape)} in the checkpoint and {tuple(target.shape)} in the "
+                f"{name} has the shape {tuple(values[name].shape)} in the checkpoint but {tuple(target.shape)} in the "
                 "model. Resume from a checkpoint of this run."
             )
     with torch.no_grad():
@@ -343,7 +346,7 @@ def fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def whole_optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """`optimizer.state_dict()` with whole tensors; every process has to ask."""
+    """`optimizer.state_dict()` with whole tensors. Call it in every process."""
     saved = optimizer.state_dict()
     states = {
         index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
@@ -353,7 +356,7 @@ def whole_optimizer_state(optimizer: Any) -> dict[str, Any]:
 
 
 def load_whole_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict()` for parameters of which each process holds a part."""
+    """`optimizer.load_state_dict()` for sharded parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = {
         index: {
@@ -366,7 +369,7 @@ def load_whole_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
 
 
 def _part(value: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of a whole tensor, where `like` is shared out."""
+    """The shard of a whole tensor that this process holds, if `like` is sharded."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Collation: row numbers and answer masks beside the batch; the weighted whole-text loss."""
+"""Collation: row numbers and answer masks next to the batch; the weighted loss on whole rows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from echo_lora.errors import EchoDataError
 
 
 class RowCollator:
-    """The user's collator, with the rows' numbers carried past it, and where wanted what is answer in their labels."""
+    """The user's collator; row numbers, and answer masks if wanted, bypass it and are added to its batch."""
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], wants_answers: bool = True) -> None:
         self.collate, self.wants_answers = collate, wants_answers
 
     @property
     def tokenizer(self) -> Any:
-        """Where Trainer looks for one to save beside the model."""
+        """Trainer looks here for a tokenizer to save with the model."""
         return getattr(self.collate, "tokenizer", None)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -39,13 +39,13 @@ class RowCollator:
 
 
 def _at_tokens(masks: list[list[int]], batch: dict[str, Any]) -> Tensor:
-    """The rows' masks where the collator put their tokens, (B, T); 0 at padding."""
+    """The rows' masks at the columns where the collator put their tokens, (B, T); 0 at padding."""
     is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     lengths = [len(mask) for mask in masks]
     if is_token.sum(1).tolist() != lengths:
         raise EchoDataError(
-            f"the data collator makes rows of {is_token.sum(1).tolist()} tokens out of rows of {lengths}, so it is not "
-            "known which of them are answers. Use one that only pads, and returns an attention_mask."
+            f"the data collator turns rows of {lengths} tokens into rows of {is_token.sum(1).tolist()}, so it is "
+            "unknown which of them are answers. Use a collator that only pads and returns an attention_mask."
         )
     at_tokens = torch.zeros_like(batch["input_ids"])
     at_tokens[is_token] = torch.tensor([value for mask in masks for value in mask], dtype=at_tokens.dtype)
@@ -53,7 +53,7 @@ def _at_tokens(masks: list[list[int]], batch: dict[str, Any]) -> Tensor:
 
 
 class WeightedForward:
-    """A model without echo, whose log-probabilities of answer tokens count `weight` times in TRL's loss."""
+    """A model without the echo whose answer tokens count `weight` times in TRL's loss."""
 
     def __init__(self, model: Any, is_answer: Tensor, weight: float) -> None:
         self.model, self.is_answer, self.weight = model, is_answer, weight  # is_answer: (B, T)
@@ -66,10 +66,10 @@ class WeightedForward:
 
 
 def numbered(dataset: Any, source: str) -> Any:
-    """The dataset with a column that numbers its rows from 0, where it is one that can carry it.
+    """The dataset with a column ROW that numbers its rows from 0; a stream is returned unchanged.
 
-    A tokenised one keeps the numbers that it has: it comes from a preparation, which may have dropped rows. Raises
-    EchoDataError for a column of that name which holds no numbers.
+    A tokenised dataset keeps the numbers it has: its preparation may have dropped rows. Raises EchoDataError if such a
+    column holds anything but integers.
     """
     import pyarrow as pa
 
@@ -78,7 +78,7 @@ def numbered(dataset: Any, source: str) -> Any:
     if ROW in dataset.column_names:
         column = dataset.data.column(ROW)
         if not pa.types.is_integer(column.type):
-            raise EchoDataError(f"the {source} have {KEPT_NAME}")
+            raise EchoDataError(f"the {source} has {KEPT_NAME}")
         if "input_ids" in dataset.column_names and not column.null_count:
             return dataset
         dataset = dataset.remove_columns(ROW)

@@ -1,4 +1,4 @@
-"""Loss terms collected between two log entries, over all processes."""
+"""Means of the loss terms between two log entries, over all processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from echo_lora.method.step import EchoOutput
 
 
 class Meter:
-    """Sums of what the steps since the last log returned.
+    """Sums up the outputs of the steps since the last log.
 
-    answer_weight: that of answer tokens beside prompt tokens in the loss.
+    answer_weight: weight of answer tokens relative to prompt tokens in the loss.
     """
 
     ALWAYS = tuple(name for name in losses.NAMES if name not in ("loss", *losses.ROUTED))
@@ -26,7 +26,7 @@ class Meter:
 
     def reset(self) -> None:
         self.optimizer_steps = self.routed_steps = self.routed_batches = 0
-        self.is_routed = False  # of the optimizer step under way
+        self.is_routed = False  # of the current optimizer step
         self.sums: dict[str, Tensor] = {}
 
     def add(self, output: EchoOutput) -> None:
@@ -41,10 +41,10 @@ class Meter:
         self.routed_steps += self.is_routed
 
     def metrics(self, add_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over tokens and steps; terms of the echo over routed steps only. add_ranks(x) sums over processes.
+        """Means over tokens and steps, for terms of the echo over routed steps only. add_ranks(x) sums over processes.
 
-        `loss` is the cross-entropy of the echo-off pass, which is what is deployed, over all supervised tokens: that
-        of a run without the echo, and of the validation.
+        `loss` is the cross-entropy of the deployed, echo-off pass over all supervised tokens, so it compares with that
+        of a run without the echo and with `eval_loss`.
         """
         if not self.optimizer_steps or not self.sums:
             return {}

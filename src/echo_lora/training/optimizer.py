@@ -1,14 +1,13 @@
-"""The learning rate of the echo networks: `echo_lr_multiplier` times that of the LoRA module that each one feeds, and
-a warm-up of its own.
+"""The echo networks' learning rate: `echo_lr_multiplier` times that of the LoRA module each one feeds, and a warm-up.
 
-Optimizers that treat parameters by name or shape (LoRA+, LoRA-FA) put the echo's among the adapter's; here they get
-groups of their own. Like biases elsewhere, the echo's biases and scales are not decayed.
+Optimizers that group parameters by name or shape (LoRA+, LoRA-FA) mix the echo's with the adapter's; here they get
+groups of their own. As usual, biases and scales are not decayed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any
@@ -21,11 +20,11 @@ from echo_lora.method.routing import echo_lr_factor
 
 
 def separate_echo(optimizer: Any, model: EchoModel) -> None:
-    """Move the echo networks' parameters to groups of their own, with their learning rate.
+    """Move the echo networks' parameters to groups of their own, with their own learning rate.
 
-    A branch of the echo gets `echo_lr_multiplier` times the rate of its module's lora_A (of lora_B where that is not
-    trained). Call it before a scheduler is made for the optimizer. Groups that hold nothing but the echo stay as they
-    are: they were made on purpose. Raises EchoConfigError if the optimizer can't give the echo its rate.
+    Each branch of the echo gets `echo_lr_multiplier` times the rate of its module's lora_A (of lora_B if lora_A is
+    frozen). Call it before creating a scheduler for the optimizer. Groups that already hold only echo parameters are
+    left as they are. Raises EchoConfigError if the optimizer can't give the echo its rate.
     """
     if _is_separate(optimizer, model):
         return
@@ -41,16 +40,18 @@ def separate_echo(optimizer: Any, model: EchoModel) -> None:
 
 
 def refuse_shared_rate(optimizer: Any, model: EchoModel, remedy: str) -> None:
-    """Raises EchoConfigError if the optimizer does not train the echo at its own rate."""
+    """Raises EchoConfigError if the optimizer does not train the echo at the configured learning rate."""
     if _is_separate(optimizer, model):
         return
     if model.echo_config.echo_lr_warmup:
         raise EchoConfigError(
             f"echo_lr_warmup={model.echo_config.echo_lr_warmup:g} needs the echo networks in groups of their own, but "
-            f"the optimizer holds them together with the adapter. {remedy}"
+            f"the optimizer has them in groups with the adapter. {remedy}"
         )
-    for _, group, rate in _wanted(optimizer, model, "initial_lr" if _has_scheduler(optimizer) else "lr"):
-        now = float(group["initial_lr"] if _has_scheduler(optimizer) else group["lr"])
+    has_scheduler = all("initial_lr" in group for group in optimizer.param_groups)
+    key = "initial_lr" if has_scheduler else "lr"
+    for _, group, rate in _wanted(optimizer, model, key):
+        now = float(group[key])
         if not math.isclose(now, rate, rel_tol=1e-6):
             raise EchoConfigError(
                 f"the optimizer trains the echo networks at a learning rate of {now:g}, but echo_lr_multiplier="
@@ -60,16 +61,15 @@ def refuse_shared_rate(optimizer: Any, model: EchoModel, remedy: str) -> None:
 
 @contextmanager
 def warming_up(optimizer: Any, model: EchoModel, step: int, total_steps: int) -> Iterator[None]:
-    """Inside, the echo's groups have the learning rate of optimizer step `step` (from 0) in their warm-up.
+    """Scale the learning rate of the echo's groups for the warm-up at optimizer step `step` (from 0).
 
-    For the call of `optimizer.step()`; schedulers see the rates as they were. EchoTrainer and EchoCallback do this.
+    Wraps the call of `optimizer.step()`; schedulers see the unscaled rates. EchoTrainer and EchoCallback use it.
     """
     factor = echo_lr_factor(model.echo_config, step, total_steps)
-    if factor == 1:  # of most steps
+    if factor == 1:
         yield
         return
-    of_echo = {id(p) for p in model.echo.parameters()}
-    own = [g for g in optimizer.param_groups if g["params"] and {id(p) for p in g["params"]} <= of_echo]
+    own, _ = _groups_with(optimizer, model.echo.parameters())
     rates = [(group, group["lr"]) for group in own]
     for group, rate in rates:
         group["lr"] = rate * factor
@@ -80,17 +80,19 @@ def warming_up(optimizer: Any, model: EchoModel, step: int, total_steps: int) ->
             group["lr"] = rate
 
 
-def _has_scheduler(optimizer: Any) -> bool:
-    return all("initial_lr" in group for group in optimizer.param_groups)
-
-
 def _is_separate(optimizer: Any, model: EchoModel) -> bool:
-    """Whether no group holds parameters of the echo and others."""
+    """Whether the echo's trained parameters have groups of their own."""
     if any(group.get("echo") for group in optimizer.param_groups):
         return True
-    of_echo = {id(p) for p in model.echo.parameters() if p.requires_grad}
-    mixed = [{id(p) in of_echo for p in group["params"]} for group in optimizer.param_groups]
-    return {True} in mixed and {True, False} not in mixed
+    own, mixed = _groups_with(optimizer, (p for p in model.echo.parameters() if p.requires_grad))
+    return bool(own) and not mixed
+
+
+def _groups_with(optimizer: Any, parameters: Iterable[nn.Parameter]) -> tuple[list[Any], list[Any]]:
+    """The optimizer's groups that hold only these parameters, and those that hold others too."""
+    ids = {id(p) for p in parameters}
+    kinds = [(group, {id(p) in ids for p in group["params"]}) for group in optimizer.param_groups]
+    return [g for g, kind in kinds if kind == {True}], [g for g, kind in kinds if kind == {True, False}]
 
 
 def _wanted(optimizer: Any, model: EchoModel, key: str) -> Iterator[tuple[nn.Parameter, dict[str, Any], float]]:
@@ -105,21 +107,22 @@ def _wanted(optimizer: Any, model: EchoModel, key: str) -> Iterator[tuple[nn.Par
             if id(parameter) not in group_of:
                 raise EchoConfigError(
                     f"the optimizer {type(optimizer).__name__} does not hold the parameters of the echo networks in "
-                    "its groups, so they would not be trained, or not at their learning rate. Choose another one, give "
-                    "it all parameters that require gradients, or freeze the echo: model.echo.requires_grad_(False)."
+                    "its groups, so they would not be trained, or not at their learning rate. Use another optimizer, "
+                    "pass it all parameters that require gradients, or freeze the echo: "
+                    "model.echo.requires_grad_(False)."
                 )
             group = group_of[id(parameter)]
             rate = (of_adapter or [group])[0][key]
             if rate is None:
                 raise EchoConfigError(
                     f"the optimizer {type(optimizer).__name__} has no learning rate (lr=None), so echo_lr_multiplier="
-                    f"{multiplier:g} can't be applied. Give it one."
+                    f"{multiplier:g} can't be applied. Set lr."
                 )
             yield parameter, group, float(rate) * multiplier
 
 
 def _take(group: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
-    """Take these out of the group; a group like it that holds them, with what lists say of each parameter."""
+    """Move these parameters out of the group into a copy of it, together with their entries in per-parameter lists."""
     taken = {id(p) for p in parameters}
     is_taken = [id(p) in taken for p in group["params"]]
     is_left = [not value for value in is_taken]

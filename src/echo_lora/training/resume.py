@@ -1,6 +1,6 @@
-"""Checkpoints of a training with the echo: sealed when complete, proved, and resumed from in the same configuration.
+"""Saving and resuming: checkpoints are verified and sealed when saved, and resumed only with the same configuration.
 
-Under FSDP2 they are those of one process.
+Under FSDP2 they look like those of a single process.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from echo_lora.method.model import EchoModel
 from echo_lora.training.callback import EchoCallback
 from echo_lora.training.checkpoint import (
     begin_checkpoint,
+    checkpoint_folder,
     checkpoints_in,
     compare_configuration,
     describe_base,
@@ -38,6 +39,7 @@ from echo_lora.training.checkpoint import (
     remove_checkpoint,
     rotate_checkpoints,
     seal_checkpoint,
+    step_of,
     whole_optimizer_state,
 )
 from echo_lora.training.state import ECHO_STATE, adapter_folder, dataset_hash, no_code, save_echo
@@ -50,13 +52,13 @@ FINGERPRINT = [
     *("lr_scheduler_kwargs", "optim_args", "average_tokens_across_devices", "neftune_noise_alpha"),
     *("dataloader_drop_last", "train_sampling_strategy", "auto_find_batch_size"),
     *("seed", "data_seed", "bf16", "fp16"),
-    *("label_smoothing_factor", "optim_target_modules"),  # of a baseline; refused beside the echo
+    *("label_smoothing_factor", "optim_target_modules"),  # in a baseline; not supported with the echo
     *("router_aux_loss_coef", "loss_type"),  # SFTConfig's
 ]
 
 
 class CheckpointMixin(Trainer):
-    """What EchoTrainerMixin does about checkpoints."""
+    """The checkpoints of EchoTrainerMixin."""
 
     train_dataset: Any
     answer_weight: float
@@ -64,8 +66,8 @@ class CheckpointMixin(Trainer):
     initial_adapter_hash: str | None
     _given_optimizer: str | None
     _base: dict[str, Any]
-    _total_train_tokens = 0  # SFTTrainer's, which it counts from 0 after a resume too
-    _sum_before = (0.0, 0)  # of `loss` over the steps before this training, and the step from which it is summed
+    _total_train_tokens = 0  # SFTTrainer's counter, which a resume would restart at 0
+    _sum_before = (0.0, 0)  # sum of `loss` before this call of train, and the step from which it is summed
     _summed_from = 0
     _sum_of_losses: Callable[[], float]
 
@@ -77,11 +79,11 @@ class CheckpointMixin(Trainer):
     # ------------------------------------------------------------------ saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The base's checkpoint and the echo's state, sealed last; older ones are deleted only after that."""
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        """As Trainer's, plus the echo's state and a seal; older checkpoints are deleted only after that."""
+        folder = checkpoint_folder(self._get_output_dir(trial=trial), self.state)
         if self.args.should_save:
             begin_checkpoint(folder)
-        self.accelerator.wait_for_everyone()  # each process writes its own random states there
+        self.accelerator.wait_for_everyone()  # every process writes its random states into the folder
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         pushes, self.args.push_to_hub = self.args.push_to_hub, False
         try:
@@ -107,7 +109,7 @@ class CheckpointMixin(Trainer):
         rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
     def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
-        """The base's; with save_total_limit=1 it would remove every checkpoint but the best, whoever made it."""
+        """As Trainer's, which with save_total_limit=1 would remove other programs' checkpoints too."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super()._finalize_training(trial, *args)
@@ -121,9 +123,9 @@ class CheckpointMixin(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])  # as logged
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer.save_model, and read back. Raises EchoCheckpointError if the folder does not hold the adapter."""
+        """As Trainer.save_model, then read back. Raises EchoCheckpointError if the saved adapter differs."""
         folder = Path(output_dir or self.args.output_dir)
-        if self._is_sharded:  # transformers would gather the base too
+        if self._is_sharded:  # transformers would also gather the base
             self._save(str(folder), state_dict=self._whole_state())
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -134,11 +136,11 @@ class CheckpointMixin(Trainer):
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether each process holds a part of every tensor of the adapter."""
+        """Whether the adapter's tensors are sharded across processes."""
         return self.is_fsdp_enabled and isinstance(self.model, PeftModel)
 
     def _whole_state(self) -> dict[str, Tensor]:
-        """Of the model's `state_dict`, what PEFT saves. Every process has to ask."""
+        """The part of the model's `state_dict` that PEFT saves, whole. Call it in every process."""
         model = self.model
         state = model.state_dict()
         saved = [get_peft_model_state_dict(model, state_dict=state, adapter_name=name) for name in model.peft_config]
@@ -159,7 +161,7 @@ class CheckpointMixin(Trainer):
         if not isinstance(model, PeftModel):
             return
         name = model.active_adapters[0]
-        # with a warm-up, the first step has a learning rate of 0 and leaves lora_B at zero
+        # with a warm-up the first step has a learning rate of 0, so lora_B is still zero
         trained = self.state.global_step > 1
         tensors = adapter_tensors(model, name) if self._is_sharded else None
         if not self.args.should_save:
@@ -167,13 +169,13 @@ class CheckpointMixin(Trainer):
         adapter = adapter_folder(folder, model)
         use_umask(adapter, [adapter / ADAPTER_FILE])
         if tensors is None:
-            with self.accelerator.autocast():  # in which a base and parts of other types fit together
+            with self.accelerator.autocast():  # base and adapter may differ in dtype
                 verify_adapter(model, adapter, name, trained=trained)
-        else:  # one process can't run a forward
+        else:  # one process alone can't run a sharded model
             compare_adapter(adapter, tensors, trained=trained)
 
     def configuration(self) -> dict[str, Any]:
-        """What decides the result of this run; a resume must agree on all of it."""
+        """Everything that decides the result of this run; a resume must agree on all of it."""
         model = self.accelerator.unwrap_model(self.model)
         values = {f"training.{name}": getattr(self.args, name, None) for name in FINGERPRINT}
         values["training.batches"] = self._batches()
@@ -189,72 +191,72 @@ class CheckpointMixin(Trainer):
         return values
 
     def _batches(self) -> str:
-        """How rows are shared out; the same text for all ways that train on the same rows in every step."""
+        """How rows are batched; the same string for settings that train on the same rows in every step."""
         args, processes = self.args, self.accelerator.num_processes
         batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         has_order = isinstance(self.train_dataset, Dataset) and args.train_sampling_strategy in ("random", "sequential")
-        # several processes fill the last round of batches up with rows of the first
-        comes_out_even = has_order and len(self.train_dataset) % (processes * batch) == 0
+        # otherwise several processes pad the last batches with rows of the first
+        divides_evenly = has_order and len(self.train_dataset) % (processes * batch) == 0
         is_alone = has_order and processes == 1 and not args.dataloader_drop_last
         mixes_rows = self._echo_model is not None and self._echo_model.echo_config.mixes_rows
-        if (comes_out_even or is_alone) and not (
+        if (divides_evenly or is_alone) and not (
             mixes_rows or self.is_deepspeed_enabled or args.accelerator_config.split_batches
         ):
             return f"{processes * batch * accumulation} rows a step"
         sharing = f"{accumulation} x {batch} rows a step in each of {processes} processes"
-        return f"{sharing}, DeepSpeed" if self.is_deepspeed_enabled else sharing  # its checkpoints are its own
+        return f"{sharing}, DeepSpeed" if self.is_deepspeed_enabled else sharing  # its checkpoints fit no other setting
 
     @cached_property
     def _data_hash(self) -> str:
-        """Read once: it is asked for at every checkpoint."""
+        """Cached: every checkpoint needs it."""
         return dataset_hash(self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As Trainer.train. True resumes from the last complete checkpoint in output_dir.
+        """As Trainer.train. resume_from_checkpoint=True resumes from the last complete checkpoint in output_dir.
 
-        Raises EchoCheckpointError if there is none, if its files are not those that were sealed, if it was saved with
-        save_only_model, or if this run's configuration differs from the checkpoint's (with the differences).
+        Raises EchoCheckpointError if there is none, if its files differ from its seal, if it was saved with
+        save_only_model, or if this run's configuration differs from the checkpoint's (it lists the differences).
         """
         for callback in [c for c in self.callback_handler.callbacks if type(c) is EchoCallback]:
-            self.remove_callback(callback)  # this trainer does what it does
+            self.remove_callback(callback)  # it is for the stock Trainer; this trainer does its work
         self.initial_adapter_hash = None
         self._sum_before = (0.0, 0)
         self._base = self._describe_base()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
         if resume_from_checkpoint:
-            seal = read_seal(Path(resume_from_checkpoint))
-            current = self.configuration()
-            compare_configuration(Path(resume_from_checkpoint), seal["configuration"], current, self.name_of_key)
+            folder = Path(resume_from_checkpoint)
+            seal = read_seal(folder)
+            compare_configuration(folder, seal["configuration"], self.configuration(), self.name_of_key)
             self.initial_adapter_hash = seal["initial_adapter_sha256"]
             self._total_train_tokens = seal["num_tokens"]
-            self._sum_before = _sum_of(seal, Path(resume_from_checkpoint))
-            ended = self._already_ended(Path(resume_from_checkpoint))
-            if ended is not None:
+            state = self._saved_state(folder)
+            # an older version saved none: sum from this step on
+            self._sum_before = seal.get("loss_sum") or (0.0, state.global_step)
+            if (ended := self._already_ended(folder, state)) is not None:
                 return ended
-            self._refuse_without_optimizer(Path(resume_from_checkpoint))
+            self._refuse_without_optimizer(folder)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _refuse_without_optimizer(self, folder: Path) -> None:
-        """Trainer would go on with a new optimizer, and a learning rate as at the first step."""
+        """Trainer would resume with a new optimizer and the learning rate of the first step."""
         if not self.is_deepspeed_enabled and not any(folder.glob("optimizer*")):  # DeepSpeed has its own files
             raise EchoCheckpointError(
                 f"{folder} was saved with save_only_model=True: it holds no optimizer and no learning rate schedule, "
-                "so the run can't be resumed from it. Resume from a checkpoint saved without it, or start a new run "
-                "from its adapter: model.load_adapter(folder, 'default', is_trainable=True)."
+                "so the run can't resume from it. Resume from a checkpoint saved without save_only_model, or start a "
+                "new run from its adapter: model.load_adapter(folder, 'default', is_trainable=True)."
             )
 
     def _describe_base(self) -> dict[str, Any]:
-        """Asked for before the model is shared out; one process may have read its weights for all."""
+        """Called before the model is sharded; only the main process hashes the weights."""
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, PeftModel):
             return {}
         found = [describe_base(model) if self.accelerator.is_main_process else None]
         return broadcast_object_list(found)[0]
 
-    def _already_ended(self, folder: Path) -> TrainOutput | None:
-        """The result of a run whose last step this checkpoint holds: Trainer would train on to the end of its epoch."""
-        state = self._saved_state(folder)
+    def _already_ended(self, folder: Path, state: TrainerState) -> TrainOutput | None:
+        """The result, if this checkpoint is of the run's last step: Trainer would keep training to the epoch's end."""
         if state.global_step < state.max_steps or self.is_deepspeed_enabled or self._is_sharded:
             return None
         self._load_from_checkpoint(str(folder))
@@ -268,24 +270,23 @@ class CheckpointMixin(Trainer):
         path = folder / TRAINER_STATE_NAME
         try:
             state = TrainerState.load_from_json(str(path))
-            step = folder.name.removeprefix("checkpoint-")
-            if step.isdecimal() and state.global_step != int(step):
-                raise ValueError(f"it is that of step {state.global_step!r}")
+            if (step := step_of(folder)) is not None and state.global_step != step:
+                raise ValueError(f"it belongs to step {state.global_step!r}")
             if not all(isinstance(entry, dict) for entry in state.log_history):
-                raise ValueError("it has entries in its log that are no mappings")
+                raise ValueError("its log has entries that are not mappings")
             return state
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise EchoCheckpointError(
-                f"{path} can't be gone on from: {error}. Resume from another checkpoint."
+                f"{path} is not a valid trainer state: {error}. Resume from another checkpoint."
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         adapted = self.accelerator.unwrap_model(self.model)
         if isinstance(adapted, PeftModel) and not (adapter_folder(folder, adapted) / ADAPTER_FILE).is_file():
-            raise EchoCheckpointError(  # PEFT would go on to a pickle
-                f"{adapter_folder(folder, adapted) / ADAPTER_FILE} is missing, and weights are read from safetensors "
-                "only. Resume from another checkpoint."
+            raise EchoCheckpointError(  # PEFT would fall back to a pickle
+                f"{adapter_folder(folder, adapted) / ADAPTER_FILE} is missing, and weights are only loaded from "
+                "safetensors. Resume from another checkpoint."
             )
         if self._is_sharded:
             self._load_adapter(folder)
@@ -299,7 +300,7 @@ class CheckpointMixin(Trainer):
         if self._is_sharded:
             self._load_adapter(folder)
         elif isinstance(self.model, PeftModel) and self.model.active_adapters != ["default"]:
-            # transformers does not look into the folder of a named one
+            # transformers does not look into the subfolder of a named adapter
             self.model.load_adapter(str(adapter_folder(folder, self.model)), self.model.active_adapters[0])
         else:
             super()._load_best_model()
@@ -328,9 +329,3 @@ class CheckpointMixin(Trainer):
         )
         load_whole_optimizer_state(self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(scheduler)
-
-
-def _sum_of(seal: dict[str, Any], folder: Path) -> tuple[float, int]:
-    """What `loss` adds up to at a checkpoint; from there on, where it was written by a version that did not sum."""
-    loss_sum, summed_from = seal.get("loss_sum") or (0.0, int(folder.name.rpartition("-")[2]))
-    return loss_sum, summed_from

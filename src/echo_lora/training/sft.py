@@ -31,18 +31,17 @@ from echo_lora.training.trainer import EchoTrainerMixin
 
 logger = logging.getLogger(__name__)
 
-
-_UNTRAINED = "_echo_untrained"  # column with what a row holds and is not trained on, until it is said
+_UNTRAINED = "_echo_untrained"  # temporary column: content of a row that is not trained on
 
 
 class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer with the echo: the same datasets, arguments and callbacks, and `echo_config=`.
 
-    Further arguments of ours: on_overlength, what to do with rows longer than `max_length` (an answer is never cut),
-    and answer_weight, the weight of answer tokens in a loss on whole rows, with and without the echo. Without
-    `echo_config` it trains as SFTTrainer does. completion_only_loss=False trains on prompts too, in the echo-off pass,
-    as `data.train_on_prompt` of a recipe does. Refused are packing and padding_free (a row needs a boundary of its
-    own), text-only rows (no boundary), and losses other than `nll`.
+    Two more arguments: on_overlength, what to do with rows longer than `max_length` (an answer is never cut), and
+    answer_weight, the weight of answer tokens in a loss on whole rows, with and without the echo. Without `echo_config`
+    it trains as SFTTrainer does. completion_only_loss=False trains on prompts too, in the echo-off pass, like
+    `data.train_on_prompt` in a recipe. Not supported: packing and padding_free (each row needs its own boundary),
+    text-only rows (no boundary), and losses other than `nll`.
     """
 
     _is_sft = True
@@ -84,14 +83,14 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
     ) -> Any:
         first = _first(dataset, dataset_name)
         if not isinstance(dataset, Dataset) and ROW in first and "input_ids" not in first:
-            raise EchoDataError(f"the {dataset_name} data have {KEPT_NAME}")
+            raise EchoDataError(f"the {dataset_name} data has {KEPT_NAME}")
         dataset = numbered(dataset, f"{dataset_name} data")
         if not self._has_echo:
             dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         _refuse_text(first, dataset_name, args, formatting_func)
         dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
-        # TRL's cut at max_length takes the answer's end; ours, below, never does.
+        # TRL truncates at max_length and so may cut the answer; the check below never does
         uncut = copy.copy(args)
         uncut.max_length = None
         try:
@@ -101,17 +100,17 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         except RuntimeError as error:
             if "assistant" not in str(error):
                 raise
-            for row in dataset:  # names the model and the first row without an assistant token
+            for row in dataset:  # raises an error that names the model and the first row without an assistant token
                 tokenize_row(row, self._tokenizer)
             raise
         if isinstance(prepared, IterableDataset):
             if args.max_length is not None:
                 raise EchoConfigError(
-                    f"max_length={args.max_length} can't be kept for the {dataset_name} data, which is a stream: its "
-                    "rows are not known before training, and an answer must not be cut. Set max_length=None, or load "
-                    "the data whole."
+                    f"max_length={args.max_length} can't be enforced on the {dataset_name} data, which is a stream: "
+                    "its rows are unknown before training, and an answer must not be cut. Set max_length=None, or load "
+                    "the whole dataset."
                 )
-            logger.warning("The %s data is a stream: its rows are checked as they come, not before.", dataset_name)
+            logger.warning("The %s data is a stream: its rows are checked as they come, not in advance.", dataset_name)
             return prepared
         prepared, counts = check_tokenized_dataset(
             prepared,
@@ -127,11 +126,10 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
     def _tokenize_what_trl_gets_wrong(
         self, dataset: Any, first: dict[str, Any], args: Any, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """The dataset after the checks of a recipe's rows; tokenised if it has a row that TRL would train on otherwise.
+        """Check the rows as a recipe's, and tokenise them here if TRL would tokenise one of them differently.
 
-        TRL trains on turns of weight 0, on every turn of a completion, and shows templates the nulls that Arrow adds.
-        Its own ids and labels of all other rows are those made here. Without the echo, which needs no boundary, what is
-        an error with it is a warning.
+        TRL trains on turns of weight 0 and on every turn of a completion, and passes templates the nulls that Arrow
+        adds. For all other rows its ids and labels are the same as ours. Without the echo, errors become warnings.
         """
         is_conversation = args.assistant_only_loss and not {"messages", "conversations"}.isdisjoint(first)
         has_boundary = "prompt" in first or is_conversation
@@ -152,7 +150,7 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         except EchoDataError as error:
             if self._has_echo:
                 raise
-            logger.warning("%s TRL trains on it as it is.", error)
+            logger.warning("%s Without the echo, TRL trains on it as is.", error)
             return dataset
         if not is_special:
             return dataset
@@ -169,30 +167,30 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         echo = self._echo_model
         if echo is not None and echo.applies(
             inputs.get("labels")
-        ):  # the one metric of TRL's loss that the step does not return
+        ):  # TRL's own loss, which is not called, would count these
             tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
             self._total_train_tokens += tokens // self._tp_size
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
-        """TRL's check, which looks at the class of the collator."""
+        """TRL's check, which tests the collator's class: pass it the user's."""
         super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collate", data_collator))
 
     def _send_telemetry(self) -> None:
-        """Silent, unlike TRL's, unless ECHO_LORA_TELEMETRY=1 is set."""
+        """Send TRL's telemetry only if ECHO_LORA_TELEMETRY=1 is set."""
         if os.environ.get("ECHO_LORA_TELEMETRY") == "1":
             super()._send_telemetry()
 
 
 def _load_as_trl(name: str, args: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The model that SFTTrainer would load; what it would read from its arguments for that is taken out of them."""
+    """The model that SFTTrainer would load; removes the arguments that only serve to load it."""
     given = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
     given |= {"use_safetensors": True} | (getattr(args, "model_init_kwargs", None) or {})
     if (quantization := kwargs.pop("quantization_config", None)) is not None:
         if "quantization_config" in given:
             raise EchoConfigError(
-                "quantization_config is given to EchoSFTTrainer and in model_init_kwargs. Give it once, to the trainer."
+                "quantization_config is passed to EchoSFTTrainer and in model_init_kwargs. Pass it to the trainer only."
             )
         given["quantization_config"] = quantization
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -211,8 +209,8 @@ def _echo_wrapped(
     """The EchoModel that takes the place of the PEFT model SFTTrainer would make, from the same seed."""
     if isinstance(model, PeftModel):
         raise EchoConfigError(
-            "echo_config was given together with a model that carries an adapter already. Pass the base model with "
-            "peft_config and echo_config, or a model of get_echo_model without echo_config."
+            "echo_config was passed together with a model that already carries an adapter. Pass the base model with "
+            "peft_config and echo_config, or a model from get_echo_model without echo_config."
         )
     if peft_config is None:
         raise EchoConfigError(
@@ -220,30 +218,30 @@ def _echo_wrapped(
         )
     if getattr(args, "chat_template_path", None) and not str(args.chat_template_path).endswith((".jinja", ".j2")):
         raise EchoConfigError(
-            f"chat_template_path={args.chat_template_path!r} would add tokens after the adapter is made. "
-            "Give a .jinja file, or set the tokenizer's chat_template yourself."
+            f"chat_template_path={args.chat_template_path!r} would add tokens after the adapter is created. "
+            "Pass a .jinja file, or set the tokenizer's chat_template yourself."
         )
-    set_seed(args.seed)  # PEFT draws the adapter's weights when it makes it
+    set_seed(args.seed)  # PEFT draws the adapter's initial weights here
     return get_echo_model(model, peft_config, echo_config)
 
 
 def _first(dataset: Any, name: str) -> dict[str, Any]:
     first = next(iter(dataset), None)
     if first is None:
-        raise EchoDataError(f"the {name} data have no row. Give at least one.")
+        raise EchoDataError(f"the {name} data has no row. Pass at least one.")
     return first
 
 
 def _check_rows(dataset: Dataset, source: str) -> bool:
-    """Check the form of each row, and warn of columns that nothing uses. Whether TRL would train on one otherwise.
+    """Check the form of each row and warn about unused columns; returns whether TRL would tokenise a row differently.
 
     Raises EchoDataError, which names the row.
     """
     unused: dict[str, int] = {}
     ineffective: dict[tuple[str, str], int] = {}
     is_special = False
-    for index, example in enumerate(dataset.with_format(None)):
-        row = maybe_convert_to_chatml(without_nulls(example))
+    for index, row in enumerate(dataset.with_format(None)):
+        row = maybe_convert_to_chatml(without_nulls(row))
         number = row_number(row, index)
         checked_row(row, where_is(source, number))
         is_special = is_special or _is_special(row)
@@ -259,31 +257,27 @@ def _check_rows(dataset: Dataset, source: str) -> bool:
 
 
 def _is_special(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds more than turns of user and assistant: TRL may make something else of it, or lose it."""
-    turns = [turn for name in ("messages", "prompt", "completion") for turn in _turns(row, name)]
+    """Whether a row holds more than plain user and assistant turns, which TRL may tokenise differently or drop."""
+    lists = {name: row[name] for name in ("messages", "prompt", "completion") if isinstance(row.get(name), list)}
+    turns = [turn for turns in lists.values() for turn in turns]
     return (
         bool(row.get("tools") or row.get("chat_template_kwargs"))
         or any(set(turn) != {"role", "content"} or not isinstance(turn["content"], str) for turn in turns)
         or any(turn["role"] not in ("user", "assistant") for turn in turns)
         or any("</think>" in turn["content"] for turn in turns)
-        or any(turn["role"] != "assistant" for turn in _turns(row, "completion"))
+        or any(turn["role"] != "assistant" for turn in lists.get("completion", []))
     )
 
 
-def _turns(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    value = row.get(name)
-    return value if isinstance(value, list) else []
-
-
 def _tokenized(
-    example: dict[str, Any], index: int, tokenizer: Any, source: str, assistant_only: bool, is_whole: bool
+    row: dict[str, Any], index: int, tokenizer: Any, source: str, assistant_only: bool, is_whole: bool
 ) -> dict[str, Any]:
     """The columns that TRL's preparation makes of a row."""
-    row = maybe_convert_to_chatml(without_nulls(example))
+    row = maybe_convert_to_chatml(without_nulls(row))
     where = where_is(source, row_number(row, index))
     tokenized = tokenize_row(row, tokenizer, where=where, assistant_only=assistant_only)
     columns: dict[str, Any] = {"input_ids": tokenized.input_ids, "labels": tokenized.labels}
-    columns[_UNTRAINED] = list(tokenized.untrained)  # a warning here would be lost with a cached result
+    columns[_UNTRAINED] = list(tokenized.untrained)  # a warning here would be lost if `map` uses its cache
     if is_whole and "messages" not in row:
         columns[ANSWER] = [int(label != IGNORED) for label in tokenized.labels]
         if not assistant_only:
@@ -291,10 +285,10 @@ def _tokenized(
     return columns
 
 
-def _tokenized_of_stream(example: dict[str, Any], index: int, **options: Any) -> dict[str, Any]:
-    """The same, with its warnings as the rows come."""
-    columns = _tokenized(example, index, **options)
-    where = where_is(options["source"], row_number(example, index))
+def _tokenized_of_stream(row: dict[str, Any], index: int, **options: Any) -> dict[str, Any]:
+    """`_tokenized` for a stream: it warns as the rows come."""
+    columns = _tokenized(row, index, **options)
+    where = where_is(options["source"], row_number(row, index))
     for what in columns.pop(_UNTRAINED):
         logger.warning("%s has %s: not trained on.", where, what)
     return columns
@@ -302,18 +296,18 @@ def _tokenized_of_stream(example: dict[str, Any], index: int, **options: Any) ->
 
 def _warn_of_untrained(dataset: Dataset, source: str) -> None:
     rows: dict[str, list[int]] = {}
-    for index, example in enumerate(dataset.select_columns([_UNTRAINED, ROW]).with_format(None)):
-        for what in example[_UNTRAINED]:
-            rows.setdefault(what, []).append(row_number(example, index))
+    for index, row in enumerate(dataset.select_columns([_UNTRAINED, ROW]).with_format(None)):
+        for what in row[_UNTRAINED]:
+            rows.setdefault(what, []).append(row_number(row, index))
     for what, numbers in rows.items():
         logger.warning("%s has %s: not trained on (%d such rows).", where_is(source, numbers[0]), what, len(numbers))
 
 
-def _refuse_text(example: dict[str, Any], name: str, args: Any, formatting_func: Any) -> None:
-    has_boundary = "prompt" in example or "labels" in example or "completion_mask" in example
-    if formatting_func is not None or not (has_boundary or args.assistant_only_loss or "input_ids" in example):
-        what = "a formatting_func turns each row into text" if formatting_func else f"its columns are {sorted(example)}"
+def _refuse_text(row: dict[str, Any], name: str, args: Any, formatting_func: Any) -> None:
+    has_boundary = args.assistant_only_loss or not {"prompt", "labels", ANSWER, "input_ids"}.isdisjoint(row)
+    if formatting_func is not None or not has_boundary:
+        what = "a formatting_func turns each row into text" if formatting_func else f"its columns are {sorted(row)}"
         raise EchoDataError(
-            f"the {name} data has no boundary between prompt and answer ({what}), and the echo is read there. Use "
-            "prompt and completion columns, or messages with SFTConfig(assistant_only_loss=True)."
+            f"the {name} data has no boundary between prompt and answer, where the echo is read ({what}). Use prompt "
+            "and completion columns, or messages with SFTConfig(assistant_only_loss=True)."
         )

@@ -14,8 +14,6 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from echo_lora.adapter.files import ADAPTER_FILE, adapter_tensors, compare_adapter, whole
 from echo_lora.data.tokenize import ANSWER
@@ -29,28 +27,24 @@ ECHO_STATE = "echo_state.safetensors"
 
 @contextmanager
 def no_code(checkpoint: str | None) -> Iterator[None]:
-    """Names the checkpoint whose optimizer, schedule or random states hold more than numbers: torch refuses them."""
+    """Turn torch's refusal to unpickle code into an EchoCheckpointError that names the checkpoint."""
     try:
         yield
     except pickle.UnpicklingError as error:
         raise EchoCheckpointError(
-            f"{checkpoint} holds states that only a pickle with code could restore; nothing of it was run: {error} "
-            "Resume from a checkpoint that you made."
+            f"{checkpoint} holds a pickle with code, which was not run: {error} Resume from a checkpoint that you made "
+            "yourself."
         ) from error
 
 
 def adapter_folder(folder: Path, model: PeftModel) -> Path:
-    """Where PEFT puts the active adapter."""
+    """The folder in which PEFT saves the active adapter."""
     name = model.active_adapters[0]
     return folder if name == "default" else folder / name
 
 
-def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
 def save_echo(model: EchoModel, folder: Path, *, should_save: bool) -> None:
-    """Put the echo into a checkpoint, with the hash of the adapter beside which it is; every process has to ask."""
+    """Save the echo into a checkpoint, with the hash of the adapter next to it. Call it in every process."""
     tensors = {name: whole(tensor) for name, tensor in model.echo.tensors().items()}
     if should_save:
         adapter = adapter_folder(folder, model) / ADAPTER_FILE
@@ -59,9 +53,9 @@ def save_echo(model: EchoModel, folder: Path, *, should_save: bool) -> None:
 
 
 def restore_echo(model: EchoModel, folder: Path) -> None:
-    """Load the echo of a checkpoint whose adapter the stock Trainer has loaded; every process has to ask.
+    """Load the echo of a checkpoint whose adapter the stock Trainer has loaded. Call it in every process.
 
-    Raises EchoCheckpointError if the model holds another adapter than the checkpoint, or the checkpoint another echo.
+    Raises EchoCheckpointError if model, adapter file and echo file don't belong together.
     """
     expected = adapter_tensors(model, model.active_adapters[0])
     adapter, path = adapter_folder(folder, model), folder / ECHO_STATE
@@ -70,18 +64,18 @@ def restore_echo(model: EchoModel, folder: Path) -> None:
         with safe_open(path, "pt") as file:
             known = (file.metadata() or {}).get("adapter_sha256")
         if known != file_hash(adapter / ADAPTER_FILE):
-            raise EchoCheckpointError(f"{path} was saved beside another adapter.")
+            raise EchoCheckpointError(f"{path} was saved with another adapter.")
     except (EchoCheckpointError, SafetensorError, OSError) as error:
         raise EchoCheckpointError(
-            f"the stock Trainer has loaded an adapter, and EchoCallback does not find its echo in {folder}: {error} "
-            "Training would go on with another echo. Resume from a checkpoint in output_dir that was saved with "
+            f"the stock Trainer has loaded an adapter, but EchoCallback can't find its echo in {folder}: {error} "
+            "Training would continue with a different echo. Resume from a checkpoint in output_dir that was saved with "
             "EchoCallback, or use EchoTrainer or EchoSFTTrainer."
         ) from error
     fill(model.echo.tensors(), load_file(path))
 
 
 def dataset_hash(dataset: Any) -> str:
-    """SHA-256 of token ids, labels and what is answer in them; "stream" for data that can't be read twice."""
+    """SHA-256 of token ids, labels and answer masks; "stream" for data that can't be read twice."""
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return "stream"
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What training with an echo does not support, refused by name with the reason."""
+"""What training with the echo does not support: checks that name the setting, the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from echo_lora.models import has_position_table
 
 
 def refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
-    """Rows that the model has no embeddings for. Raises EchoDataError."""
+    """Raises EchoDataError for an empty dataset, and for rows that the model has no embeddings for."""
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return
     vocabulary = len(model.get_input_embeddings().weight)
     if not len(dataset):
-        raise EchoDataError(f"the {source} have no row. Give at least one.")
-    if not vocabulary:  # ZeRO-3 keeps the tensor elsewhere
+        raise EchoDataError(f"the {source} has no row. Pass at least one.")
+    if not vocabulary:  # sharded away by ZeRO-3
         return
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     refuse_unfit_tokens(
@@ -39,20 +39,18 @@ def refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
 
 
 def refuse_arguments(args: Any) -> None:
-    """Settings that contradict the echo. Raises EchoConfigError, which names the argument."""
+    """Raises EchoConfigError, which names the argument, for settings that contradict the echo."""
     reasons = {
-        "packing": "each row needs a boundary of its own",
-        "padding_free": "each row needs a boundary of its own",
-        "eval_packing": "each row needs a boundary of its own",
+        **dict.fromkeys(("packing", "padding_free", "eval_packing"), "each row needs its own boundary"),
         "label_smoothing_factor": "the step computes its own losses",
         "use_liger_kernel": "it replaces the forward that the step calls",
-        "optim_target_modules": "its patterns would take in the echo networks",
-        "ddp_static_graph": "the graph of a routed step is another one",
+        "optim_target_modules": "its patterns would match the echo networks",
+        "ddp_static_graph": "routed and unrouted steps have different graphs",
     }
     if getattr(args, "optim", None) in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
         raise EchoConfigError(
             f"optim={args.optim.value!r} can't be combined with the echo: it has one learning rate for all parameters, "
-            "and updates them before their gradients are known to be finite. Use 'adamw_torch'."
+            "and updates them before their gradients can be checked. Use 'adamw_torch'."
         )
     for name, reason in reasons.items():
         if getattr(args, name, None):
@@ -63,14 +61,14 @@ def refuse_arguments(args: Any) -> None:
     if getattr(args, "torch_compile", None) and is_checkpointed:
         raise EchoConfigError(
             f"torch_compile={args.torch_compile} can't be combined with activation_checkpointing and the echo: torch "
-            "can't trace the context that recomputation needs. Set one of them to False."
+            "can't trace the contexts that recomputation needs. Set one of them to False."
         )
     if getattr(args, "loss_type", "nll") != "nll":
         raise EchoConfigError(f"loss_type={args.loss_type!r} can't be combined with the echo. Use 'nll'.")
 
 
 def refuse_deepspeed(deepspeed: Any, model: EchoModel) -> None:
-    """What DeepSpeed does inside backward, and so without regard to the echo. Raises EchoConfigError."""
+    """Raises EchoConfigError for settings that DeepSpeed can't honour, since it clips and steps by itself."""
     config = model.echo_config
     for name, is_set in {
         "echo_lr_warmup": config.echo_lr_warmup > 0,
@@ -84,7 +82,7 @@ def refuse_deepspeed(deepspeed: Any, model: EchoModel) -> None:
 
 
 def refuse_answer_weight(trainer: Any) -> None:
-    """What an answer_weight other than 1 can't mean. Raises EchoConfigError."""
+    """Raises EchoConfigError for a bad answer_weight, and for settings with which it would have no effect."""
     weight, args, data = trainer.answer_weight, trainer.args, trainer.train_dataset
     if not (isinstance(weight, (int, float)) and 0 < weight <= LARGEST_FACTOR):
         raise EchoConfigError(f"answer_weight = {weight!r} must be a number above 0, at most {LARGEST_FACTOR:g}.")
@@ -92,7 +90,8 @@ def refuse_answer_weight(trainer: Any) -> None:
         return
     if trainer._echo_model is None and not trainer._is_sft:
         raise EchoConfigError(
-            f"answer_weight={weight:g} without the echo needs EchoSFTTrainer: here the model computes its own loss."
+            f"answer_weight={weight:g} without the echo has no effect in EchoTrainer, where the model computes its own "
+            "loss. Use EchoSFTTrainer, or leave the weight out."
         )
     for name, plain in {"loss_type": "nll", "label_smoothing_factor": 0, "use_liger_kernel": False}.items():
         if getattr(args, name, plain) != plain:
@@ -107,7 +106,7 @@ def refuse_answer_weight(trainer: Any) -> None:
 
 
 def refuse_packed_data(dataset: Any, collator: Any) -> None:
-    """Rows that were joined end to end, where a batch would not show it. Raises EchoDataError."""
+    """Raises EchoDataError for packed rows, in the cases where the batch alone would not show it."""
     reasons = {
         "the column seq_lengths of the train data": "seq_lengths" in (getattr(dataset, "column_names", None) or []),
         "DataCollatorWithFlattening": isinstance(collator, DataCollatorWithFlattening),
@@ -115,28 +114,25 @@ def refuse_packed_data(dataset: Any, collator: Any) -> None:
     for what, is_packed in reasons.items():
         if is_packed:
             raise EchoDataError(
-                f"the rows are packed ({what} says so), but each row needs a boundary of its own. Use the rows as they "
-                "were before packing, and a collator that pads."
+                f"the rows are packed (as {what} shows), but each row needs its own boundary. Use unpacked rows "
+                "and a collator that pads."
             )
 
 
 def refuse_parallelism(state: Any, *, has_echo: bool) -> None:
-    """Ways to share a model among processes that would train something else. state: accelerate's.
-
-    Raises EchoConfigError.
-    """
+    """Raises EchoConfigError for unsupported parallelism. state: accelerate's."""
     fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
     parallelism = getattr(state, "parallelism_config", None)
     for name in ("cp", "sp"):
         if has_echo and getattr(parallelism, f"{name}_enabled", False):
             raise EchoConfigError(
                 f"parallelism_config with {name}_size={getattr(parallelism, f'{name}_size')} can't be combined with "
-                "the echo: it cuts rows into parts, and the echo needs whole ones. Set it to 1."
+                "the echo: it splits rows across processes, and the echo needs whole rows. Set it to 1."
             )
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise EchoConfigError(
-            f"fsdp_version={fsdp.fsdp_version} can't be used: it flattens the adapter's tensors, which then can't be "
-            "saved, checked and loaded by name. Set fsdp_version: 2 in the fsdp_config."
+            f"fsdp_version={fsdp.fsdp_version} is not supported: it flattens the adapter's tensors, which then can't "
+            "be saved, checked and loaded by name. Set fsdp_version: 2 in the fsdp_config."
         )
     if has_echo and fsdp is not None and fsdp.activation_checkpointing:
         raise EchoConfigError(
@@ -145,13 +141,13 @@ def refuse_parallelism(state: Any, *, has_echo: bool) -> None:
         )
     if has_echo and deepspeed is not None and deepspeed.zero_stage == 3:
         raise EchoConfigError(
-            "DeepSpeed's zero_optimization.stage=3 can't be combined with the echo: in a step that is not routed it "
-            "applies the echo's gradients of an earlier step again. Use FSDP2, which shares out the same tensors."
+            "DeepSpeed's zero_optimization.stage=3 can't be combined with the echo: in an unrouted step it would apply "
+            "the echo's gradients of an earlier step again. Use FSDP2, which shards the same tensors."
         )
 
 
 def keep_float32(fsdp: Any) -> None:
-    """Under FSDP2 accelerate's bf16 would round the losses on their way out of the model, and add gradients in bf16."""
+    """Keep losses and gradient reduction in float32; under FSDP2 accelerate's bf16 would round both."""
     if fsdp is not None and fsdp.mixed_precision_policy is not None:
         fsdp.mixed_precision_policy = dataclasses.replace(
             fsdp.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
@@ -159,13 +155,13 @@ def keep_float32(fsdp: Any) -> None:
 
 
 def refuse_lonely_rows(trainer: Any) -> None:
-    """The control `shuffled` needs two rows in every batch."""
+    """Raises EchoConfigError if the control `shuffled` would meet a batch of one row."""
     if not trainer._echo_model.echo_config.mixes_rows:
         return
     batch = trainer.args.per_device_train_batch_size
-    rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else 0  # of a stream, not known
+    rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else 0  # unknown for a stream
     if batch < 2 or (rows % batch == 1 and not trainer.args.dataloader_drop_last):
         raise EchoConfigError(
             f"echo_kind='shuffled' gives each row the echo of another row of its batch, but {rows} rows in batches of "
-            f"{batch} leave one alone. Change per_device_train_batch_size or set dataloader_drop_last=True."
+            f"{batch} leave a batch with one row. Change per_device_train_batch_size, or set dataloader_drop_last=True."
         )

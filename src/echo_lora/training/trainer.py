@@ -1,9 +1,8 @@
-"""Training with the echo in transformers' Trainer, and what TRL's SFTTrainer shares with it.
+"""transformers' Trainer with the echo, and the mixin that it shares with the SFTTrainer of `sft.py`.
 
-`EchoTrainerMixin` adds to either: the routing clock, a learning rate of its own for the echo networks, metrics,
-checkpoints that hold the echo's state and are sealed when complete, a resume that refuses a changed configuration,
-and a stop at the first loss or gradient that is not finite. Under FSDP2 checkpoints are those of one process. Given a
-plain PEFT model it adds what does not concern the echo, so that a baseline is the same program.
+`EchoTrainerMixin` adds the routing clock, the echo networks' own learning rate, metrics, sealed checkpoints with the
+echo's state, a resume that rejects a changed configuration, and a stop at the first loss or gradient that is not
+finite. With a plain PEFT model it adds all of these except the echo's parts, so a baseline runs the same program.
 """
 
 from __future__ import annotations
@@ -26,29 +25,20 @@ from echo_lora.errors import EchoConfigError, EchoDataError, EchoTrainingError
 from echo_lora.method import losses
 from echo_lora.method.model import EchoModel
 from echo_lora.method.routing import routing_probability
+from echo_lora.training import support
 from echo_lora.training.callback import Watch
 from echo_lora.training.collator import RowCollator, WeightedForward, numbered
 from echo_lora.training.metrics import Meter
 from echo_lora.training.optimizer import refuse_shared_rate, separate_echo
 from echo_lora.training.resume import CheckpointMixin
-from echo_lora.training.support import (
-    keep_float32,
-    refuse_answer_weight,
-    refuse_arguments,
-    refuse_deepspeed,
-    refuse_lonely_rows,
-    refuse_packed_data,
-    refuse_parallelism,
-    refuse_unfit_data,
-)
 
 logger = logging.getLogger(__name__)
 
 
 class EchoTrainerMixin(CheckpointMixin):
-    """See the module. Precedes a Trainer class in the bases of another one."""
+    """See the module's docstring. Put it before the Trainer class in the bases."""
 
-    _is_sft = False  # whether the loss without the echo is TRL's
+    _is_sft = False  # whether TRL computes the loss without the echo
     data_collator: Any
     train_dataset: Any
     _signature_columns: Any
@@ -64,38 +54,38 @@ class EchoTrainerMixin(CheckpointMixin):
         self.train_dataset = numbered(self.train_dataset, "train data")
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
-            refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
-        refuse_answer_weight(self)
+            support.refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
+        support.refuse_answer_weight(self)
         self._meter = Meter(self.answer_weight)
         self._loss_sum, self._summed_to = 0.0, 0
         self._rows_of_step: list[int] = []
         self.initial_adapter_hash: str | None = None
-        self.name_of_key: Callable[[str], str] = str  # what a refused resume calls a key of the configuration
+        self.name_of_key: Callable[[str], str] = str  # the user's name for a configuration key, in messages
         self._base: dict[str, Any] = {}
         self.add_callback(Watch(self))
-        refuse_parallelism(self.accelerator.state, has_echo=self._echo_model is not None)
+        support.refuse_parallelism(self.accelerator.state, has_echo=self._echo_model is not None)
         if self._echo_model is not None:
-            self._echo_model.echo.float()  # TRL casts what is trainable on a quantised base to bf16
-            # the step reduces by num_items_in_batch whatever the base does
+            self._echo_model.echo.float()  # TRL casts trainable parameters on a quantised base to bf16
+            # the step divides by num_items_in_batch, whether or not the base does
             self.model_accepts_loss_kwargs |= self._echo_model.echo_enabled
-            refuse_arguments(self.args)
-            refuse_deepspeed(self.is_deepspeed_enabled, self._echo_model)
-            refuse_packed_data(self.train_dataset, self.data_collator.collate)
-            refuse_lonely_rows(self)
-            keep_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
+            support.refuse_arguments(self.args)
+            support.refuse_deepspeed(self.is_deepspeed_enabled, self._echo_model)
+            support.refuse_packed_data(self.train_dataset, self.data_collator.collate)
+            support.refuse_lonely_rows(self)
+            support.keep_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
             if self.compute_loss_func is not None:
                 raise EchoConfigError(
-                    "compute_loss_func can't be combined with the echo: the step computes its own losses."
+                    "compute_loss_func can't be combined with the echo: the step computes its own losses. Leave it out."
                 )
             if self.args.n_gpu > 1:
                 raise EchoConfigError(
-                    f"{self.args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas the echo's hooks "
-                    "don't reach. Launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one GPU."
+                    f"{self.args.n_gpu} GPUs in one process means nn.DataParallel, and the echo's hooks don't reach "
+                    "its replicas. Launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one GPU."
                 )
 
     @property
     def _wants_answers(self) -> bool:
-        """Whether the loss tells answers from prompts."""
+        """Whether the loss needs to tell answers from prompts."""
         return self._echo_model is not None or self.answer_weight != 1
 
     # ---------------------------------------------------------------- the step
@@ -108,7 +98,7 @@ class EchoTrainerMixin(CheckpointMixin):
         if self.answer_weight != 1 and self.model.training and ANSWER not in inputs:
             raise EchoDataError(
                 f"answer_weight={self.answer_weight:g} needs to know which tokens are answers, but the batch has no "
-                f"{ANSWER}. Give rows with prompt and completion, and completion_only_loss=False."
+                f"{ANSWER}. Pass rows with prompt and completion, and completion_only_loss=False."
             )
         is_plain = echo is None or not echo.applies(inputs.get("labels"))
         if is_plain:
@@ -128,7 +118,7 @@ class EchoTrainerMixin(CheckpointMixin):
         self._check_loss({name: outputs[name] for name in (*losses.SHOWN, "loss") if name in outputs})
         loss = outputs.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # num_items_in_batch counts the tokens of all ranks, whose gradients DDP averages
+            # num_items_in_batch counts the tokens of all ranks, but DDP averages gradients over ranks
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._meter.add(outputs)
         return (loss, outputs) if return_outputs else loss
@@ -139,18 +129,18 @@ class EchoTrainerMixin(CheckpointMixin):
                 self._stop(f"{name} is {value.item()}")
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        self._check_gradients()  # before clipping, which spreads one bad gradient to all
+        self._check_gradients()  # clipping would spread one bad gradient to all
         echo = self._echo_model
         if echo is None or echo.echo_config.gradient_clipping == "together":
             return super()._clip_grad_norm(model)
         of_echo = {id(parameter) for parameter in echo.echo.parameters()}
         others = [parameter for parameter in model.parameters() if id(parameter) not in of_echo]
-        norm = self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)  # takes fp16's scale off all of them
+        norm = self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)  # also unscales fp16 gradients
         torch.nn.utils.clip_grad_norm_(echo.echo.parameters(), self.args.max_grad_norm)
         return norm
 
     def _check_gradients(self) -> None:
-        if self.accelerator.scaler is not None:  # fp16 scaling skips such steps itself
+        if self.accelerator.scaler is not None:  # the GradScaler of fp16 skips such steps
             return
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         if not named:  # DeepSpeed keeps gradients elsewhere
@@ -168,27 +158,27 @@ class EchoTrainerMixin(CheckpointMixin):
     def _stop(self, what: str) -> None:
         rows = ", ".join(map(str, self._rows_of_step)) or "of unknown number"
         raise EchoTrainingError(
-            f"{what} at step {self.state.global_step + 1}, rows {rows}. Look at these rows, lower the learning rate "
-            f"or the echo_lr_multiplier, then resume: checkpoints in {self.args.output_dir} are untouched."
+            f"{what} at step {self.state.global_step + 1}, rows {rows}. Inspect these rows, lower the learning rate or "
+            f"the echo_lr_multiplier, then resume: the checkpoints in {self.args.output_dir} are intact."
         )
 
     # --------------------------------------------------------------- optimizer
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The base's optimizer, or the one that was given, with the echo networks in groups of their own."""
+        """Trainer's optimizer, or the one passed to it, with the echo networks in groups of their own."""
         optimizer = super().create_optimizer(model)
         echo = self._echo_model
         if echo is None or not echo.echo_enabled:
             return optimizer
-        if not hasattr(optimizer, "param_groups"):  # accelerate's stand-in for one of DeepSpeed's
+        if not hasattr(optimizer, "param_groups"):  # accelerate's placeholder for a DeepSpeed optimizer
             if echo.echo_config.echo_lr_multiplier != 1:
                 raise EchoConfigError(
                     f"echo_lr_multiplier={echo.echo_config.echo_lr_multiplier:g} can't be applied to the optimizer of "
-                    "the DeepSpeed configuration. Remove its optimizer block, so that Trainer makes the optimizer."
+                    "the DeepSpeed configuration. Remove its optimizer block, so that Trainer creates the optimizer."
                 )
         elif self.lr_scheduler is not None and not self._created_lr_scheduler:
             refuse_shared_rate(
-                optimizer, echo, "Call separate_echo(optimizer, model) before you make the scheduler, or give none."
+                optimizer, echo, "Call separate_echo(optimizer, model) before you create the scheduler, or pass none."
             )
         else:
             separate_echo(optimizer, echo)
@@ -197,7 +187,7 @@ class EchoTrainerMixin(CheckpointMixin):
     # ----------------------------------------------------------------- metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's; `loss` is that of the deployed pass, and `objective` the sum that is optimised. [O]"""
+        """As Trainer's, but `loss` is that of the deployed, echo-off pass; `objective` is what is optimised. [O]"""
         if "loss" in logs:
             if metrics := self._metrics_of_steps():
                 assert self._echo_model is not None
@@ -207,16 +197,16 @@ class EchoTrainerMixin(CheckpointMixin):
             self._meter.reset()
             self._loss_sum += logs["loss"] * (self.state.global_step - self._summed_to)
             self._summed_to = self.state.global_step
-        if "train_loss" in logs:  # Trainer's is the objective's, of the steps since a resume
+        if "train_loss" in logs:  # Trainer's is of the objective, and of the steps since a resume only
             logs["train_loss"] = self._sum_of_losses() / max(self.state.global_step - self._summed_from, 1)
         super().log(logs, start_time)
 
     def _metrics_of_steps(self) -> dict[str, float]:
-        """Of the steps since the last log; empty without the echo. Every process has to ask."""
+        """Metrics of the steps since the last log; empty without the echo. Call it in every process."""
         return self._meter.metrics(lambda x: self.accelerator.reduce(x, "sum"))
 
     def _sum_of_losses(self) -> float:
-        """`loss`, summed over steps up to this one. Every process has to ask."""
+        """Sum of `loss` over the steps so far. Call it in every process."""
         if metrics := self._metrics_of_steps():
             return self._loss_sum + metrics["loss"] * self._meter.optimizer_steps
         return self._loss_sum + self.accelerator.reduce(self._tr_loss.detach().clone(), "mean").item()
@@ -224,9 +214,9 @@ class EchoTrainerMixin(CheckpointMixin):
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """As Trainer's. Its metrics also say what the echo does on the same rows: see EchoModel.diagnose. [O]
+        """As Trainer's, with the metrics of EchoModel.diagnose on the same rows (not under FSDP2). [O]
 
-        Where `eval_ce_on` is not below `eval_ce_off`, the distillation has nothing to teach. Not under FSDP2.
+        Unless `eval_ce_on` is below `eval_ce_off`, the distillation has nothing to teach.
         """
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._echo_model is not None and not self._is_sharded and self._echo_model.echo_enabled:
@@ -241,9 +231,9 @@ class EchoTrainerMixin(CheckpointMixin):
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             if "labels" not in batch:
-                continue  # rows to predict
+                continue  # prediction only
             if len(batch["labels"]) == 1 and model.echo_config.mixes_rows:
-                continue  # a last row that is alone has no other's echo
+                continue  # there is no other row whose echo to use
             labels = batch["labels"].where(batch[ANSWER].bool(), -100) if ANSWER in batch else batch["labels"]
             tokens = int((labels != -100).sum())
             with self.accelerator.autocast():  # as in training
@@ -256,7 +246,7 @@ class EchoTrainerMixin(CheckpointMixin):
         return {name: (value / total[-1]).item() for name, value in zip(sums, total, strict=False)}
 
     def _begin(self) -> None:
-        self._meter.reset()  # auto_find_batch_size starts anew after a step that did not fit
+        self._meter.reset()  # auto_find_batch_size restarts after running out of memory
         self._loss_sum, self._summed_from = self._sum_before
         self._summed_to = self.state.global_step
         if isinstance(model := self.accelerator.unwrap_model(self.model), PeftModel):
@@ -271,4 +261,4 @@ class EchoTrainerMixin(CheckpointMixin):
 
 
 class EchoTrainer(EchoTrainerMixin, Trainer):
-    """transformers' Trainer for a model of `get_echo_model`; datasets hold input_ids and labels."""
+    """transformers' Trainer for a model from `get_echo_model`; datasets hold input_ids and labels."""
