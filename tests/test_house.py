@@ -32,9 +32,9 @@ ROOMS = {
     "recipe": ["schema", "yaml_file", "load", "table", "rows", "build", "record", "plan", "train", "scoring"],
     "bench": ["programs", "report", "measure"],
     "study": [
-        *("statistics", "power", "looks", "design", "records"),
+        *("statistics", "power", "looks", "design", "records", "folder"),
         *("report.plots", "report.format", "report.verdict", "report.results", "report.curves", "report.page"),
-        *("run", "folder", "workers", "compare", "demo"),
+        *("run", "workers", "compare", "demo"),
     ],
     "command": ["terminal", "cli"],
 }

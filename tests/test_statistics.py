@@ -16,9 +16,10 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.study import statistics
+from echo_lora.study.design import Arm, Design
+from echo_lora.study.folder import StudyFile, StudyRecords
 from echo_lora.study.looks import boundaries, confidence_at
 from echo_lora.study.power import estimate_noise, power, simulate, smallest_detectable
-from echo_lora.study.records import StudyRecords
 from echo_lora.study.report import verdict
 from echo_lora.study.statistics import VERDICTS, compare, mcnemar_exact
 
@@ -654,17 +655,19 @@ def until_decided(effect, trials, looks, *, margin=None, **design):
     """
     rng = np.random.default_rng(0)
     seeds = list(range(looks[-1]))
-    about = {
-        "arms": {"arm": {}, "baseline": {}},
-        "baseline": "baseline",
-        "seeds": seeds,
-        "looks": looks,
-        "smallest_effect": 0.01,
-        "margin": margin,
-    }
+    study_design = Design(
+        title="planted",
+        arms={"arm": Arm(), "baseline": Arm()},
+        baseline="baseline",
+        learning_rates=[1e-3],
+        seeds=seeds,
+        looks=looks,
+        smallest_effect=0.01,
+        margin=margin,
+    )
     shares = dict.fromkeys([*VERDICTS, "seeds"], 0.0)
     for _ in range(trials):
-        arms = zip(about["arms"], simulate(effect, seeds=len(seeds), rng=rng, **design), strict=True)
+        arms = zip(study_design.arms, simulate(effect, seeds=len(seeds), rng=rng, **design), strict=True)
         answered = [
             {"stage": "confirmation", "arm": arm, "seed": seed, "scores": [{"result": result}]}
             for arm, correct in arms
@@ -673,7 +676,9 @@ def until_decided(effect, trials, looks, *, margin=None, **design):
             for result in [{"task": task, "correct_per_row": rows[seed]}]
         ]
         for number in looks:
-            study = StudyRecords(Path("study"), about, [run for run in answered if run["seed"] < number])
+            study = StudyRecords(
+                Path("study"), StudyFile(design=study_design), [run for run in answered if run["seed"] < number]
+            )
             primary = verdict.difference_of(study, "arm", "baseline")
             if verdict.is_decided(study, primary):
                 break

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,23 +20,15 @@ from typer.testing import CliRunner
 from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoTrainingError
 from echo_lora.study import compare as comparing
-from echo_lora.study import folder as folder_module
+from echo_lora.study import folder, workers
 from echo_lora.study import run as executing
-from echo_lora.study import workers
 from echo_lora.study.compare import choose, compare
-from echo_lora.study.design import (
-    RunKey,
-    confirmation_keys,
-    load_study,
-    recipe_of,
-    shipped_studies,
-    slurm_options,
-    tuning_keys,
-)
+from echo_lora.study.design import RunKey, load_study, recipe_of, shipped_studies, slurm_options
+from echo_lora.study.folder import STUDY_FILE, Archive, StudyFile, read_study
 from echo_lora.study.looks import confidence_at
-from echo_lora.study.records import RUNS_FILE, STUDY_FILE, read_study, write_archive
+from echo_lora.study.records import RECORD, RUNS_FILE, read_record, record_path, write_archive, write_record
 from echo_lora.study.report.page import summary_lines, write_report
-from echo_lora.study.run import RECORD, execute, has_record, read_record, write_record
+from echo_lora.study.run import execute
 from echo_lora.study.workers import Engine
 from echo_lora.training.sft import EchoSFTTrainer
 from tiny_recipe import ROWS, tiny_document, tiny_folder, write_rows
@@ -88,6 +81,10 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in gzip.decompress((folder / RUNS_FILE).read_bytes()).splitlines()]
 
 
+def record_of(study, key: RunKey) -> dict:
+    return read_record(record_path(study.output, key))
+
+
 def numbers(folder: Path) -> list[dict]:
     """The records without what rightly differs between two runs of one study: time, memory, where it was resumed."""
     found = records(folder)
@@ -131,14 +128,14 @@ def numbers(folder: Path) -> list[dict]:
         ({"seeds": [1, 2, 3, 4], "looks": [4, 3]}, "looks = [4, 3] must be"),
         ({"seeds": [1, 2, 3, 4], "looks": [3, 4.0]}, "looks.1 = 4.0 must be a valid integer"),
         ({"arms": ARMS | {"zero": {"learning_rates": [1e-3]}}}, "an equal budget"),
-        ({"arms": ARMS | {"zero": {"set": {"seeds.routing": 3}}}}, "sets seeds.routing, which the study gives"),
+        ({"arms": ARMS | {"zero": {"set": {"seeds.routing": 3}}}}, "the study gives seeds.routing to each run"),
         ({"arms": ARMS | {"zero": {"set": {"echo_config.echo_kin": "zero"}}}}, "arm zero: "),
         ({"arms": ARMS | {"a/b": {}}}, "the arm's name 'a/b'"),
         ({"arms": {"lora": {}}}, "arms"),
         ({"general": {"file": "no.txt"}}, "no.txt: there is no such file"),
         ({"recipe": "no.yaml"}, "there is no such file, and no shipped recipe"),
         ({"comparisons": []}, "comparisons = [] compares nothing"),
-        ({"set": {"output": "x"}}, "set.output: the study gives this to each run"),
+        ({"set": {"output": "x"}}, "the study gives output to each run"),
         ({"set": {"data.validation": None, "training.evaluate_every": None}}, "arm lora: answers to validation rows"),
         ({"tune_on": "loss", "set": {"training.evaluate_every": None}}, "Set training.evaluate_every"),
         ({"set": {"evaluation.tasks": [{"name": "words", "kind": "code"}]}}, "a study runs no generated code"),
@@ -162,14 +159,14 @@ def test_an_error_names_the_line_of_the_study(tmp_path):
 
 def test_every_run_of_a_seed_has_the_seeds_and_the_rate_of_its_key(tmp_path):
     study = loaded(tmp_path)
-    keys = tuning_keys(study)
+    keys = study.tuning_runs
     assert [(key.seed, key.arm, key.learning_rate) for key in keys[:3]] == [
         (0, "lora", 1e-2),
         (0, "lora", 3e-2),
         (0, "echo-lora", 1e-2),
     ]
     assert len(keys) == 6
-    keys = confirmation_keys(study, {"lora": 1e-2, "echo-lora": 3e-2, "zero": 1e-2})
+    keys = study.confirmation_runs({"lora": 1e-2, "echo-lora": 3e-2, "zero": 1e-2})
     assert [key.seed for key in keys] == [1, 1, 1, 2, 2, 2]
     recipe = recipe_of(study, keys[1])
     assert (recipe.training.learning_rate, recipe.echo) == (3e-2, True)
@@ -188,7 +185,7 @@ def test_the_quick_study_says_what_makes_its_model(tmp_path, monkeypatch):
 
 def test_one_learning_rate_needs_no_tuning(tmp_path):
     study = loaded(tmp_path, learning_rates=[1e-2], seeds=[0])
-    assert tuning_keys(study) == []
+    assert study.tuning_runs == []
     assert choose(study) == dict.fromkeys(ARMS, 1e-2)
 
 
@@ -234,7 +231,7 @@ def test_a_study_keeps_every_run_and_every_prediction(whole):
     assert [record["stage"] for record in found] == ["tuning"] * 6 + ["confirmation"] * 6
     assert set(about["chosen"]) == set(ARMS)
     assert about["power"]["source"].startswith("tuning runs of echo-lora and lora")
-    assert about["comparisons"] == [["echo-lora", "lora"], ["zero", "lora"]]
+    assert read_study(whole / "study").design.pairs == [("echo-lora", "lora"), ("zero", "lora")]
     for record in found:
         parts = {(score["part"], score["echo"]) for score in record["scores"]}
         kept = record["arm"] == "echo-lora" and record["stage"] == "confirmation"
@@ -244,8 +241,7 @@ def test_a_study_keeps_every_run_and_every_prediction(whole):
             assert len(score["result"]["predictions"]) == 4
         assert record["general"]["before"] > 0
         assert record["general"]["tokens"] == 50
-        assert not (whole / "study" / RunKey(*(record[k] for k in ("stage", "arm", "learning_rate", "seed"))).folder
-                    / "checkpoints").exists()  # fmt: skip
+        assert not record_path(whole / "study", RunKey.of(record)).with_name("checkpoints").exists()
         evaluated = [entry for entry in record["history"] if "eval_loss" in entry]
         assert [entry["step"] for entry in evaluated] == [2, 4]
         assert all(("eval_ce_on" in entry) == (record["arm"] != "lora") for entry in evaluated)
@@ -276,29 +272,54 @@ def test_arms_of_a_seed_see_the_same_rows_in_the_same_order(tmp_path, monkeypatc
     assert len(seen["lora"]) == 4
 
 
-def test_arms_that_are_not_paired_are_refused(whole):
-    first, second = (dict(r) for r in records(whole / "study")[6:8])
-    folder_module._check_pairing([first, second])
+def kept(study, *found: dict) -> Archive:
+    """The archive of a study whose folder has these records and no others."""
+    for record in found:
+        write_record(record_path(study.output, RunKey.of(record)), record)
+    return Archive(study)
+
+
+def test_arms_that_are_not_paired_are_refused(whole, tmp_path):
+    first, second = records(whole / "study")[6:8]
+    chosen = StudyFile.read(whole / "study").chosen
     for name, words in {
+        "": "",
         "initial_adapter_sha256": "start from the same adapter",
         "data_sha256": "train on the same rows",
         "questions_sha256": "answer the same questions",
         "general": "have the same base",
     }.items():
-        other = second | {name: {"before": 9.0} if name == "general" else "another"}
+        study = load_study(whole / "study.yaml", [f"output={tmp_path / (name or 'paired')}"])
+        other = {name: {"before": 9.0, "after": 9.0} if name == "general" else "another"} if name else {}
+        archive = kept(study, first, second | other)
+        if not name:
+            archive.gather(chosen)
+            assert records(Path(study.output)) == [first, second]
+            continue
         with pytest.raises(EchoError, match=rf"arms lora \(seed 1\) and echo-lora \(seed 1\) did not {words}"):
-            folder_module._check_pairing([first, other])
+            archive.gather(chosen)
 
 
-def test_the_rate_is_the_best_on_validation_rows_and_of_equals_the_lowest(tmp_path, monkeypatch):
+def test_each_record_is_read_once_and_all_are_written_in_the_order_of_the_design(whole, tmp_path, monkeypatch):
+    found, chosen = records(whole / "study"), StudyFile.read(whole / "study").chosen
+    study = load_study(whole / "study.yaml", [f"output={tmp_path / 'study'}"])
+    read = []
+    monkeypatch.setattr(folder, "read_record", lambda path: read.append(path) or read_record(path))
+    archive = kept(study)
+    for number, record in enumerate(reversed(found), start=1):
+        kept(study, record)
+        archive.gather(chosen)
+        assert records(Path(study.output)) == found[-number:]
+    assert len(read) == len(set(read)) == len(found)
+
+
+def test_the_rate_is_the_best_on_validation_rows_and_of_equals_the_lowest(tmp_path):
     study = loaded(tmp_path, tuning_seeds=[0, 5])
     accuracy = {("lora", 1e-2): [0.5, 0.6], ("lora", 3e-2): [0.9, 0.3], ("zero", 1e-2): [0.1, 0.3]}
-
-    def record(study, key):
+    for key in study.tuning_runs:
         value = accuracy.get((key.arm, key.learning_rate), [0.2, 0.2])[study.tuning_seeds.index(key.seed)]
-        return {"scores": [{"result": {"accuracy": value}}], "history": [{"eval_loss": 1 - value}]}
-
-    monkeypatch.setattr(folder_module, "read_record", record)
+        result = {"task": "words", "accuracy": value, "correct_per_row": [True]}
+        kept(study, asdict(key) | {"scores": [{"result": result}], "history": [{"eval_loss": 1 - value}]})
     assert choose(study) == {"lora": 3e-2, "echo-lora": 1e-2, "zero": 1e-2}
     by_loss = study.model_copy(update={"tune_on": "loss"})
     assert choose(by_loss) == {"lora": 3e-2, "echo-lora": 1e-2, "zero": 1e-2}
@@ -314,14 +335,15 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(EchoSFTTrainer, "compute_loss", compute_loss)
-    for key in tuning_keys(study):
+    for key in study.tuning_runs:
         assert execute(study, key)
-    diverged = read_record(study, RunKey("tuning", "lora", 3e-2, 0))
+    diverged = record_of(study, RunKey("tuning", "lora", 3e-2, 0))
     assert diverged["diverged"] == "ce_off is nan at step 1"
     assert choose(study) == dict.fromkeys(ARMS, 1e-2)
     with pytest.raises(EchoTrainingError):
         execute(study, RunKey("confirmation", "lora", 3e-2, 1))
-    folder_module.gather(study, comparing._begin(study, "") | {"chosen": choose(study)})
+    comparing._begin(study, "").model_copy(update={"chosen": choose(study)}).write(study.output)
+    Archive(study).gather(choose(study))
     assert "diverged" in (write_report(study.output).parent / "report.md").read_text()
 
 
@@ -359,7 +381,7 @@ def test_a_run_cut_short_goes_on_to_the_same_answers(tmp_path, monkeypatch, mome
     study = loaded(tmp_path, set=settings)
     key = RunKey("confirmation", "echo-lora", 1e-2, 1)
     assert execute(study, key)
-    whole = read_record(study, key)
+    whole = record_of(study, key)
     (tmp_path / "study" / key.folder / RECORD).unlink()
 
     def die(*args, **kwargs):
@@ -378,7 +400,7 @@ def test_a_run_cut_short_goes_on_to_the_same_answers(tmp_path, monkeypatch, mome
         with pytest.raises(KeyboardInterrupt):
             execute(study, key)
     assert execute(study, key)
-    again = read_record(study, key)
+    again = record_of(study, key)
     assert again["resumed_at"] == (3 if moment == "in training" else 5)
     for name in ("steps", "adapter_sha256", "initial_adapter_sha256", "data_sha256", "questions_sha256", "general"):
         assert again[name] == whole[name], name
@@ -403,12 +425,11 @@ def test_a_key_that_a_study_was_begun_without_may_have_its_default(tmp_path):
         (about["recipe"]["training"], "max_grad_norm"),
         (about["recipe"]["evaluation"]["tasks"][0], "kind"),
         (about["recipe"], "quantization"),
-        (about, "margin"),
-        (about, "looks"),
     ]:
         del section[key]
+    about |= {"title": "Tiny", "seeds": [1, 2]}  # as the first versions wrote, beside the design
     path.write_text(json.dumps(about))
-    assert comparing._begin(study, "") == about
+    assert comparing._begin(study, "") == StudyFile.model_validate(about)
     for key, changed in {
         "margin": study.model_copy(update={"margin": 0.01}),
         "seeds": study.model_copy(update={"seeds": [1, 2, 3]}),
@@ -435,7 +456,10 @@ def test_each_source_is_a_task_where_the_recipe_names_none(tmp_path):
     study = loaded(tmp_path, set={"evaluation.tasks": [], "data.validation": validation}, score_on="validation")
     key = RunKey("confirmation", "lora", 1e-2, 1)
     assert execute(study, key)
-    assert [score["result"]["task"] for score in read_record(study, key)["scores"]] == ["validation", "test"]
+    assert [score["result"]["task"] for score in record_of(study, key)["scores"]] == [
+        "validation",
+        "test",
+    ]
 
 
 @pytest.mark.parametrize("own", [None, "1"])
@@ -454,7 +478,7 @@ def test_threads_are_shared_out_among_workers_and_the_environment_is_left_as_it_
 def test_time_that_is_up_begins_no_run(tmp_path):
     assert not compare(loaded(tmp_path), Engine(), minutes=0)
     assert records(tmp_path / "study") == []
-    assert json.loads((tmp_path / "study" / STUDY_FILE).read_text())["title"] == "Tiny"
+    assert json.loads((tmp_path / "study" / STUDY_FILE).read_text())["design"]["title"] == "Tiny"
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
@@ -467,7 +491,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
     log = tmp_path / "study" / "runs/confirmation/bad/lr-0.01/seed-1/log.txt"
     assert str(log) in message
     assert "Traceback" in log.read_text()
-    assert all(read_record(study, RunKey("confirmation", arm, 1e-2, seed)) for arm in ARMS for seed in (1, 2))
+    assert all(record_of(study, RunKey("confirmation", arm, 1e-2, seed)) for arm in ARMS for seed in (1, 2))
 
 
 def test_a_run_that_another_process_holds_is_left_to_it(tmp_path):
@@ -495,7 +519,7 @@ def test_a_damaged_record_is_named(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"no archive")
     with pytest.raises(EchoError, match=f"{path} can't be read"):
-        read_record(study, key)
+        Archive(study).gather(None)
 
 
 def run_study(folder: Path) -> subprocess.Popen:
@@ -572,7 +596,7 @@ def planted(monkeypatch):
                 "history": [],
                 "general": None,
             }
-            write_record(study, key, record)
+            write_record(record_path(study.output, key), record)
             done.append((key.seed, key.arm))
             yield key, None
 
@@ -642,7 +666,7 @@ def test_the_power_of_a_study_with_looks_is_that_of_its_last_one(tmp_path, plant
     about = json.loads((Path(study.output) / STUDY_FILE).read_text())
     assert about["power"]["confidence"] == confidence_at([3, 5, 8], 3)
     assert (about["power"]["seeds"], about["power"]["margin"]) == (8, 0.02)
-    assert (about["looks"], about["margin"]) == ([3, 5, 8], 0.02)
+    assert (about["design"]["looks"], about["design"]["margin"]) == ([3, 5, 8], 0.02)
 
 
 def test_time_that_is_up_before_a_look_decides_nothing(tmp_path, planted):
@@ -655,7 +679,7 @@ def test_time_that_is_up_before_a_look_decides_nothing(tmp_path, planted):
     assert len(done) == 7
     assert read_study(study.output).look == 0
     assert summary_lines(study.output)[0].startswith("too few data: Echo-LoRA − LoRA: no look has been reached yet")
-    assert has_record(study, RunKey("confirmation", "lora", 1e-2, 3))
+    assert record_path(study.output, RunKey("confirmation", "lora", 1e-2, 3)).is_file()
 
 
 def test_the_command_tells_the_look_and_that_it_is_decided(tmp_path, planted):

@@ -1,10 +1,5 @@
 """`compare`: do all runs of a study, here or on a cluster, in as many sittings as it takes.
 
-    output/
-      study.json       the design, the chosen learning rates, the power estimate
-      runs/            one folder per run: its record, its adapter, its log
-      runs.jsonl.gz    all records, one in a line: with study.json, all that a report needs
-
 Every run that has a record stays as it is. A study that was killed goes on when it is called again, and ends with the
 same numbers as one that was not.
 """
@@ -21,19 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from echo_lora.environment import processor, versions
 from echo_lora.errors import EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.progress import progress_console
 from echo_lora.recipe.rows import source_rows
-from echo_lora.study.design import RunKey, Study, confirmation_keys, recipe_of, tuning_keys
-from echo_lora.study.folder import KNOWN, done_run, gathered, write_json
+from echo_lora.recipe.schema import Recipe
+from echo_lora.study.design import Design, RunKey, Study, recipe_of
+from echo_lora.study.folder import STUDY_FILE, Archive, PowerEstimate, StudyFile, read_study, restorable
 from echo_lora.study.looks import confidence_at
 from echo_lora.study.power import estimate_noise, power
-from echo_lora.study.records import STUDY_FILE, correct_by_task, read_about, read_study, run_accuracy
+from echo_lora.study.records import (
+    RECORD,
+    RUNS_FILE,
+    Record,
+    correct_by_task,
+    read_record,
+    record_path,
+    tuned_on,
+    write_record,
+)
 from echo_lora.study.report.format import count_of
 from echo_lora.study.report.verdict import difference_of, is_decided
-from echo_lora.study.run import COMMIT, RECORD, has_record, write_record
+from echo_lora.study.run import COMMIT
 from echo_lora.study.workers import Engine, run_all
 
 # Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
@@ -80,23 +86,30 @@ def compare(
 
 
 def _compare(study: Study, engine: Engine, ends: float | None, until_decided: bool, command: str) -> bool:
-    restored = gathered(study)  # read before anything is written
-    about = _begin(study, command)
+    restored = restorable(study)  # read before anything is written
+    file = _begin(study, command)
     for key, record in restored:
-        if not has_record(study, key):
-            write_record(study, key, record)
-    if not run_all(study, about, tuning_keys(study), engine, ends):
+        if not (path := record_path(study.output, key)).is_file():
+            write_record(path, record)
+    archive = Archive(study)
+
+    def run(keys: list[RunKey]) -> bool:
+        return run_all(study, keys, engine, ends, lambda: archive.gather(file.chosen))
+
+    if not run(study.tuning_runs):
         return False
-    about["chosen"] = chosen = choose(study)
-    if about.get("power") is None:
-        about["power"] = estimate_power(study, chosen)
-    keys = confirmation_keys(study, chosen)  # seed by seed
+    chosen = choose(study)
+    known = file.model_copy(update={"chosen": chosen, "power": file.power or estimate_power(study, chosen)})
+    if known != file:
+        file = known
+        file.write(study.output)
+    keys = study.confirmation_runs(chosen)  # seed by seed
     for look, seeds in enumerate((study.looks or []) if until_decided else [], start=1):
-        if not run_all(study, about, keys[: seeds * len(study.arms)], engine, ends):
+        if not run(keys[: seeds * len(study.arms)]):
             return False
         if _ends_at(study, look):
             return True
-    return run_all(study, about, keys, engine, ends)
+    return run(keys)
 
 
 def _ends_at(study: Study, look: int) -> bool:
@@ -104,7 +117,7 @@ def _ends_at(study: Study, look: int) -> bool:
     found = read_study(study.output)
     if found.look > look:
         return False
-    primary = difference_of(found, *found.pairs[0])
+    primary = difference_of(found, *found.design.pairs[0])
     decided = is_decided(found, primary)
     text = f"look {look} of {len(found.looks)}, {count_of(len(primary.seeds), 'seed')}: {primary.verdict}"
     progress_console().print(text + ("; decided, nothing is left to do" if decided else ""), markup=False)
@@ -114,110 +127,98 @@ def _ends_at(study: Study, look: int) -> bool:
 # ------------------------------------------------------------------ the design
 
 
-def _begin(study: Study, command: str) -> dict[str, Any]:
-    """The study's file: written before the first run, and the same at every later call."""
-    path = Path(study.output) / STUDY_FILE
-    first = RunKey("confirmation", study.baseline, study.rates(study.baseline)[0], study.seeds[0])
-    base = recipe_of(study, first)
-    recipe = base.to_dict()
-    recipe.pop("output")  # the folder may be moved
-    if path.is_file():
-        about = read_about(path)
-        begun = about.get("design", {}) | {"recipe": about.get("recipe")}
-        not_default = study.model_dump(mode="json", exclude_defaults=True)
-        not_default["recipe"] = base.model_dump(mode="json", exclude_defaults=True)
-        if keys := _differing(begun, study.design() | {"recipe": recipe}, not_default):
+def _begin(study: Study, command: str) -> StudyFile:
+    """The study's file: written before the first run, and of the same design at every later call."""
+    recipe = _some_recipe(study, {arm: study.rates(arm)[0] for arm in study.arms})
+    if (Path(study.output) / STUDY_FILE).is_file():
+        file = StudyFile.read(study.output)
+        if keys := _differing(file, study.design, recipe):
             raise EchoConfigError(
                 f"{study.output} holds a study that was begun with another design; {', '.join(keys)} differ. "
                 "A design is not changed after its first run: choose another output."
             )
-        return about
-    others = [name for name in os.listdir(study.output) if name not in KNOWN] if os.path.isdir(study.output) else []
+        return file
+    known = ("runs", RUNS_FILE)  # what the folder may hold before
+    others = [name for name in os.listdir(study.output) if name not in known] if os.path.isdir(study.output) else []
     if others:
         raise EchoConfigError(
             f"{study.output} has no {STUDY_FILE}, but {', '.join(sorted(others)[:3])}: it is no study's folder. Choose "
             "another output."
         )
-    about = {
-        "name": Path(study.output).name,
-        "title": study.title,
-        "question": study.question,
-        "baseline": study.baseline,
-        "arms": {
-            name: {"label": arm.label or name, "role": arm.role, "overrides": arm.set}
-            for name, arm in study.arms.items()
-        },
-        "comparisons": [list(pair) for pair in study.pairs],
-        "learning_rates": {name: study.rates(name) for name in study.arms},
-        "tuning_seeds": study.tuning_seeds if study.tunes else [],
-        "seeds": study.seeds,
-        "smallest_effect": study.smallest_effect,
-        "margin": study.margin,
-        "looks": study.looks,
-        "score_on": study.score_on,
-        "design": study.design(),
-        "recipe": recipe,
-        "command": command,
-        "versions": versions(),
-        "commit": COMMIT,
-        "processor": processor(),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-    write_json(path, about)
-    return about
+    file = StudyFile(
+        design=study.design,
+        recipe=_without_place(recipe),
+        command=command,
+        versions=versions(),
+        commit=COMMIT,
+        processor=processor(),
+        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+    )
+    file.write(study.output)
+    return file
 
 
-def _differing(begun: dict[str, Any], now: dict[str, Any], not_default: dict[str, Any]) -> list[str]:
+def _differing(begun: StudyFile, design: Design, recipe: Recipe) -> list[str]:
     """The keys of a design that were begun with another value. A key that did not exist then was at its default."""
-    return [
-        key
-        for key, value in now.items()
-        if (not _is_same(begun[key], value, not_default.get(key)) if key in begun else key in not_default)
-    ]
+    before, now = begun.design.model_dump(), design.model_dump()
+    keys = [key for key in now if before.get(key) != now[key]]
+    try:
+        is_same = Recipe.model_validate(begun.recipe | {"output": recipe.output}) == recipe
+    except ValidationError:  # it has a key that is no more, or a value
+        is_same = False
+    return keys if is_same else [*keys, "recipe"]
 
 
-def _is_same(begun: Any, now: Any, not_default: Any) -> bool:
-    if isinstance(begun, dict) and isinstance(now, dict):
-        return begun.keys() <= now.keys() and not _differing(begun, now, not_default or {})
-    if isinstance(begun, list) and isinstance(now, list) and len(begun) == len(now):
-        return all(map(_is_same, begun, now, not_default or [None] * len(now)))
-    return begun == now
+def _some_recipe(study: Study, chosen: dict[str, float]) -> Recipe:
+    """That of the baseline's first run."""
+    return recipe_of(study, RunKey("confirmation", study.baseline, chosen[study.baseline], study.seeds[0]))
+
+
+def _without_place(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without its output: the folder may be moved."""
+    return {key: value for key, value in recipe.to_dict().items() if key != "output"}
 
 
 def choose(study: Study) -> dict[str, float]:
     """Each arm's learning rate: the best one on validation rows, over all tuning seeds; of equals the lowest."""
     if not study.tunes:
         return {arm: study.rates(arm)[0] for arm in study.arms}
-    best: dict[str, list[tuple[float, float]]] = {arm: [] for arm in study.arms}
+    chosen = {}
     for arm in study.arms:
-        for rate in study.rates(arm):
-            records = [done_run(study, RunKey("tuning", arm, rate, seed)) for seed in study.tuning_seeds]
-            best[arm].append((-float(np.mean([_tuned_on(study, record) for record in records])), rate))
-        if all(np.isinf(worst) for worst, _ in best[arm]):
+        found = [(_mean_loss(study, arm, rate), rate) for rate in study.rates(arm)]
+        if all(np.isinf(loss) for loss, _ in found):
             raise EchoError(f"training of arm {arm} diverged at every learning rate. Try lower ones in another study.")
-    return {arm: min(found)[1] for arm, found in best.items()}
+        chosen[arm] = min(found)[1]
+    return chosen
 
 
-def _tuned_on(study: Study, record: dict[str, Any]) -> float:
-    """What is to be high: the mean accuracy of the tasks, or minus the last loss on validation rows.
+def _mean_loss(study: Study, arm: str, rate: float) -> float:
+    """What is to be low, over the tuning seeds: the loss on validation rows, or minus the accuracy.
 
-    Minus infinity where training diverged.
+    Infinity where training diverged.
     """
-    if "diverged" in record:
-        return -np.inf
-    if study.tune_on == "accuracy":
-        return run_accuracy(record)
-    last = [entry["eval_loss"] for entry in record["history"] if "eval_loss" in entry][-1]
-    return -last if np.isfinite(last) else -np.inf
+    sign = -1 if study.tune_on == "accuracy" else 1
+    found = [
+        sign * tuned_on(_done_run(study, RunKey("tuning", arm, rate, seed)), study.tune_on)
+        for seed in study.tuning_seeds
+    ]
+    return float(np.mean([value if np.isfinite(value) else np.inf for value in found]))
 
 
-def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
+def _done_run(study: Study, key: RunKey) -> Record:
+    path = record_path(study.output, key)
+    if not path.is_file():
+        raise EchoError(f"the run {key} has no record in {study.output}. Call compare again to have it done.")
+    return read_record(path)
+
+
+def estimate_power(study: Study, chosen: dict[str, float]) -> PowerEstimate:
     """How likely the study is to find an effect of the smallest size of interest, before its runs have begun.
 
     The noise is that of the first comparison in the tuning runs, where there are any with answers; else it is assumed.
     With looks the estimate is that of the last one alone; the earlier ones add a little.
     """
-    recipe = recipe_of(study, RunKey("confirmation", study.baseline, chosen[study.baseline], study.seeds[0]))
+    recipe = _some_recipe(study, chosen)
     tasks = recipe.evaluation.tasks
     sources = getattr(recipe.data, study.score_on) or []
     groups = [task.data or sources for task in tasks] or [[source] for source in sources]
@@ -226,7 +227,7 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
     source = "assumed"
     if study.tunes and study.tune_on == "accuracy":
         pilot = [
-            correct_by_task(done_run(study, RunKey("tuning", arm, chosen[arm], seed)) for seed in study.tuning_seeds)
+            correct_by_task(_done_run(study, RunKey("tuning", arm, chosen[arm], seed)) for seed in study.tuning_seeds)
             for arm in study.pairs[0]
         ]
         noise = estimate_noise(*({task: np.array(rows) for task, rows in correct.items()} for correct in pilot))
@@ -243,4 +244,4 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> dict[str, Any]:
         confidence=confidence_at(study.looks, len(study.looks)) if study.looks else 0.95,
         **noise,
     )
-    return found.to_dict() | {"source": source}
+    return PowerEstimate(**found.to_dict(), source=source)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from echo_lora.data.sources import expanded
 from echo_lora.errors import EchoConfigError, nearest
@@ -31,8 +31,24 @@ LARGEST_TEXT = 100_000_000  # bytes of the general text
 # What the study itself gives to each run; an arm may not.
 GIVEN = ("seeds", "output", "training.learning_rate")
 
+
+def _is_arm(name: str) -> str:
+    if not re.fullmatch(NAME, name):
+        raise ValueError(f"the arm's name {name!r} must be made of at most 100 letters, digits, _, . and -")
+    return name
+
+
+def _leaves_given(values: dict[str, Any]) -> dict[str, Any]:
+    for key in values:
+        if key.startswith(GIVEN):
+            raise ValueError(f"the study gives {key} to each run; remove it")
+    return values
+
+
 Stage = Literal["tuning", "confirmation"]
+ArmName = Annotated[str, AfterValidator(_is_arm)]
 Rate = Annotated[float, Field(gt=0, le=LARGEST_RATE)]
+Settings = Annotated[dict[Name, Any], AfterValidator(_leaves_given)]  # of a recipe
 
 
 class Arm(Section):
@@ -40,7 +56,7 @@ class Arm(Section):
 
     label: Name | None = Field(None, description="name in reports; default: the arm's key")
     role: Literal["method", "control"] = Field("method", description="controls stand apart in the report")
-    set: dict[Name, Any] = Field({}, description="keys of the recipe and their values, as in {echo: false}")
+    set: Settings = Field({}, description="keys of the recipe and their values, as in {echo: false}")
     learning_rates: Annotated[list[Rate], Field(min_length=1)] | None = Field(
         None, description="the arm's own learning rates, as many as every other arm tries"
     )
@@ -58,16 +74,43 @@ class GeneralText(Section):
     tokens: int = Field(2048, description="number of first tokens that are scored", ge=2, le=10_000_000)
 
 
-class Study(Section):
-    """A whole study. Made by `load_study`."""
+@dataclass(frozen=True)
+class RunKey:
+    """One run of a study. learning_rate: None in an arm whose rate has not been chosen yet."""
+
+    stage: Stage
+    arm: str
+    learning_rate: float | None
+    seed: int
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> RunKey:
+        """The run that a record is of."""
+        return cls(record["stage"], record["arm"], record["learning_rate"], record["seed"])
+
+    @property
+    def identity(self) -> tuple[str, str, int, float | None]:
+        """What no two runs of a study share: an arm is confirmed at one learning rate, whichever it is."""
+        return self.stage, self.arm, self.seed, self.learning_rate if self.stage == "tuning" else None
+
+    @property
+    def folder(self) -> str:
+        """Where in the study's folder it is kept."""
+        return f"runs/{self.stage}/{self.arm}/lr-{self.learning_rate:g}/seed-{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.arm} lr {self.learning_rate:g} seed {self.seed}"
+
+
+class Design(Section):
+    """What is compared with what: all of a study but where its files are. `study.json` holds it."""
+
+    model_config = ConfigDict(extra="allow")  # in study.json: the length of `general`, and keys of other versions
 
     title: Name = Field(description="head of the report")
     question: str = Field("", description="what the study is to answer, for the report")
-    recipe: Name = Field(
-        description="recipe of all arms: a YAML file, from the study's folder, or a shipped one's name"
-    )
-    set: dict[Name, Any] = Field({}, description="keys of the recipe that all arms set otherwise")
-    arms: dict[str, Arm] = Field(description="what is compared, by name", min_length=2)
+    set: Settings = Field({}, description="keys of the recipe that all arms set otherwise")
+    arms: dict[ArmName, Arm] = Field(description="what is compared, by name", min_length=2)
     baseline: str = Field(description="the arm that the others are compared with")
     comparisons: list[list[str]] | None = Field(
         None, description="pairs [arm, other], the verdict's first; default: every arm with the baseline"
@@ -90,24 +133,9 @@ class Study(Section):
     looks: list[int] | None = Field(
         None, description="numbers of seeds after which the result may be looked at, the last that of all seeds"
     )
-    general: GeneralText | None = Field(None, description="text on which forgetting is measured")
-    output: Name = Field(description="folder of the study; default: runs/ and the study's name")
-
-    _home = field_validator("output")(lambda value: str(expanded(value)))
-
-    @field_validator("arms")
-    @classmethod
-    def _named(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
-        for name, arm in arms.items():
-            if not re.fullmatch(NAME, name):
-                raise ValueError(f"the arm's name {name!r} must be made of at most 100 letters, digits, _, . and -")
-            for key in arm.set:
-                if key.startswith(GIVEN):
-                    raise ValueError(f"arm {name} sets {key}, which the study gives to each run; remove it")
-        return arms
 
     @model_validator(mode="after")
-    def _agrees(self) -> Study:
+    def _agrees(self) -> Self:
         for name in [self.baseline, *(name for pair in self.comparisons or [] for name in pair)]:
             if name not in self.arms:
                 raise ValueError(f"there is no arm {name!r}.{nearest(name, list(self.arms))}")
@@ -129,9 +157,6 @@ class Study(Section):
                 raise ValueError(f"seed {seed} is among seeds and tuning_seeds; a seed that chose can't confirm")
         if self.comparisons == []:
             raise ValueError("comparisons = [] compares nothing; name a pair, or leave it out")
-        for key in self.set:
-            if key.startswith(GIVEN):
-                raise ValueError(f"set.{key}: the study gives this to each run; remove it")
         for key in ("seeds", "tuning_seeds"):
             seeds = getattr(self, key)
             if len(set(seeds)) != len(seeds) or any(not 0 <= seed <= LARGEST_SEED for seed in seeds):
@@ -161,27 +186,46 @@ class Study(Section):
             return [(first, second) for first, second in self.comparisons]
         return [(name, self.baseline) for name in self.arms if name != self.baseline]
 
-    def design(self) -> dict[str, Any]:
-        """All keys but those that say where files are, in a form that JSON takes."""
-        return self.model_dump(mode="json", exclude={"output": True, "recipe": True, "general": {"file"}})
+    @property
+    def tuning_runs(self) -> list[RunKey]:
+        """The runs that choose learning rates, seed by seed; none if there is nothing to choose."""
+        if not self.tunes:
+            return []
+        return [
+            RunKey("tuning", arm, rate, seed)
+            for seed in self.tuning_seeds
+            for arm in self.arms
+            for rate in self.rates(arm)
+        ]
+
+    def confirmation_runs(self, chosen: Mapping[str, float]) -> list[RunKey]:
+        """The runs that count, seed by seed, so that a study that was cut short has whole seeds."""
+        return [RunKey("confirmation", arm, chosen.get(arm), seed) for seed in self.seeds for arm in self.arms]
+
+    def runs(self, chosen: Mapping[str, float] | None) -> list[RunKey]:
+        """All runs of the study. chosen: each arm's learning rate; None before they have been chosen."""
+        return self.tuning_runs + self.confirmation_runs(chosen or {})
 
 
-@dataclass(frozen=True)
-class RunKey:
-    """One run of a study."""
+class Study(Design):
+    """A whole study. Made by `load_study`."""
 
-    stage: Stage
-    arm: str
-    learning_rate: float
-    seed: int
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: Name = Field(
+        description="recipe of all arms: a YAML file, from the study's folder, or a shipped one's name"
+    )
+    general: GeneralText | None = Field(None, description="text on which forgetting is measured")
+    output: Name = Field(description="folder of the study; default: runs/ and the study's name")
+
+    _home = field_validator("output")(lambda value: str(expanded(value)))
 
     @property
-    def folder(self) -> str:
-        """Where in the study's folder it is kept."""
-        return f"runs/{self.stage}/{self.arm}/lr-{self.learning_rate:g}/seed-{self.seed}"
-
-    def __str__(self) -> str:
-        return f"{self.stage} {self.arm} lr {self.learning_rate:g} seed {self.seed}"
+    def design(self) -> Design:
+        """The study without its places: the text's length stays, its file goes."""
+        return Design.model_validate(
+            self.model_dump(mode="json", exclude={"output": True, "recipe": True, "general": {"file"}})
+        )
 
 
 def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -277,20 +321,3 @@ def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
             raise EchoConfigError(f"--slurm {text}: write it as key=value, for example --slurm timeout_min=60.")
         options[key.strip()] = int(value) if re.fullmatch("[0-9]{1,18}", value) else value
     return options
-
-
-def tuning_keys(study: Study) -> list[RunKey]:
-    """The runs that choose learning rates, seed by seed; none if there is nothing to choose."""
-    if not study.tunes:
-        return []
-    return [
-        RunKey("tuning", arm, rate, seed)
-        for seed in study.tuning_seeds
-        for arm in study.arms
-        for rate in study.rates(arm)
-    ]
-
-
-def confirmation_keys(study: Study, chosen: dict[str, float]) -> list[RunKey]:
-    """The runs that count, seed by seed, so that a study that was cut short has whole seeds."""
-    return [RunKey("confirmation", arm, chosen[arm], seed) for seed in study.seeds for arm in study.arms]

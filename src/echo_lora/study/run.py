@@ -7,10 +7,8 @@ finished, its record stands and it is not run again. A lock keeps two processes 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import json
-import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from peft import PeftModel
 
 from echo_lora.adapter.export import save_verified
 from echo_lora.environment import commit
-from echo_lora.errors import EchoCheckpointError, EchoDataError, EchoTrainingError
+from echo_lora.errors import EchoDataError, EchoTrainingError
 from echo_lora.evaluate import score
 from echo_lora.method.model import EchoModel
 from echo_lora.models import load_tokenizer
@@ -29,10 +27,8 @@ from echo_lora.recipe.build import require_packages
 from echo_lora.recipe.rows import evaluation_rows
 from echo_lora.recipe.train import train
 from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
-from echo_lora.study.records import problem_of_run, write_archive
+from echo_lora.study.records import record_path, write_record
 from echo_lora.training.checkpoint import clear_checkpoints, has_complete_checkpoint
-
-RECORD = "record.json.gz"
 
 COMMIT = commit()  # of the code that this process has imported: the tree may move on before its last run ends
 
@@ -44,50 +40,22 @@ def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
 
     Raises an EchoError; what was complete is kept.
     """
-    folder = Path(study.output) / key.folder
-    if has_record(study, key):
+    path = record_path(study.output, key)
+    if path.is_file():
         return True
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")  # the system frees it when the process ends, however it ends
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name("lock"))  # the system frees it when the process ends, however it ends
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         return False
     try:
-        if not has_record(study, key):
-            write_record(study, key, _record(study, key, folder))
-            clear_checkpoints(folder / "checkpoints")
+        if not path.is_file():
+            write_record(path, _record(study, key, path.parent))
+            clear_checkpoints(path.with_name("checkpoints"))
     finally:
         lock.release()
     return True
-
-
-def write_record(study: Study, key: RunKey, record: dict[str, Any]) -> None:
-    """Keep the record of a run. Raises EchoCheckpointError if the disk refuses."""
-    write_archive(_path(study, key), json.dumps(record, ensure_ascii=False))
-
-
-def has_record(study: Study, key: RunKey) -> bool:
-    """Whether the run has been done."""
-    return _path(study, key).is_file()
-
-
-def read_record(study: Study, key: RunKey) -> dict[str, Any] | None:
-    """The record of a run, None if it has not been done. Raises EchoCheckpointError for a damaged one."""
-    path = _path(study, key)
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(gzip.decompress(path.read_bytes()))
-        if (problem := problem_of_run(record)) is not None:
-            raise ValueError(problem)
-        return record
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise EchoCheckpointError(f"{path} can't be read: {error}. Remove it to have this run done again.") from error
-
-
-def _path(study: Study, key: RunKey) -> Path:
-    return Path(study.output) / key.folder / RECORD
 
 
 def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:

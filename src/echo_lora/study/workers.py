@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,8 +18,8 @@ from typing import Any, Literal
 from echo_lora.errors import EchoConfigError, EchoError
 from echo_lora.progress import progress_console
 from echo_lora.study.design import RunKey, Study
-from echo_lora.study.folder import gather
-from echo_lora.study.run import execute, has_record
+from echo_lora.study.records import record_path
+from echo_lora.study.run import execute
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Engine:
 # -------------------------------------------------------------------- the runs
 
 
-def run_all(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Engine, ends: float | None) -> bool:
+def run_all(study: Study, keys: list[RunKey], engine: Engine, ends: float | None, gather: Callable[[], None]) -> bool:
     """Do the runs that have no record yet; False if time was up before that. Raises EchoError if some failed.
 
-    All records are gathered after each run, so that a report of what there is can be made at any time.
+    gather: collects all records; called after each run, so that a report of what there is can be made at any time.
     """
-    gather(study, about)
-    left = [key for key in keys if not has_record(study, key)]
+    gather()
+    left = [key for key in keys if not record_path(study.output, key).is_file()]
     if not left:
         return True
     console = progress_console()
@@ -56,7 +56,7 @@ def run_all(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Eng
         seconds = time.monotonic() - started
         state = "done" if error is None else "FAILED"
         console.print(f"{done}/{len(left)}  {key}  {state}  {seconds:.0f} s", markup=False)
-        gather(study, about)
+        gather()
         if error is not None:
             failed.append(f"{key}: {error}\n  log: {Path(study.output) / key.folder / 'log.txt'}")
     if failed:

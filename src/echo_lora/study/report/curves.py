@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from echo_lora.study.records import Record, StudyRecords, mean_of, results, run_accuracy
+from echo_lora.study.folder import StudyRecords
+from echo_lora.study.records import mean_of, results, run_accuracy, tuned_on
 from echo_lora.study.report.format import (
     Figure,
     Section,
@@ -32,11 +33,11 @@ STEPS = 6  # steps of a curve that its table shows
 def learning_rates(study: StudyRecords) -> Section:
     """What tuning found, and what was chosen."""
     title = "Choice of the learning rate"
-    on_accuracy = study.tunes_on_accuracy
+    on_accuracy = study.design.tune_on == "accuracy"
     diverged = [run for arm in study.arms for runs in study.tuning(arm).values() for run in runs if "diverged" in run]
     curves = {
         arm: {
-            rate: mean_of([_tuned_on(run, on_accuracy) for run in runs])
+            rate: mean_of(tuned_on(run, study.design.tune_on) for run in runs)
             for rate, runs in study.tuning(arm).items()
             if not any("diverged" in run for run in runs)
         }
@@ -44,7 +45,7 @@ def learning_rates(study: StudyRecords) -> Section:
     }
     curves = {arm: curve for arm, curve in curves.items() if curve}
     if not curves:
-        rates = {f"{rate:g}" for rates in study.about["learning_rates"].values() for rate in rates}
+        rates = {f"{rate:g}" for arm in study.design.arms for rate in study.design.rates(arm)}
         return Section("rates", title, [f"There was nothing to choose: the study gives {', '.join(sorted(rates))}."])
     scale = 100 if on_accuracy else 1
     what = "accuracy on validation questions" if on_accuracy else "loss on validation rows"
@@ -67,22 +68,22 @@ def learning_rates(study: StudyRecords) -> Section:
         panel.line(
             [(rate, scale * value) for rate, value in curve.items()], arm_style(study, arm), short_label(study, arm)
         )
-        chosen = (study.chosen or {}).get(arm)
+        chosen = study.chosen.get(arm)
         if chosen in curve:
             panel.ring(chosen, scale * curve[chosen], arm_style(study, arm))
         for rate, value in curve.items():
             shown = percent(value) if on_accuracy else number_text(value)
             rows.append([study.label(arm), f"{rate:g}", shown, "chosen" if rate == chosen else ""])
-    seeds = study.about["tuning_seeds"]
+    seeds = study.design.tuning_seeds
     better = "higher" if on_accuracy else "lower"
     caption = (
         f"Every arm tried the same number of learning rates on validation data only, where {better} is better; a ring "
         "marks the one it was then confirmed with."
     )
     text = [f"Means over tuning seed{'s' * (len(seeds) != 1)} {listed(seeds)}."]
-    if study.chosen is None:
+    if not study.chosen:
         text.append("The tuning is not over: no rate has been chosen.")
-    edge = [a for a, c in curves.items() if (study.chosen or {}).get(a) in (min(c), max(c)) and len(c) > 1]
+    edge = [a for a, c in curves.items() if study.chosen.get(a) in (min(c), max(c)) and len(c) > 1]
     warnings = []
     if edge:
         warnings.append(
@@ -96,13 +97,6 @@ def learning_rates(study: StudyRecords) -> Section:
     table = Table(f"{what[0].upper()}{what[1:]}, by learning rate", ["arm", "learning rate", what, ""], rows)
     figure = Figure(caption, [panel.svg()], table, legend(study, curves))
     return Section("rates", title, text, warnings, [figure], items=items)
-
-
-def _tuned_on(run: Record, on_accuracy: bool) -> float:
-    if on_accuracy:
-        return run_accuracy(run)
-    losses = [entry["eval_loss"] for entry in run["history"] if "eval_loss" in entry]
-    return losses[-1] if losses else math.nan
 
 
 def losses(study: StudyRecords) -> Section:
@@ -121,7 +115,7 @@ def losses(study: StudyRecords) -> Section:
         "seeds, the shade around them reaches from the lowest to the highest seed."
     )
     text = []
-    if study.about.get("recipe", {}).get("data", {}).get("train_on_prompt"):
+    if study.file.recipe.get("data", {}).get("train_on_prompt"):
         text.append(
             "This study trains on prompts too. The training loss of arms with echo is that of answers alone, so it is "
             "not comparable with that of arms without; the loss on validation rows is."
@@ -257,7 +251,7 @@ def ceiling(study: StudyRecords) -> Section:
         kept = [run for run in runs if results(run, echo=True)]
         if kept:
             off, on = (mean_of(run_accuracy(run, echo=echo) for run in kept) for echo in (False, True))
-            means.append((arm, f"{study.part}, generated", off, on))
+            means.append((arm, f"{study.design.score_on}, generated", off, on))
     if not means:
         return Section("ceiling", title, ["Not measured: no run was scored with its echo kept on."])
     panel = Rows(

@@ -7,7 +7,8 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from echo_lora.study.records import StudyRecords, mean_of, results
+from echo_lora.study.folder import StudyRecords
+from echo_lora.study.records import mean_of, results
 from echo_lora.study.report.plots import Axis, Style, axis, style_of, swatch
 from echo_lora.study.statistics import Effect
 
@@ -114,7 +115,7 @@ def with_range(effect: Effect) -> str:
 
 def points_axis(study: StudyRecords, effects: Iterable[Effect]) -> Axis:
     """A common axis for differences in points, which shows 0 and the smallest effect of interest."""
-    smallest = 100 * study.about["smallest_effect"]
+    smallest = 100 * study.design.smallest_effect
     values = [value for effect in effects for value in (*(ends_of(effect) or ()), 100 * effect.estimate)]
     return axis(values, include=(0, smallest, -smallest), count=6)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.files import write_file
-from echo_lora.study.records import STUDY_FILE, StudyRecords, read_study
+from echo_lora.study.folder import STUDY_FILE, StudyRecords, read_study
 from echo_lora.study.report import curves as training
 from echo_lora.study.report import results as outcome
 from echo_lora.study.report.format import Section, Table, count_of, listed
@@ -99,7 +99,7 @@ def summary_lines(folder: str | Path) -> list[str]:
     Of a folder of several studies: those of each, under its title. Raises as `write_report`.
     """
     if folders := _studies_in(folder):
-        return [line for one in folders for line in (read_study(one).about["title"], *summary_lines(one))]
+        return [line for one in folders for line in (read_study(one).design.title, *summary_lines(one))]
     study = read_study(folder)
     declared = declared_differences(study)
     look = look_text(study, declared[0])
@@ -115,8 +115,8 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Report:
         else f"{primary.verdict[0].upper()}{primary.verdict[1:]}"
     )
     return Report(
-        title=study.about["title"],
-        question=study.about.get("question", ""),
+        title=study.design.title,
+        question=study.design.question,
         verdict=word,
         sign=SIGN[primary.verdict],
         sentence=sentence_of(study, primary),
@@ -145,8 +145,8 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Report:
 def _section_of_several(study: StudyRecords, declared: list[Difference]) -> Section:
     name = study.folder.name
     look = look_text(study, declared[0])
-    text = [study.about.get("question", ""), *([look] if look else []), f"The whole report: {name}/{HTML_FILE}"]
-    return Section(name, study.about["title"], text, notices(study, declared[0]), items=_verdicts(study, declared))
+    text = [study.design.question, *([look] if look else []), f"The whole report: {name}/{HTML_FILE}"]
+    return Section(name, study.design.title, text, notices(study, declared[0]), items=_verdicts(study, declared))
 
 
 def _verdicts(study: StudyRecords, declared: list[Difference]) -> list[str]:
@@ -167,39 +167,6 @@ def _report_of_several(sections: list[Section]) -> Report:
 
 
 def _settings(study: StudyRecords) -> Section:
-    about = study.about
-    arms = []
-    for arm in study.arms:
-        own = about["arms"][arm]
-        chosen = (study.chosen or {}).get(arm)
-        arms.append(
-            [
-                study.label(arm),
-                arm,
-                own.get("role", "method") + (", baseline" if arm == study.baseline else ""),
-                _settings_text(own.get("overrides", {})) or "none",
-                listed(f"{rate:g}" for rate in about["learning_rates"].get(arm, [])),
-                "not yet" if chosen is None else f"{chosen:g}",
-            ]
-        )
-    general = [
-        ["command", about.get("command") or "unknown"],
-        ["begun", about.get("started") or "unknown"],
-        ["commit", about.get("commit") or "unknown"],
-        ["processor", about.get("processor") or "unknown"],
-        [
-            "devices of the runs",
-            listed(sorted({str(run.get("device", "unknown")) for run in study.runs})) or "none yet",
-        ],
-        ["tuning seeds", listed(about["tuning_seeds"]) or "none"],
-        ["confirmation seeds", listed(study.seeds)],
-        ["smallest effect of interest", count_of(100 * about["smallest_effect"], "percentage point")],
-        *([["margin", count_of(100 * margin, "percentage point")]] if (margin := about.get("margin")) else []),
-        *([["looks, in seeds", listed(study.looks)]] if study.looks else []),
-        ["comparisons, the primary first", listed(f"{a} − {b}" for a, b in study.pairs)],
-        *([f"version of {name}", str(number)] for name, number in about.get("versions", {}).items()),
-    ]
-    recipe = [[key, value] for key, value in _flat(about.get("recipe", {}))]
     rows = sorted({line for run in study.runs if run["stage"] == "confirmation" for line in run.get("rows", [])})
     warnings = []
     if len({json.dumps(run["versions"], sort_keys=True) for run in study.runs if "versions" in run}) > 1:
@@ -208,15 +175,46 @@ def _settings(study: StudyRecords) -> Section:
         Table(
             "Arms: what each sets otherwise than the base recipe",
             ["arm", "key", "role", "overrides", "learning rates tried", "chosen"],
-            arms,
+            [_arm_settings(study, arm) for arm in study.arms],
             is_text=True,
         ),
-        Table("The study", ["what", "value"], general, is_text=True),
+        Table("The study", ["what", "value"], _study_settings(study), is_text=True),
     ]
-    if recipe:
+    if recipe := [[key, value] for key, value in _flat(study.file.recipe)]:
         tables.append(Table("Base recipe, of the baseline's first run", ["key", "value"], recipe, is_text=True))
     text = ["Everything that is needed to do the study again."]
     return Section("settings", "Settings", text, warnings, tables=tables, items=[f"rows: {line}" for line in rows])
+
+
+def _arm_settings(study: StudyRecords, arm: str) -> list[str]:
+    own = study.design.arms[arm]
+    return [
+        study.label(arm),
+        arm,
+        own.role + (", baseline" if arm == study.design.baseline else ""),
+        _settings_text(own.set) or "none",
+        listed(f"{rate:g}" for rate in study.design.rates(arm)),
+        f"{study.chosen[arm]:g}" if arm in study.chosen else "not yet",
+    ]
+
+
+def _study_settings(study: StudyRecords) -> list[list[str]]:
+    file, design = study.file, study.design
+    devices = sorted({str(run.get("device", "unknown")) for run in study.runs})
+    return [
+        ["command", file.command or "unknown"],
+        ["begun", file.started or "unknown"],
+        ["commit", file.commit or "unknown"],
+        ["processor", file.processor or "unknown"],
+        ["devices of the runs", listed(devices) or "none yet"],
+        ["tuning seeds", listed(design.tuning_seeds if design.tunes else []) or "none"],
+        ["confirmation seeds", listed(design.seeds)],
+        ["smallest effect of interest", count_of(100 * design.smallest_effect, "percentage point")],
+        *([["margin", count_of(100 * design.margin, "percentage point")]] if design.margin else []),
+        *([["looks, in seeds", listed(study.looks)]] if study.looks else []),
+        ["comparisons, the primary first", listed(f"{a} − {b}" for a, b in design.pairs)],
+        *([f"version of {name}", number] for name, number in file.versions.items()),
+    ]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

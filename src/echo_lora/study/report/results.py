@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from echo_lora.study.records import StudyRecords, mean_of, results
+from echo_lora.study.folder import StudyRecords
+from echo_lora.study.records import mean_of, results
 from echo_lora.study.report.format import (
     OVERALL,
     Figure,
@@ -58,7 +59,7 @@ def completeness(study: StudyRecords, primary: Difference) -> Section:
 def comparisons(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> Section:
     """A line for every comparison, those that were not planned last."""
     rows = []
-    margin = study.about.get("margin")
+    margin = study.design.margin
     for compared in [*declared, *others]:
         effect = compared.overall
         name = f"{study.label(compared.arm)} − {study.label(compared.baseline)}"
@@ -96,7 +97,7 @@ def by_task(study: StudyRecords, declared: list[Difference]) -> Section:
     shown = [(compared, compared.overall) for compared in declared if compared.overall]
     if not shown:
         return Section("tasks", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
-    smallest = 100 * study.about["smallest_effect"]
+    smallest = 100 * study.design.smallest_effect
     x = points_axis(study, [effect for c, overall in shown for effect in (overall, *c.tasks.values())])
     panels, rows = [], []
     for i, (compared, overall) in enumerate(shown):
@@ -175,21 +176,21 @@ def accuracy_of_runs(study: StudyRecords) -> Section:
         "Every mark is one trained adapter, every seed is one mark; the upright line is the mean of an arm's seeds."
     )
     head = ["arm", "task", "mean", *(f"seed {seed}" for seed in study.counted_seeds)]
-    figure = Figure(caption, panels, Table(f"Correct answers on {study.part} questions", head, rows))
+    figure = Figure(caption, panels, Table(f"Correct answers on {study.design.score_on} questions", head, rows))
     return Section("accuracy", title, figures=[figure])
 
 
 def controls(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> Section:
     """All arms against the baseline, methods and controls side by side."""
     title = "Controls"
-    control_arms = [arm for arm in study.arms[1:] if study.is_control(arm)]
+    control_arms = [arm for arm in study.arms[1:] if study.design.arms[arm].role == "control"]
     if not control_arms:
         return Section("controls", title, ["This study has no control arms."])
-    to_baseline = {c.arm: c.overall for c in [*declared, *others] if c.baseline == study.baseline and c.overall}
+    to_baseline = {c.arm: c.overall for c in [*declared, *others] if c.baseline == study.design.baseline and c.overall}
     if not to_baseline:
         return Section("controls", title, ["Nothing to show yet: there is no pair of confirmation runs that count."])
-    baseline = study.label(study.baseline)
-    smallest = 100 * study.about["smallest_effect"]
+    baseline = study.label(study.design.baseline)
+    smallest = 100 * study.design.smallest_effect
     panel = Rows(
         "controls",
         f"Every arm − {baseline}",
@@ -206,7 +207,7 @@ def controls(study: StudyRecords, declared: list[Difference], others: list[Diffe
         if arm not in to_baseline:
             continue
         effect = to_baseline[arm]
-        kind = "control" if study.is_control(arm) else "method"
+        kind = "control" if study.design.arms[arm].role == "control" else "method"
         panel.add(
             f"{study.label(arm)}, {kind}",
             with_range(effect),
@@ -229,7 +230,7 @@ def controls(study: StudyRecords, declared: list[Difference], others: list[Diffe
 def cost(study: StudyRecords) -> Section:
     """Time, memory and parameters."""
     title = "Cost"
-    base = study.confirmation(study.baseline)
+    base = study.confirmation(study.design.baseline)
     panels, rows = [], []
     ratios = {}
     for arm in study.arms:
@@ -252,7 +253,7 @@ def cost(study: StudyRecords) -> Section:
         )
     if not rows:
         return Section("cost", title, ["Nothing to show yet: there is no confirmation run that counts."])
-    baseline = study.label(study.baseline)
+    baseline = study.label(study.design.baseline)
     ratios = {arm: values for arm, values in ratios.items() if values}
     figures = []
     head = ["arm", "seconds", f"over {baseline}", "steps", "peak GB", "parameters deployed", "of the echo, discarded"]
@@ -349,7 +350,9 @@ def unreadable(study: StudyRecords) -> Section:
         "Share of answers in which no answer could be found; they count as wrong. Where arms differ here, they may "
         "differ in form and not in knowledge."
     ]
-    table = Table(f"Unreadable answers on {study.part} questions", ["arm", "task", "mean", "highest of a seed"], rows)
+    table = Table(
+        f"Unreadable answers on {study.design.score_on} questions", ["arm", "task", "mean", "highest of a seed"], rows
+    )
     return Section("unreadable", title, text, tables=[table])
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_lora.errors import EchoDataError
+from echo_lora.study.design import RunKey
+from echo_lora.study.folder import StudyRecords
 from echo_lora.study.looks import confidence_at
-from echo_lora.study.records import Record, RunName, StudyRecords, correct_by_task, results
+from echo_lora.study.records import START, Pairing, Record, correct_by_task, results
 from echo_lora.study.report.format import count_of, is_known, listed, percent_text, points_text, range_text
 from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare
 
@@ -48,7 +50,7 @@ class Difference:
 
 def declared_differences(study: StudyRecords) -> list[Difference]:
     """The comparisons that the study declared, the primary one first."""
-    return [difference_of(study, *pair) for pair in study.pairs]
+    return [difference_of(study, *pair) for pair in study.design.pairs]
 
 
 def difference_of(study: StudyRecords, arm: str, baseline: str) -> Difference:
@@ -62,8 +64,8 @@ def difference_of(study: StudyRecords, arm: str, baseline: str) -> Difference:
             arm,
             baseline,
             *correct,
-            smallest_effect=study.about["smallest_effect"],
-            margin=study.about.get("margin"),
+            smallest_effect=study.design.smallest_effect,
+            margin=study.design.margin,
             confidence=confidence_of(study),
         )
     return Difference(arm, baseline, seeds, found)
@@ -79,7 +81,7 @@ def is_decided(study: StudyRecords, primary: Difference) -> bool:
     return study.look > 0 and primary.verdict != "too few data"
 
 
-def missing_runs(study: StudyRecords, primary: Difference) -> list[RunName]:
+def missing_runs(study: StudyRecords, primary: Difference) -> list[RunKey]:
     """The runs of the design that are still to be done: a study that is decided needs no more seeds."""
     return [run for run in study.missing if run.stage == "tuning" or not is_decided(study, primary)]
 
@@ -100,7 +102,7 @@ def _correct(study: StudyRecords, runs: list[Record]) -> dict[str, np.ndarray]:
 def sentence_of(study: StudyRecords, difference: Difference) -> str:
     """What was found, in numbers."""
     names = f"{study.label(difference.arm)} − {study.label(difference.baseline)}"
-    smallest = f"smallest effect of interest {count_of(100 * study.about['smallest_effect'], 'point')}"
+    smallest = f"smallest effect of interest {count_of(100 * study.design.smallest_effect, 'point')}"
     effect = difference.overall
     if effect is None:
         what = "no look has been reached" if study.looks else "no seed has a confirmation run of both"
@@ -120,7 +122,7 @@ def interval_name(study: StudyRecords) -> str:
 
 def not_worse_text(study: StudyRecords, difference: Difference) -> str:
     """Whether the arm is shown to be not worse by more than the margin; nothing where there is no margin."""
-    margin = study.about.get("margin")
+    margin = study.design.margin
     if margin is None:
         return ""
     arm, other = study.label(difference.arm), study.label(difference.baseline)
@@ -152,7 +154,7 @@ def look_text(study: StudyRecords, primary: Difference) -> str:
 
 def meaning_of(study: StudyRecords, difference: Difference) -> str:
     """What the verdict's word means here, for someone who reads it for the first time."""
-    smallest = study.about["smallest_effect"]
+    smallest = study.design.smallest_effect
     size = count_of(100 * smallest, "point")
     arm, other = study.label(difference.arm), study.label(difference.baseline)
     effect = difference.overall
@@ -178,7 +180,7 @@ def meaning_of(study: StudyRecords, difference: Difference) -> str:
             "it is too small to matter here."
         )
     if difference.verdict == "not worse":
-        margin = count_of(100 * study.about["margin"], "point")
+        margin = count_of(100 * (study.design.margin or 0), "point")
         return (
             f"“Not worse” means that the interval holds 0 and lies above −{margin}, the margin that was declared "
             "before the study began; it does not say whether there is a difference."
@@ -191,22 +193,20 @@ def meaning_of(study: StudyRecords, difference: Difference) -> str:
 
 def power_lines(study: StudyRecords) -> list[str]:
     """The estimate that was made before the runs that count."""
-    found = study.about.get("power") or {}
-    if "power" not in found:
+    found = study.file.power
+    if found is None:
         return []
-    effect = count_of(100 * found.get("effect", study.about["smallest_effect"]), "point")
-    text = (
+    least = found.smallest_detectable
+    return [
         "Before its confirmation runs began, the study was estimated to notice a true difference of "
-        f"{effect} in {found['power']:.0%} of cases"
-    )
-    if "smallest_detectable" in found:
-        least = found["smallest_detectable"]
-        text += (
-            "; no difference would be noticed in 80 %"
+        f"{count_of(100 * found.effect, 'point')} in {found.power:.0%} of cases; "
+        + (
+            "no difference would be noticed in 80 %"
             if least is None
-            else f"; in 80 % of cases it would notice one of {count_of(round(100 * least, 2), 'point')}"
+            else f"in 80 % of cases it would notice one of {count_of(round(100 * least, 2), 'point')}"
         )
-    return [f"{text}. What was taken for the noise: {found.get('source', 'unknown')}."]
+        + f". What was taken for the noise: {found.source}."
+    ]
 
 
 def state_text(study: StudyRecords, primary: Difference) -> str:
@@ -229,7 +229,7 @@ def state_text(study: StudyRecords, primary: Difference) -> str:
 def notices(study: StudyRecords, primary: Difference) -> list[str]:
     """What must not be missed: runs that are missing, arms that are not paired, rows that were used before."""
     found = [state] if (state := state_text(study, primary)) else []
-    if study.part == "validation":
+    if study.design.score_on == "validation":
         found.append(
             "The runs that count were scored on validation rows: this is a search for settings, and what it finds is "
             "to be confirmed on test rows."
@@ -258,7 +258,7 @@ def dull_tasks(study: StudyRecords) -> list[str]:
     ]
 
 
-def missing_lines(missing: list[RunName]) -> list[str]:
+def missing_lines(missing: list[RunKey]) -> list[str]:
     """The missing runs of an arm, those that lack the same seeds in one line."""
     seeds: dict[tuple[str, str, str], list[int]] = {}
     for run in missing:
@@ -275,30 +275,25 @@ def missing_lines(missing: list[RunName]) -> list[str]:
 
 
 def check_pairing(study: StudyRecords) -> tuple[list[str], list[str]]:
-    """Whether arms with adapters of one kind started from the same weights: the statement, or the warnings."""
-    found: dict[str, dict[str, list[Record]]] = {}
-    for run in study.runs:
-        recipe = run.get("recipe", {})
-        shape = [run["stage"], run["seed"], recipe.get("model"), recipe.get("method"), recipe.get("lora")]
-        if sha := run.get("initial_adapter_sha256"):
-            found.setdefault(json.dumps(shape, sort_keys=True), {}).setdefault(sha, []).append(run)
+    """Whether runs that are compared have in common what they must: the statement, and the warnings."""
+    pairing = Pairing(study.runs)
     warnings = []
-    for weights in found.values():
-        if len(weights) > 1:
-            groups = [
-                f"{'; '.join(sorted({study.label(run['arm']) for run in runs}))} ({sha[:12]}…)"
-                for sha, runs in weights.items()
-            ]
-            run = next(iter(weights.values()))[0]
-            warnings.append(
-                f"Not paired: in {run['stage']} seed {run['seed']} the arms did not start from the same adapter: "
-                f"{' against '.join(groups)}. Differences between them are not those of the method alone."
-            )
-    compared = sum(len({run["arm"] for runs in weights.values() for run in runs}) > 1 for weights in found.values())
-    if warnings:
+    for what, by_value in pairing.broken:
+        groups = [
+            f"{'; '.join(sorted({study.label(key.arm) for key in keys}))} ({value[:12]}{'…' * (len(value) > 12)})"
+            for value, keys in by_value.items()
+        ]
+        one = next(iter(by_value.values()))[0]
+        where = f"in {one.stage} seed {one.seed} " if what == START else ""
+        warnings.append(
+            f"Not paired: {where}the arms did not {what}: {' against '.join(groups)}. Differences between them are not "
+            "those of the method alone."
+        )
+    starts = {group: by_value for (what, group), by_value in pairing.groups.items() if what == START}
+    if any(len(by_value) > 1 for by_value in starts.values()):
         return ["Within a seed, arms did not all start from the same adapter: see the warning above."], warnings
-    if not compared:
-        return [], []
-    kinds = {json.dumps(json.loads(shape)[2:]) for shape in found}
+    if all(len({key.arm for keys in by_value.values() for key in keys}) == 1 for by_value in starts.values()):
+        return [], warnings
+    kinds = {json.dumps(json.loads(group)[1:]) for group in starts}
     each = "Within each seed, all arms" if len(kinds) == 1 else "Within each seed, all arms with adapters of one kind"
-    return [f"{each} started from the same adapter: their sha256 before training is equal (checked)."], []
+    return [f"{each} started from the same adapter: their sha256 before training is equal (checked)."], warnings
