@@ -13,7 +13,9 @@ A step is the body of the trainer's own loop: `training_step` with its metrics, 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -22,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,10 +32,12 @@ from trl import SFTTrainer
 from echo_lora.data.tokenize import TokenizedRow
 from echo_lora.errors import EchoConfigError
 from echo_lora.method.alignment import boundary_positions, injection_mask
-from echo_lora.method.echo import echo_representation
+from echo_lora.method.echo import apply_control, echo_representation
 from echo_lora.method.injection import Injection
+from echo_lora.method.losses import chunk_terms
 from echo_lora.method.model import EchoModel
-from echo_lora.method.step import EchoOutput
+from echo_lora.method.routing import clock_of, distillation_weight
+from echo_lora.method.step import EchoOutput, reading, router_aux_loss_coef
 from echo_lora.models import load_base_model, load_config
 from echo_lora.recipe.build import add_adapter, training_arguments
 from echo_lora.recipe.rows import prepare_part
@@ -52,55 +55,55 @@ def three_pass(
     attention_mask: Tensor,
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
-    **ignored: Any,
 ) -> EchoOutput:
     """The literal step: z from a pass of its own, nothing shared, logits everywhere; the same losses and gradients.
 
-    input_ids, attention_mask, labels: (B, T), padded on the right.
+    It differs from the model's own step in what it runs, not in what it computes: the echo, its controls and the loss
+    terms are the package's own functions. input_ids, attention_mask, labels: (B, T), padded on the right.
     """
-    config = model.echo_config
-    if (config.source_gradient, config.echo_on_updates, config.distillation_tokens) != (False, "all", "all"):
-        raise EchoConfigError(
-            "the literal step of the benchmark knows source_gradient=False, echo_on_updates='all' and "
-            "distillation_tokens='all' only. Leave them at their defaults."
-        )
+    config, base = model.echo_config, model.get_base_model()
+    weight = distillation_weight(config, *(model._routing_clock or clock_of(config)))
+    config = dataclasses.replace(config, distillation_weight=weight)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)  # (B, T), shifted
     supervised = targets != -100
+    echo_only = model._freezing.in_echo_on_pass(model.base_model, config, model._checkpointing.is_on(base))
     model.echo_enabled = False  # the plain PEFT forward
     try:
-        with torch.no_grad():
-            states = model(**inputs, output_hidden_states=True).hidden_states
-        boundary = boundary_positions(labels)
-        rows = torch.arange(len(labels), device=labels.device)
-        hidden = [states[s + 1][rows, boundary] for s in config.resolve_source_layers(len(states) - 1)]
-        deltas, echo_norm, gate_mean = model.echo(echo_representation(hidden, model.echo.standardize))
-        off = model(**inputs).logits
-        with model._injector.injecting(Injection(deltas, injection_mask(targets, config.injection_mask))):
-            on = model(**inputs).logits
+        with (
+            torch.set_grad_enabled(config.source_gradient),
+            reading(
+                model._source_layers,
+                boundary_positions(labels),
+                labels.shape[1],
+                keeps_graph=config.source_gradient,
+            ) as hidden,
+        ):
+            model(**inputs)
+        z = apply_control(echo_representation(hidden, model.echo.standardize), config.echo_kind)
+        deltas, echo_norm, gate_mean = model.echo(z)
+        off = model(**inputs)
+        injection = Injection(deltas, injection_mask(targets, config.injection_mask))
+        with echo_only or nullcontext(), model._injector.injecting(injection):
+            on = model(**inputs)
     finally:
         model.echo_enabled = True
     model.is_stepping = True  # as its own forward says to EchoCallback
-    log_off, log_on = (F.log_softmax(logits[supervised].float(), dim=-1) for logits in (off, on))  # (N, V)
-    tau, student, teacher = config.distillation_temperature, log_off, log_on.detach()
-    if config.distillation_direction == "off_to_on":
-        student, teacher = log_on, log_off.detach()
-    kl = F.kl_div((student / tau).log_softmax(-1), (teacher / tau).log_softmax(-1), reduction="sum", log_target=True)
-    correct = (log_off.argmax(-1) == targets[supervised]).sum()
-    entropy = -(log_off.exp() * log_off).sum()
+    terms = chunk_terms([off.logits[supervised], on.logits[supervised]], targets[supervised], config)
     count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
-    ce_off, ce_on = (F.nll_loss(log, targets[supervised], reduction="sum") / count for log in (log_off, log_on))
-    distillation = tau**2 * kl / count
+    loss = config.routed_loss_scale * terms.loss / count
+    if coefficient := router_aux_loss_coef(base.config):
+        loss = loss + coefficient * off.aux_loss * supervised.sum() / count
     return EchoOutput(
-        loss=ce_off + ce_on + config.distillation_weight * distillation,
-        ce_off=ce_off.detach(),
-        ce_on=ce_on.detach(),
-        distillation=distillation.detach(),
+        loss=loss,
+        ce_off=terms.ce_off.detach() / count,
+        ce_on=terms.ce_on.detach() / count,
+        distillation=terms.distillation.detach() / count,
         routed=torch.tensor(True),
         echo_norm=echo_norm,
         gate_mean=gate_mean,
-        entropy=entropy.detach() / count,
-        token_accuracy=correct / count,
+        entropy=terms.entropy / count,
+        token_accuracy=terms.correct / count,
     )
 
 
