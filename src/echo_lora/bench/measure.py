@@ -15,8 +15,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -181,33 +181,18 @@ def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
     can_fork = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
     context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     context.set_forkserver_preload([__name__])
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(sender, [*warnings.filters], function, args), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        answer, error = receiver.recv()
-    except EOFError:
-        child.join()
-        killed = ", as the system ends a process for want of memory" if child.exitcode == -9 else ""
-        raise ChildError(f"its process ended with status {child.exitcode} and without a word{killed}") from None
-    child.join()
-    if isinstance(error, EchoError):
-        raise error
-    if error is not None:
-        raise ChildError(error)
-    return answer
+    # one task: should this process be killed, the other one ends with its task
+    with ProcessPoolExecutor(1, context, _use_filters, ([*warnings.filters],), max_tasks_per_child=1) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except EchoError:
+            raise
+        except BrokenProcessPool as error:
+            raise ChildError("its process was killed, as the system does for lack of memory") from error
+        except Exception as error:
+            traceback.print_exc()  # with that of the other process
+            raise ChildError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
-def _answer(sender: Connection, filters: list[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _use_filters(filters: list[Any]) -> None:
     warnings.filters = filters
-    answer: tuple[Any, Any]
-    try:
-        answer = function(*args), None
-    except EchoError as error:
-        answer = None, error
-    except Exception as error:
-        traceback.print_exc()
-        answer = None, " ".join(f"{type(error).__name__}: {error}".split())
-    with suppress(BrokenPipeError):  # the one who asked was killed
-        sender.send(answer)
