@@ -21,7 +21,7 @@ from echo_lora.bench import measure
 from echo_lora.bench.measure import ChildError, in_own_process, run_bench, time_steps
 from echo_lora.bench.programs import CASES, VARIANTS, Batch, Case, Program, load_base, parse_shape, random_batch
 from echo_lora.bench.programs import three_pass as literal_step
-from echo_lora.bench.report import Interval, Memory, interval, table_of
+from echo_lora.bench.report import Interval, StepMemory, interval, table_of
 from echo_lora.cli import app
 from echo_lora.data.tokenize import TokenizedRow
 from echo_lora.environment import MemoryWatch
@@ -294,7 +294,7 @@ def test_ratios_are_paired_by_round_method_and_checkpointing():
     batch = batch_of((8, 4), (8, 4))
     seconds = {case: planted(case) for case in CASES}
     routed = {case: VARIANTS[case.variant].routing or 0.0 for case in CASES}
-    memory = {case: Memory(before=100, peak=int(1000 * planted(case)[0])) for case in CASES}
+    memory = {case: StepMemory(before=100, peak=int(1000 * planted(case)[0])) for case in CASES}
     table = table_of(batch, seconds, routed, memory)
     assert (table.rows, table.prompt_tokens, table.answer_tokens) == (2, 16, 8)
     assert table.floor == pytest.approx(4 / 3)
@@ -321,7 +321,7 @@ def test_a_failed_case_has_its_error_and_no_ratio_to_it():
         batch_of((8, 4)),
         {case: planted(case) for case in works},
         dict.fromkeys(works, 0.0),
-        {case: "no room" if case in failed else Memory(1, 2) for case in CASES},
+        {case: "no room" if case in failed else StepMemory(1, 2) for case in CASES},
     )
     lines = {Case(line.variant, line.checkpointing): line for line in table.lines}
     for case in failed:
@@ -383,10 +383,10 @@ def test_memory_of_a_case_is_measured_in_a_process(tmp_path):
 # -------------------------------------------------------------------- the command
 
 
-def planted_memory(function, *args) -> Memory:
+def planted_memory(function, *args) -> StepMemory:
     """In the place of in_own_process, which costs seconds for each case."""
     assert function is measure.measure_memory
-    return Memory(before=10**9, peak=3 * 10**9)
+    return StepMemory(before=10**9, peak=3 * 10**9)
 
 
 @pytest.fixture

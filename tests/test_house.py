@@ -33,7 +33,15 @@ ROOMS = {
     "bench": ["programs", "report", "measure"],
     "study": [
         *("statistics", "power", "looks", "design", "records", "folder"),
-        *("report.plots", "report.format", "report.verdict", "report.results", "report.curves", "report.page"),
+        *(
+            "report.plots",
+            "report.parts",
+            "report.texts",
+            "report.verdict",
+            "report.outcome",
+            "report.training",
+            "report.page",
+        ),
         *("run", "workers", "compare", "demo"),
     ],
     "command": ["terminal", "cli"],

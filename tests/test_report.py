@@ -16,11 +16,11 @@ from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.study.folder import read_study
 from echo_lora.study.looks import confidence_at
-from echo_lora.study.report.format import percent_text
 from echo_lora.study.report.page import summary_lines, write_report
 from echo_lora.study.report.plots import STYLES, Axis, Panel, Rows, axis, style_of
+from echo_lora.study.report.texts import percent_text
 from echo_lora.study.report.verdict import SIGN
-from echo_lora.study.statistics import VERDICTS, compare
+from echo_lora.study.statistics import VERDICTS, compare_arms
 from study_records import without_history, write_runs, write_study
 
 VOID = {"meta", "link", "br", "hr", "img"}
@@ -111,7 +111,7 @@ def made(full) -> tuple[Page, str, str]:
 def test_numbers_on_the_page_and_in_its_twin_are_those_of_the_statistics(full, made):
     page, _, markdown = made
     for arm, other in [("echo-lora", "lora"), ("echo-lora", "zero")]:
-        expected = compare(arm, other, correct_of(full, arm), correct_of(full, other), smallest_effect=0.01)
+        expected = compare_arms(arm, other, correct_of(full, arm), correct_of(full, other), smallest_effect=0.01)
         effects = [expected.overall, *expected.tasks.values()]
         assert len(effects) == 3
         for effect in effects:
@@ -139,7 +139,7 @@ def test_every_number_in_a_table_of_the_page_is_in_its_twin(made):
 
 def test_the_verdict_heads_the_page(full, made):
     page, text, markdown = made
-    expected = compare(
+    expected = compare_arms(
         "echo-lora", "lora", correct_of(full, "echo-lora"), correct_of(full, "lora"), smallest_effect=0.01
     )
     assert expected.verdict == "better"
@@ -237,7 +237,7 @@ def test_a_margin_says_of_every_comparison_whether_it_is_not_worse(tmp_path, mar
     lines = summary_lines(tmp_path)
     for arm, label, line in zip(["echo-lora", "zero"], ["Echo-LoRA", "zero (R-Drop)"], lines, strict=True):
         data = correct_of(tmp_path, arm), correct_of(tmp_path, "lora")
-        expected = compare(arm, "lora", *data, smallest_effect=0.01, margin=margin)
+        expected = compare_arms(arm, "lora", *data, smallest_effect=0.01, margin=margin)
         assert (expected.overall.low > -margin) == is_shown  # or the test shows half of what it is to show
         assert line.startswith(f"{expected.verdict}: {label} − LoRA: ")
         what = f"that {label} is not worse than LoRA by more than the margin of {100 * margin:g} point"
@@ -259,7 +259,7 @@ def test_a_report_is_that_of_the_last_look_that_is_complete(tmp_path, seeds, loo
     page, text, markdown = read(looked_at(tmp_path, seeds))
     counted, confidence = [3, 5, 8][look - 1], confidence_at([3, 5, 8], look)
     data = [{task: rows[:counted] for task, rows in correct_of(tmp_path, arm).items()} for arm in ("echo-lora", "lora")]
-    expected = compare("echo-lora", "lora", *data, smallest_effect=0.01, confidence=confidence)
+    expected = compare_arms("echo-lora", "lora", *data, smallest_effect=0.01, confidence=confidence)
     name, effect = f"{percent_text(confidence)} interval", expected.overall
     lines = summary_lines(tmp_path)
     assert f"({name} {signed(effect.low)} to {signed(effect.high)}), {counted} seeds × " in lines[0]

@@ -21,18 +21,18 @@ from echo_lora.study.folder import StudyFile, StudyRecords
 from echo_lora.study.looks import boundaries, confidence_at
 from echo_lora.study.power import estimate_noise, power, simulate, smallest_detectable
 from echo_lora.study.report import verdict
-from echo_lora.study.statistics import VERDICTS, compare, mcnemar_exact
+from echo_lora.study.statistics import VERDICTS, compare_arms, mcnemar_exact
 
 NOISE = {"accuracy": 0.6, "discordance": 0.15, "seed_sd": 0.01}
 
 
 def verdicts(effect, trials, *, draws=400, smallest_effect=0.01, seed=0, **design):
-    """Shares of the verdicts of `compare` on simulated studies, and of intervals that hold the truth."""
+    """Shares of the verdicts of `compare_arms` on simulated studies, and of intervals that hold the truth."""
     rng = np.random.default_rng(seed)
     shares = dict.fromkeys([*VERDICTS, "covered"], 0.0)
     for trial in range(trials):
         arms = simulate(effect, rng=rng, **design)
-        found = compare("arm", "baseline", *arms, smallest_effect=smallest_effect, draws=draws, seed=trial)
+        found = compare_arms("arm", "baseline", *arms, smallest_effect=smallest_effect, draws=draws, seed=trial)
         shares[found.verdict] += 1 / trials
         shares["covered"] += (found.overall.low <= effect <= found.overall.high) / trials
     return shares
@@ -242,9 +242,9 @@ def test_the_rule_with_a_margin(low, high, seeds, expected):
 )
 def test_not_being_worse_is_told_beside_every_word(only_arm, only_baseline, margin, word, is_not_worse):
     data = answers(3, 1000, only_arm, only_baseline)
-    found = compare("a", "b", *data, smallest_effect=0.01, margin=margin, draws=1000)
+    found = compare_arms("a", "b", *data, smallest_effect=0.01, margin=margin, draws=1000)
     assert (found.verdict, found.is_not_worse) == (word, is_not_worse)
-    two = compare("a", "b", *answers(2, 1000, only_arm, only_baseline), smallest_effect=0.01, margin=margin)
+    two = compare_arms("a", "b", *answers(2, 1000, only_arm, only_baseline), smallest_effect=0.01, margin=margin)
     assert (two.verdict, bool(two.is_not_worse)) == ("too few data", False)
 
 
@@ -265,16 +265,16 @@ def test_an_arm_that_is_worse_by_the_margin_is_rarely_called_not_worse():
     ],
 )
 def test_the_words_on_data(only_arm, only_baseline, expected):
-    found = compare("a", "b", *answers(3, 1000, only_arm, only_baseline), smallest_effect=0.01, draws=1000)
+    found = compare_arms("a", "b", *answers(3, 1000, only_arm, only_baseline), smallest_effect=0.01, draws=1000)
     assert found.verdict == expected
     assert found.overall.estimate == pytest.approx((only_arm - only_baseline) / 1000)
-    two = compare("a", "b", *answers(2, 1000, only_arm, only_baseline), smallest_effect=0.01, draws=1000)
+    two = compare_arms("a", "b", *answers(2, 1000, only_arm, only_baseline), smallest_effect=0.01, draws=1000)
     assert two.verdict == "too few data"
 
 
 @pytest.mark.parametrize(("questions", "expected"), [(200, "too few data"), (400, "no difference shown")])
 def test_equal_answers_show_that_there_is_no_difference_only_if_they_are_many(questions, expected):
-    found = compare("a", "b", *answers(5, questions, 0), smallest_effect=0.01, draws=100)
+    found = compare_arms("a", "b", *answers(5, questions, 0), smallest_effect=0.01, draws=100)
     assert found.verdict == expected
     assert found.overall.estimate == 0
     assert found.overall.p_value == 1
@@ -282,7 +282,7 @@ def test_equal_answers_show_that_there_is_no_difference_only_if_they_are_many(qu
 
 
 def test_one_seed_leaves_everything_open():
-    found = compare("a", "b", *answers(1, 500, 100), smallest_effect=0.01, draws=100)
+    found = compare_arms("a", "b", *answers(1, 500, 100), smallest_effect=0.01, draws=100)
     assert (found.overall.low, found.overall.high, found.overall.p_value) == (-1, 1, 1)
     assert found.verdict == "too few data"
     assert found.tasks["sums"].p_mcnemar[0] < 1e-20
@@ -292,7 +292,7 @@ def test_copies_of_a_seed_do_not_make_questions_more():
     """Nested resampling would give 30 seeds with the same answers an interval that is a third as wide."""
     widths = []
     for seeds in (3, 30):
-        effect = compare("a", "b", *answers(seeds, 400, 30, 20), smallest_effect=0.01, draws=4000).overall
+        effect = compare_arms("a", "b", *answers(seeds, 400, 30, 20), smallest_effect=0.01, draws=4000).overall
         widths.append(effect.high - effect.low)
     assert widths[1] == pytest.approx(widths[0], rel=0.05)
     assert widths[0] == pytest.approx(2 * 1.96 * np.sqrt((50 / 400 - (10 / 400) ** 2) / 400), rel=0.05)
@@ -302,7 +302,7 @@ def test_the_verdict_rests_on_the_unweighted_mean_over_tasks():
     small, large = answers(5, 50, 25), answers(5, 950, 0, 95)
     arm = {"small": small[0]["sums"], "large": large[0]["sums"]}
     baseline = {"large": large[1]["sums"], "small": small[1]["sums"]}  # another order of tasks
-    found = compare("a", "b", arm, baseline, smallest_effect=0.01, draws=1000)
+    found = compare_arms("a", "b", arm, baseline, smallest_effect=0.01, draws=1000)
     assert found.overall.estimate == pytest.approx((0.5 - 0.1) / 2)
     assert found.tasks["small"].estimate == pytest.approx(0.5)
     assert found.tasks["large"].estimate == pytest.approx(-0.1)
@@ -316,7 +316,7 @@ def test_the_verdict_rests_on_the_unweighted_mean_over_tasks():
 
 def test_a_single_task_has_the_interval_of_the_whole():
     arms = simulate(0.02, 5, 300, **NOISE, rng=np.random.default_rng(0))
-    found = compare("a", "b", *arms, smallest_effect=0.01, draws=500)
+    found = compare_arms("a", "b", *arms, smallest_effect=0.01, draws=500)
     task = found.tasks["task 1"]
     assert (task.low, task.high, task.p_value) == (found.overall.low, found.overall.high, found.overall.p_value)
     assert task.p_holm == task.p_value
@@ -326,7 +326,7 @@ def test_interval_and_p_agree():
     rng = np.random.default_rng(3)
     for _ in range(40):
         arms = simulate(0.03, 5, 200, **NOISE, rng=rng)
-        effect = compare("a", "b", *arms, smallest_effect=0.01, draws=500).overall
+        effect = compare_arms("a", "b", *arms, smallest_effect=0.01, draws=500).overall
         assert (effect.low > 0 or effect.high < 0) == (effect.p_value < 0.05) or 0.04 < effect.p_value < 0.06
         assert effect.low <= effect.estimate <= effect.high
         assert effect.p_value >= 2 / 501
@@ -349,7 +349,7 @@ def test_mcnemar_without_a_question_that_tells():
 def test_mcnemar_is_reported_per_seed():
     arm = np.array([[1, 1, 1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 1, 1, 0, 0]], dtype=bool)
     baseline = np.array([[0, 0, 0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 0, 0]], dtype=bool)
-    task = compare("a", "b", {"t": arm}, {"t": baseline}, smallest_effect=0.01, draws=100).tasks["t"]
+    task = compare_arms("a", "b", {"t": arm}, {"t": baseline}, smallest_effect=0.01, draws=100).tasks["t"]
     assert task.only_arm == (6, 0, 2)
     assert task.only_baseline == (1, 0, 2)
     assert task.p_mcnemar == pytest.approx((2 * 8 / 128, 1, 1))
@@ -359,7 +359,9 @@ def test_mcnemar_is_reported_per_seed():
 def test_holm_by_hand():
     assert statistics._holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     rng = np.random.default_rng(1)
-    found = compare("a", "b", *simulate(0.03, 5, [200, 300, 400], **NOISE, rng=rng), smallest_effect=0.01, draws=500)
+    found = compare_arms(
+        "a", "b", *simulate(0.03, 5, [200, 300, 400], **NOISE, rng=rng), smallest_effect=0.01, draws=500
+    )
     p = [task.p_value for task in found.tasks.values()]
     step, expected = 0.0, dict.fromkeys(range(3), 0.0)
     for rank, i in enumerate(np.argsort(p)):
@@ -437,7 +439,7 @@ def test_the_bootstrap_only_reshapes_the_interval_by_t(seeds, correlation):
     ratios = []
     for trial in range(12):
         arms = simulate(0.02, seeds, [200, 400], **NOISE, rng=rng, question_correlation=correlation)
-        effect = compare("a", "b", *arms, smallest_effect=0.01, draws=4000, seed=trial).overall
+        effect = compare_arms("a", "b", *arms, smallest_effect=0.01, draws=4000, seed=trial).overall
         moments = statistics.moments_of([arms[0][task].astype(np.int8) - arms[1][task] for task in arms[0]])
         low, high = statistics.interval_of(moments, 0.95)
         assert effect.low == pytest.approx(low, abs=0.2 * (high - low) / 2)
@@ -462,8 +464,8 @@ def paired_answers(draw):
 @given(paired_answers())
 def test_swapped_arms_mirror_everything(arms):
     swap = {"better": "worse", "worse": "better"}
-    found = compare("a", "b", *arms, smallest_effect=0.01, draws=200)
-    other = compare("b", "a", *arms[::-1], smallest_effect=0.01, draws=200)
+    found = compare_arms("a", "b", *arms, smallest_effect=0.01, draws=200)
+    other = compare_arms("b", "a", *arms[::-1], smallest_effect=0.01, draws=200)
     assert other.verdict == swap.get(found.verdict, found.verdict)
     for effect, mirrored in [
         (found.overall, other.overall),
@@ -487,8 +489,8 @@ def test_the_order_of_seeds_and_questions_means_nothing(arms, random):
     columns = {task: random.sample(range(a.shape[1]), a.shape[1]) for task, a in arms[0].items()}
     moved = [{task: a[np.ix_(rows, columns[task])] for task, a in arm.items()} for arm in arms]
     # with two seeds the tails are Cauchy's, whose quantiles need many draws
-    found = compare("a", "b", *arms, smallest_effect=0.01, draws=40_000).overall
-    other = compare("a", "b", *moved, smallest_effect=0.01, draws=40_000).overall
+    found = compare_arms("a", "b", *arms, smallest_effect=0.01, draws=40_000).overall
+    other = compare_arms("a", "b", *moved, smallest_effect=0.01, draws=40_000).overall
     assert other.estimate == pytest.approx(found.estimate, abs=1e-12)
     width = found.high - found.low
     assert (other.low, other.high) == pytest.approx((found.low, found.high), abs=0.12 * width)  # Monte-Carlo error
@@ -497,7 +499,7 @@ def test_the_order_of_seeds_and_questions_means_nothing(arms, random):
 @settings(deadline=None, max_examples=20)
 @given(paired_answers())
 def test_an_arm_is_not_better_than_itself(arms):
-    found = compare("a", "a again", arms[0], arms[0], smallest_effect=0.01, draws=100)
+    found = compare_arms("a", "a again", arms[0], arms[0], smallest_effect=0.01, draws=100)
     assert found.verdict in ("no difference shown", "too few data")
     assert found.overall.estimate == 0
     assert found.overall.low == -found.overall.high
@@ -508,7 +510,7 @@ def test_the_same_arguments_give_the_same_numbers_and_another_seed_others():
     arms = simulate(0.02, 5, [100, 200], **NOISE, rng=np.random.default_rng(0))
     again = simulate(0.02, 5, [100, 200], **NOISE, rng=np.random.default_rng(0))
     first, second, third = (
-        compare("a", "b", *pair, smallest_effect=0.01, draws=500, seed=seed)
+        compare_arms("a", "b", *pair, smallest_effect=0.01, draws=500, seed=seed)
         for pair, seed in [(arms, 0), (again, 0), (arms, 1)]
     )
     assert first == second
@@ -518,7 +520,7 @@ def test_the_same_arguments_give_the_same_numbers_and_another_seed_others():
 
 def test_results_are_plain_values():
     arms = simulate(0.02, 5, [100, 200], **NOISE, rng=np.random.default_rng(0))
-    found = compare("a", "b", *arms, smallest_effect=0.01, draws=500)
+    found = compare_arms("a", "b", *arms, smallest_effect=0.01, draws=500)
     document = json.loads(json.dumps(found.to_dict()))
     assert document["verdict"] == found.verdict
     assert document["overall"]["low"] == found.overall.low
@@ -632,7 +634,7 @@ def test_a_look_with_next_to_nothing_to_spend_has_an_interval_too():
     assert boundaries((3, 1000))[0] == 8
     confidence = confidence_at((3, 1000), 1)
     assert 0.999999 < confidence < 1
-    found = compare("a", "b", *answers(3, 400, 30, 20), smallest_effect=0.01, confidence=confidence, draws=100)
+    found = compare_arms("a", "b", *answers(3, 400, 30, 20), smallest_effect=0.01, confidence=confidence, draws=100)
     assert -1 <= found.overall.low < -0.05
     assert found.verdict == "too few data"
 
@@ -642,7 +644,7 @@ def test_where_no_draw_reaches_the_interval_is_that_of_t():
     arms = simulate(0.02, 5, 400, **NOISE, rng=np.random.default_rng(0))
     moments = statistics.moments_of([arms[0]["task 1"].astype(np.int8) - arms[1]["task 1"]])
     for confidence, is_t in [(0.95, False), (0.9999, True)]:
-        effect = compare("a", "b", *arms, smallest_effect=0.01, confidence=confidence, draws=1000).overall
+        effect = compare_arms("a", "b", *arms, smallest_effect=0.01, confidence=confidence, draws=1000).overall
         low, high = statistics.interval_of(moments, confidence)
         assert ((effect.low, effect.high) == (low, high)) is is_t
         assert (effect.low > 0 or effect.high < 0) == (effect.p_value < 1 - confidence)
@@ -692,7 +694,7 @@ PLANTED = {"questions": 4000, "accuracy": 0.6, "discordance": 0.1, "seed_sd": 0.
 
 @pytest.fixture
 def few_draws(monkeypatch):
-    monkeypatch.setattr(verdict, "compare", partial(compare, draws=400))
+    monkeypatch.setattr(verdict, "compare_arms", partial(compare_arms, draws=400))
 
 
 def test_looking_often_finds_no_effect_where_none_is(few_draws):
@@ -751,7 +753,7 @@ def ones(*shape):
 )
 def test_answers_that_do_not_pair_are_refused(arm, baseline, where):
     with pytest.raises(EchoDataError, match=where):
-        compare("echo", "lora", arm, baseline, smallest_effect=0.01)
+        compare_arms("echo", "lora", arm, baseline, smallest_effect=0.01)
 
 
 @pytest.mark.parametrize(
@@ -781,4 +783,4 @@ def test_numbers_that_mean_nothing_are_refused(change, where):
 
 def test_too_few_draws_are_refused():
     with pytest.raises(EchoConfigError, match="draws = 10 "):
-        compare("a", "b", {"t": ones(3, 5)}, {"t": ones(3, 5)}, smallest_effect=0.01, draws=10)
+        compare_arms("a", "b", {"t": ones(3, 5)}, {"t": ones(3, 5)}, smallest_effect=0.01, draws=10)

@@ -22,7 +22,7 @@ from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoTrai
 from echo_lora.study import compare as comparing
 from echo_lora.study import folder, workers
 from echo_lora.study import run as executing
-from echo_lora.study.compare import choose, compare
+from echo_lora.study.compare import choose, run_study
 from echo_lora.study.design import RunKey, load_study, recipe_of, shipped_studies, slurm_options
 from echo_lora.study.folder import STUDY_FILE, Archive, StudyFile, read_study
 from echo_lora.study.looks import confidence_at
@@ -220,8 +220,8 @@ def whole(tmp_path_factory):
     """A study that was never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # as `run_study`: other threads add in another order
-        assert compare(loaded(folder), Engine(), command="echo-lora compare study.yaml")
+        patch.setenv("OMP_NUM_THREADS", "1")  # as `start_study`: other threads add in another order
+        assert run_study(loaded(folder), Engine(), command="echo-lora compare study.yaml")
     return folder
 
 
@@ -353,7 +353,7 @@ def test_a_study_goes_on_from_its_gathered_records(whole, tmp_path, monkeypatch)
         (tmp_path / "clone" / name).write_bytes((whole / "study" / name).read_bytes())
     monkeypatch.setattr(workers, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
     study = load_study(whole / "study.yaml", [f"output={tmp_path / 'clone'}"])
-    assert compare(study, Engine())
+    assert run_study(study, Engine())
     assert (tmp_path / "clone" / RUNS_FILE).read_bytes() == (whole / "study" / RUNS_FILE).read_bytes()
 
 
@@ -370,7 +370,7 @@ def test_a_record_that_is_none_of_the_design_is_no_path(tmp_path, change):
     write_archive(Path(study.output) / RUNS_FILE, json.dumps(None if change is None else record | change) + "\n")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(EchoDataError, match=rf"{RUNS_FILE}:1: .*Remove the line"):
-        compare(study, Engine())
+        run_study(study, Engine())
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -410,7 +410,7 @@ def test_a_run_cut_short_goes_on_to_the_same_answers(tmp_path, monkeypatch, mome
 
 def test_another_design_in_the_same_folder_is_refused(whole):
     with pytest.raises(EchoConfigError, match="begun with another design; smallest_effect differ"):
-        compare(load_study(whole / "study.yaml", ["smallest_effect=0.01"]), Engine())
+        run_study(load_study(whole / "study.yaml", ["smallest_effect=0.01"]), Engine())
 
 
 def test_a_key_that_a_study_was_begun_without_may_have_its_default(tmp_path):
@@ -447,7 +447,7 @@ def test_a_key_that_a_study_was_begun_without_may_have_its_default(tmp_path):
 def test_a_finished_study_does_nothing_when_called_again(whole, monkeypatch):
     monkeypatch.setattr(workers, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
     before = (whole / "study" / RUNS_FILE).read_bytes()
-    assert compare(load_study(whole / "study.yaml"), Engine())
+    assert run_study(load_study(whole / "study.yaml"), Engine())
     assert (whole / "study" / RUNS_FILE).read_bytes() == before
 
 
@@ -470,13 +470,13 @@ def test_threads_are_shared_out_among_workers_and_the_environment_is_left_as_it_
         monkeypatch.setenv("OMP_NUM_THREADS", own)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     study = loaded(tmp_path, learning_rates=[1e-2], seeds=[1], general=None, arms=dict(list(ARMS.items())[:2]))
-    assert compare(study, Engine(workers=2))
+    assert run_study(study, Engine(workers=2))
     assert {record["threads"] for record in records(tmp_path / "study")} == {2 if own is None else 1}
     assert os.environ.get("OMP_NUM_THREADS") == own
 
 
 def test_time_that_is_up_begins_no_run(tmp_path):
-    assert not compare(loaded(tmp_path), Engine(), minutes=0)
+    assert not run_study(loaded(tmp_path), Engine(), minutes=0)
     assert records(tmp_path / "study") == []
     assert json.loads((tmp_path / "study" / STUDY_FILE).read_text())["design"]["title"] == "Tiny"
 
@@ -484,7 +484,7 @@ def test_time_that_is_up_begins_no_run(tmp_path):
 def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
     study = loaded(tmp_path, learning_rates=[1e-2], arms=ARMS | {"bad": {"set": {"lora.target_modules": ["none"]}}})
     with pytest.raises(EchoError) as error:
-        compare(study, Engine())
+        run_study(study, Engine())
     message = str(error.value)
     assert "2 of 8 runs failed" in message
     assert "confirmation bad lr 0.01 seed 1" in message
@@ -522,7 +522,7 @@ def test_a_damaged_record_is_named(tmp_path):
         Archive(study).gather(None)
 
 
-def run_study(folder: Path) -> subprocess.Popen:
+def start_study(folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "echo_lora.cli", "compare", str(folder / "study.yaml"), "--workers", "2"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -541,10 +541,10 @@ def kill_after(process: subprocess.Popen, runs: int, seconds: float) -> None:
 @pytest.mark.parametrize("runs", [2])
 def test_a_study_killed_and_begun_again_ends_with_the_same_numbers(tmp_path, whole, runs):
     study_file(tmp_path)
-    kill_after(run_study(tmp_path), runs, 0.5)
+    kill_after(start_study(tmp_path), runs, 0.5)
     done = len(list((tmp_path / "study").rglob(RECORD)))
     assert runs <= done < 12
-    again = run_study(tmp_path)
+    again = start_study(tmp_path)
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert len(records(tmp_path / "study")) == 12
@@ -563,7 +563,7 @@ def test_a_study_killed_and_begun_again_ends_with_the_same_numbers(tmp_path, who
 def test_a_study_runs_as_a_job_array_of_submitit(tmp_path, whole):
     pytest.importorskip("submitit")
     study = loaded(tmp_path, learning_rates=[1e-2], seeds=[1])
-    assert compare(study, Engine(cluster="local", options={"timeout_min": 10}))
+    assert run_study(study, Engine(cluster="local", options={"timeout_min": 10}))
     assert len(records(tmp_path / "study")) == 3
 
 
@@ -571,7 +571,7 @@ def test_options_that_submitit_does_not_know_are_named(tmp_path):
     pytest.importorskip("submitit")
     study = loaded(tmp_path, learning_rates=[1e-2], seeds=[1])
     with pytest.raises(EchoConfigError, match="submitit refuses the options"):
-        compare(study, Engine(cluster="debug", options={"minutes": 3}))
+        run_study(study, Engine(cluster="debug", options={"minutes": 3}))
 
 
 # ------------------------------------------------------------------ until it is decided
@@ -614,7 +614,7 @@ def planted(monkeypatch):
 def test_a_study_without_looks_has_no_moment_to_decide(tmp_path):
     study = loaded(tmp_path)
     with pytest.raises(EchoConfigError, match=r"declares no looks.*declare looks before the first run"):
-        compare(study, Engine(), until_decided=True)
+        run_study(study, Engine(), until_decided=True)
     assert not Path(study.output).exists()
 
 
@@ -630,7 +630,7 @@ def test_a_study_without_looks_has_no_moment_to_decide(tmp_path):
 def test_a_study_runs_until_a_look_decides_it(tmp_path, planted, capfd, gain, smallest, looks, word):
     done = planted(gain)
     study = loaded(tmp_path, smallest_effect=smallest, **LOOKS)
-    assert compare(study, Engine(), until_decided=True)
+    assert run_study(study, Engine(), until_decided=True)
     seeds = [3, 5, 8][looks - 1]
     assert done == [(seed, arm) for seed in range(1, seeds + 1) for arm in ARMS]
     said = " ".join(capfd.readouterr().err.split())
@@ -639,7 +639,7 @@ def test_a_study_runs_until_a_look_decides_it(tmp_path, planted, capfd, gain, sm
     assert (f"look {looks - 1} of 3" in said) == (looks > 1)
     write_report(study.output)
     before = {path: path.read_bytes() for path in Path(study.output).rglob("*") if path.is_file()}
-    assert compare(study, Engine(), until_decided=True)
+    assert run_study(study, Engine(), until_decided=True)
     write_report(study.output)
     assert len(done) == seeds * len(ARMS)
     assert f"look {looks} of 3, {seeds} seeds: {word}" in " ".join(capfd.readouterr().err.split())
@@ -650,10 +650,10 @@ def test_the_later_of_two_looks_counts(tmp_path, planted, capfd):
     """Seeds that were run without --until-decided are not forgotten."""
     done = planted(60)
     study = loaded(tmp_path, **LOOKS)
-    assert compare(study, Engine())
+    assert run_study(study, Engine())
     assert len(done) == 8 * len(ARMS)
     capfd.readouterr()
-    assert compare(study, Engine(), until_decided=True)
+    assert run_study(study, Engine(), until_decided=True)
     said = capfd.readouterr().err
     assert "look 3 of 3, 8 seeds: better; decided" in " ".join(said.split())
     assert "look 1" not in said
@@ -662,7 +662,7 @@ def test_the_later_of_two_looks_counts(tmp_path, planted, capfd):
 def test_the_power_of_a_study_with_looks_is_that_of_its_last_one(tmp_path, planted):
     planted(60)
     study = loaded(tmp_path, margin=0.02, **LOOKS)
-    compare(study, Engine(), until_decided=True)
+    run_study(study, Engine(), until_decided=True)
     about = json.loads((Path(study.output) / STUDY_FILE).read_text())
     assert about["power"]["confidence"] == confidence_at([3, 5, 8], 3)
     assert (about["power"]["seeds"], about["power"]["margin"]) == (8, 0.02)
@@ -675,7 +675,7 @@ def test_time_that_is_up_before_a_look_decides_nothing(tmp_path, planted):
     run = workers._on_this_machine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "_on_this_machine", lambda study, keys, *rest: run(study, keys[:7], *rest))
-        assert not compare(study, Engine(), until_decided=True)
+        assert not run_study(study, Engine(), until_decided=True)
     assert len(done) == 7
     assert read_study(study.output).look == 0
     assert summary_lines(study.output)[0].startswith("too few data: Echo-LoRA − LoRA: no look has been reached yet")

@@ -8,6 +8,6 @@
 """
 
 from echo_lora.bench.measure import run_bench
-from echo_lora.bench.report import NOTES, Report, Table
+from echo_lora.bench.report import NOTES, BenchReport, BenchTable
 
-__all__ = ["NOTES", "Report", "Table", "run_bench"]
+__all__ = ["NOTES", "BenchReport", "BenchTable", "run_bench"]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from echo_lora.bench.programs import CASES, Batch, Case, Program, load_base, own_batch, parse_shape, random_batch
-from echo_lora.bench.report import Memory, Report, Table, table_of, write_report
+from echo_lora.bench.report import BenchReport, BenchTable, StepMemory, table_of, write_bench
 from echo_lora.environment import MemoryWatch, commit, devices, processor, versions
 from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
 from echo_lora.files import refuse_existing
@@ -51,7 +51,7 @@ def run_bench(
     quick: bool = False,
     output: str | Path = "runs/bench",
     command: str = "",
-) -> Report:
+) -> BenchReport:
     """Measure every case, and write bench.json, bench.md and bench.png into the new folder `output`.
 
     A shape such as 96x8 stands for random rows; without shapes the batch is the first rows of the recipe's own;
@@ -79,7 +79,7 @@ def run_bench(
         batches = [random_batch(loaded, tokenizer, P, A, rows) for P, A in prompts_and_answers]
         batches = batches or [own_batch(loaded, tokenizer, Path(recipe or RECIPE).stem, rows)]
     memory = [{case: _memory(case, loaded, batch) for case in CASES} for batch in batches]
-    report = Report(
+    report = BenchReport(
         command=command,
         arguments={"recipe": recipe, "set": [*overrides], "shapes": [*shapes], "rows": rows, "rounds": rounds},
         recipe=loaded.to_dict(),
@@ -91,7 +91,7 @@ def run_bench(
         threads=torch.get_num_threads(),
         tables=_tables(loaded, tokenizer, batches, memory, rounds),
     )
-    write_report(report, output)
+    write_bench(report, output)
     return report
 
 
@@ -99,17 +99,17 @@ def run_bench(
 
 
 def _tables(
-    recipe: Recipe, tokenizer: Any, batches: list[Batch], memory: list[dict[Case, Memory | str]], rounds: int
-) -> list[Table]:
+    recipe: Recipe, tokenizer: Any, batches: list[Batch], memory: list[dict[Case, StepMemory | str]], rounds: int
+) -> list[BenchTable]:
     """The cases that had enough memory in a process of their own, timed on each batch."""
     tables = []
     with tempfile.TemporaryDirectory() as scratch:
         with stage(f"Loading {recipe.model}, once for all"):
             base = load_base(recipe)
-            works = [case for case in CASES if any(isinstance(found[case], Memory) for found in memory)]
+            works = [case for case in CASES if any(isinstance(found[case], StepMemory) for found in memory)]
             programs = {case: Program(case, recipe, base, tokenizer, batches[0], scratch) for case in works}
         for batch, found in zip(batches, memory, strict=True):
-            chosen = {case: program for case, program in programs.items() if isinstance(found[case], Memory)}
+            chosen = {case: program for case, program in programs.items() if isinstance(found[case], StepMemory)}
             seconds = time_steps(chosen, batch, rounds, recipe.seeds.initialisation)
             routed = {case: program.routed for case, program in chosen.items()}
             tables.append(table_of(batch, seconds, routed, found))
@@ -144,7 +144,7 @@ def time_steps(programs: dict[Case, Program], batch: Batch, rounds: int, seed: i
 # ---------------------------------------------------------------------- memory
 
 
-def _memory(case: Case, recipe: Recipe, batch: Batch) -> Memory | str:
+def _memory(case: Case, recipe: Recipe, batch: Batch) -> StepMemory | str:
     """The memory of a case, or the error that it met, which is shown too."""
     try:
         with stage(f"{batch.name}: memory of {case}"):
@@ -154,8 +154,8 @@ def _memory(case: Case, recipe: Recipe, batch: Batch) -> Memory | str:
         return str(error)
 
 
-def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> Memory:
-    """Memory of a few steps of one case in this process."""
+def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> StepMemory:
+    """StepMemory of a few steps of one case in this process."""
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
         program = Program(case, recipe, load_base(recipe), tokenizer, batch, scratch)
@@ -164,7 +164,7 @@ def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> Memory:
         with MemoryWatch() as watch:
             for _ in range(MEMORY_STEPS):
                 program.step(*inputs)
-    return Memory(before=watch.before, peak=watch.peak)
+    return StepMemory(before=watch.before, peak=watch.peak)
 
 
 class ChildError(Exception):

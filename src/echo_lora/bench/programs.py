@@ -232,7 +232,7 @@ class Program:
         scratch: str,
     ) -> None:
         variant = VARIANTS[case.variant]
-        recipe = recipe_of(case, recipe)
+        recipe = recipe_of_case(case, recipe)
         # a copy that has modules of its own, whose hooks and patches are its own, and the base's tensors
         shared = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
         self.trainer = variant.trainer(
@@ -278,7 +278,7 @@ class Program:
         return meter.routed_steps / max(meter.optimizer_steps, 1)
 
 
-def recipe_of(case: Case, recipe: Recipe) -> Recipe:
+def recipe_of_case(case: Case, recipe: Recipe) -> Recipe:
     """The recipe with this case's method, echo and checkpointing, and a step of one batch."""
     variant = VARIANTS[case.variant]
     plain = "lora" if recipe.method == "dora" else recipe.method

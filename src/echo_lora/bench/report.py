@@ -40,7 +40,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Memory:
+class StepMemory:
     """Bytes: of the process on a CPU, of torch's tensors on a GPU."""
 
     before: int  # with model, adapter and optimizer made, before the first step
@@ -53,7 +53,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Line:
+class CaseResult:
     """One case on one batch. Where it failed it has an error and no figures."""
 
     variant: str
@@ -66,12 +66,12 @@ class Line:
     over_trl: Interval | None = None
     over_floor: Interval | None = None
     over_lora: Interval | None = None  # none for DoRA
-    memory: Memory | None = None
+    memory: StepMemory | None = None
     memory_over_trl: float | None = None  # ratio of the peaks
 
 
 @dataclass(frozen=True)
-class Table:
+class BenchTable:
     """All cases on one batch."""
 
     name: str
@@ -79,7 +79,7 @@ class Table:
     prompt_tokens: int  # of all rows
     answer_tokens: int
     floor: float  # of a step with an echo-on pass
-    lines: list[Line]
+    lines: list[CaseResult]
 
     @property
     def title(self) -> str:
@@ -107,7 +107,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """What `bench.json` holds."""
 
     command: str
@@ -119,7 +119,7 @@ class Report:
     machine: str
     device: str
     threads: int
-    tables: list[Table]
+    tables: list[BenchTable]
 
     @property
     def failures(self) -> list[str]:
@@ -143,8 +143,8 @@ def table_of(
     batch: Batch,
     seconds: Mapping[Case, list[float]],
     routed: Mapping[Case, float],
-    memory: Mapping[Case, Memory | str],
-) -> Table:
+    memory: Mapping[Case, StepMemory | str],
+) -> BenchTable:
     """The figures of all cases; memory holds an error in the place of what could not be measured.
 
     A round's seconds are divided by those of the same round.
@@ -167,11 +167,11 @@ def table_of(
                 figures |= {"over_trl": interval(ratios), "over_floor": interval([ratio / floor for ratio in ratios])}
             if case.lora in seconds and not VARIANTS[case.variant].is_dora:
                 figures["over_lora"] = interval(_paired(seconds[case], seconds[case.lora]))
-        lines.append(Line(case.variant, case.checkpointing, **figures))
-    return Table(batch.name, len(batch.rows), batch.prompt_tokens, batch.answer_tokens, batch.floor(1.0), lines)
+        lines.append(CaseResult(case.variant, case.checkpointing, **figures))
+    return BenchTable(batch.name, len(batch.rows), batch.prompt_tokens, batch.answer_tokens, batch.floor(1.0), lines)
 
 
-def write_report(report: Report, output: str | Path) -> None:
+def write_bench(report: BenchReport, output: str | Path) -> None:
     """Write bench.json, bench.md and bench.png into the new folder `output`: all of them or none."""
     with new_folder(output) as folder:
         (folder / "bench.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
@@ -179,7 +179,7 @@ def write_report(report: Report, output: str | Path) -> None:
         plot(report, folder / "bench.png")
 
 
-def to_markdown(report: Report) -> str:
+def to_markdown(report: BenchReport) -> str:
     """The tables, with what they were measured on."""
     packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines = [
@@ -199,7 +199,7 @@ def to_markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(report: Report, path: Path) -> None:
+def plot(report: BenchReport, path: Path) -> None:
     """Ratios to TRL's step as points with intervals, a panel for each batch and checkpointing setting; PNG."""
     from matplotlib.figure import Figure
 

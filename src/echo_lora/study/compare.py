@@ -37,7 +37,7 @@ from echo_lora.study.records import (
     tuned_on,
     write_record,
 )
-from echo_lora.study.report.format import count_of
+from echo_lora.study.report.texts import count_of
 from echo_lora.study.report.verdict import difference_of, is_decided
 from echo_lora.study.run import COMMIT
 from echo_lora.study.workers import Engine, run_all
@@ -47,7 +47,7 @@ from echo_lora.study.workers import Engine, run_all
 ASSUMED = {"accuracy": 0.5, "discordance": 0.15, "seed_sd": 0.01}
 
 
-def compare(
+def run_study(
     study: Study, engine: Engine, *, minutes: float | None = None, until_decided: bool = False, command: str = ""
 ) -> bool:
     """Do what is left of a study; False if `minutes` ended before the study did.
@@ -76,7 +76,7 @@ def compare(
         )
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     try:
-        return _compare(study, engine, ends, until_decided, command)
+        return _run_study(study, engine, ends, until_decided, command)
     except KeyboardInterrupt as error:
         done = len(list((Path(study.output) / "runs").rglob(RECORD)))
         raise EchoInterrupt(
@@ -85,7 +85,7 @@ def compare(
         ) from error
 
 
-def _compare(study: Study, engine: Engine, ends: float | None, until_decided: bool, command: str) -> bool:
+def _run_study(study: Study, engine: Engine, ends: float | None, until_decided: bool, command: str) -> bool:
     restored = restorable(study)  # read before anything is written
     file = _begin(study, command)
     for key, record in restored:

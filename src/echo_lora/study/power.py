@@ -79,8 +79,8 @@ def power(
     """How often a study of this size would give each verdict if the effect were `effect`, by simulation.
 
     questions: of each task. The rest as in `simulate`. The verdicts are those of the interval by t, which the
-    bootstrap of `compare` only reshapes: a study takes microseconds. Raises EchoConfigError for a number that means
-    nothing.
+    bootstrap of `compare_arms` only reshapes: a study takes microseconds. Raises EchoConfigError for a number that
+    means nothing.
     """
     check_numbers(smallest_effect, margin, confidence)
     noise = _Noise(seeds, sizes(questions), accuracy, discordance, seed_sd, question_correlation)
@@ -136,7 +136,7 @@ def simulate(
     *,
     question_correlation: float = QUESTION_CORRELATION,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Predictions of two arms whose true difference is `effect`: correct_arm, correct_baseline as `compare` takes them.
+    """Predictions of two arms whose true difference is `effect`, as `compare_arms` takes them.
 
     At seed s the true difference is e_s ~ N(effect, seed_sd²), the same for all tasks. A run of the baseline is right
     with probability `accuracy`; the two runs of a seed disagree on a share `discordance` of the questions, which is
@@ -157,7 +157,7 @@ def simulate(
 
 
 def estimate_noise(correct_arm: Correct, correct_baseline: Correct) -> dict[str, float]:
-    """What `power` needs to know of the noise, from a pilot: arrays as for `compare`, such as those of tuning runs.
+    """What `power` needs to know of the noise, from a pilot such as tuning runs: arrays as for `compare_arms`.
 
     accuracy (of the baseline), discordance and seed_sd, which is 0 with one seed; question_correlation too, where the
     pilot has more than one seed and tells. seed_sd is what remains of the spread of seeds' differences after what the

@@ -102,7 +102,7 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
             json.dumps([[task.name, rows] for task, rows in tasks], sort_keys=True).encode()
         ).hexdigest(),
         "scores": scores,
-        "general": forgetting(model, ids) if ids else None,
+        "general": measure_forgetting(model, ids) if ids else None,
     }
 
 
@@ -115,7 +115,7 @@ def general_ids(tokenizer: Any, text: GeneralText) -> list[int]:
     return ids
 
 
-def forgetting(model: PeftModel, ids: list[int]) -> dict[str, float]:
+def measure_forgetting(model: PeftModel, ids: list[int]) -> dict[str, float]:
     """Mean nats per token of a general text, of the base and with the adapter: {"before", "after", "tokens"}.
 
     The text is read in windows of 512 tokens, the first token of each is not predicted.

@@ -88,7 +88,7 @@ class TaskEffect(Effect):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against another. Made by `compare`.
+    """One arm against another. Made by `compare_arms`.
 
     overall: unweighted mean over tasks; the verdict rests on it alone. The accuracies are means over tasks, per seed.
     is_not_worse: whether the arm is shown to be not worse by more than the margin, whatever the verdict; None without a
@@ -116,7 +116,7 @@ class Comparison:
 # ------------------------------------------------------------------ the verdict
 
 
-def compare(
+def compare_arms(
     arm: str,
     baseline: str,
     correct_arm: Correct,

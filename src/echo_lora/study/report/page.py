@@ -15,9 +15,9 @@ from typing import Any
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.files import write_file
 from echo_lora.study.folder import STUDY_FILE, StudyRecords, read_study
-from echo_lora.study.report import curves as training
-from echo_lora.study.report import results as outcome
-from echo_lora.study.report.format import Section, Table, count_of, listed
+from echo_lora.study.report import outcome, training
+from echo_lora.study.report.parts import PageSection, PageTable
+from echo_lora.study.report.texts import count_of, joined
 from echo_lora.study.report.verdict import (
     SIGN,
     Difference,
@@ -35,7 +35,7 @@ HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 
 
 @dataclass(frozen=True)
-class Report:
+class Page:
     """All that the templates show."""
 
     title: str
@@ -45,7 +45,7 @@ class Report:
     sentence: str
     meaning: str
     notices: list[str]  # what must not be missed: runs that are missing, arms that are not paired
-    sections: list[Section]
+    sections: list[PageSection]
 
 
 def write_report(folder: str | Path) -> Path:
@@ -72,7 +72,7 @@ def _studies_in(folder: str | Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{STUDY_FILE}"))
 
 
-def _write(report: Report, folder: Path) -> Path:
+def _write(report: Page, folder: Path) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     for name in (MARKDOWN_FILE, HTML_FILE):
@@ -106,7 +106,7 @@ def summary_lines(folder: str | Path) -> list[str]:
     return [*_verdicts(study, declared), *([look] if look else []), *notices(study, declared[0])]
 
 
-def _report(study: StudyRecords, declared: list[Difference]) -> Report:
+def _report(study: StudyRecords, declared: list[Difference]) -> Page:
     others = [difference_of(study, *pair) for pair in study.others]
     primary = declared[0]
     word = (
@@ -114,7 +114,7 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Report:
         if missing_runs(study, primary)
         else f"{primary.verdict[0].upper()}{primary.verdict[1:]}"
     )
-    return Report(
+    return Page(
         title=study.design.title,
         question=study.design.question,
         verdict=word,
@@ -142,19 +142,19 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Report:
     )
 
 
-def _section_of_several(study: StudyRecords, declared: list[Difference]) -> Section:
+def _section_of_several(study: StudyRecords, declared: list[Difference]) -> PageSection:
     name = study.folder.name
     look = look_text(study, declared[0])
     text = [study.design.question, *([look] if look else []), f"The whole report: {name}/{HTML_FILE}"]
-    return Section(name, study.design.title, text, notices(study, declared[0]), items=_verdicts(study, declared))
+    return PageSection(name, study.design.title, text, notices(study, declared[0]), items=_verdicts(study, declared))
 
 
 def _verdicts(study: StudyRecords, declared: list[Difference]) -> list[str]:
     return [f"{one.verdict}: {sentence_of(study, one)} {not_worse_text(study, one)}".rstrip() for one in declared]
 
 
-def _report_of_several(sections: list[Section]) -> Report:
-    return Report(
+def _report_of_several(sections: list[PageSection]) -> Page:
+    return Page(
         title="Several studies",
         question="",
         verdict=f"{len(sections)} studies",
@@ -166,24 +166,24 @@ def _report_of_several(sections: list[Section]) -> Report:
     )
 
 
-def _settings(study: StudyRecords) -> Section:
+def _settings(study: StudyRecords) -> PageSection:
     rows = sorted({line for run in study.runs if run["stage"] == "confirmation" for line in run.get("rows", [])})
     warnings = []
     if len({json.dumps(run["versions"], sort_keys=True) for run in study.runs if "versions" in run}) > 1:
         warnings.append("The runs were not all made with the same versions: they may not be comparable.")
     tables = [
-        Table(
+        PageTable(
             "Arms: what each sets otherwise than the base recipe",
             ["arm", "key", "role", "overrides", "learning rates tried", "chosen"],
             [_arm_settings(study, arm) for arm in study.arms],
             is_text=True,
         ),
-        Table("The study", ["what", "value"], _study_settings(study), is_text=True),
+        PageTable("The study", ["what", "value"], _study_settings(study), is_text=True),
     ]
     if recipe := [[key, value] for key, value in _flat(study.file.recipe)]:
-        tables.append(Table("Base recipe, of the baseline's first run", ["key", "value"], recipe, is_text=True))
+        tables.append(PageTable("Base recipe, of the baseline's first run", ["key", "value"], recipe, is_text=True))
     text = ["Everything that is needed to do the study again."]
-    return Section("settings", "Settings", text, warnings, tables=tables, items=[f"rows: {line}" for line in rows])
+    return PageSection("settings", "Settings", text, warnings, tables=tables, items=[f"rows: {line}" for line in rows])
 
 
 def _arm_settings(study: StudyRecords, arm: str) -> list[str]:
@@ -193,7 +193,7 @@ def _arm_settings(study: StudyRecords, arm: str) -> list[str]:
         arm,
         own.role + (", baseline" if arm == study.design.baseline else ""),
         _settings_text(own.set) or "none",
-        listed(f"{rate:g}" for rate in study.design.rates(arm)),
+        joined(f"{rate:g}" for rate in study.design.rates(arm)),
         f"{study.chosen[arm]:g}" if arm in study.chosen else "not yet",
     ]
 
@@ -206,13 +206,13 @@ def _study_settings(study: StudyRecords) -> list[list[str]]:
         ["begun", file.started or "unknown"],
         ["commit", file.commit or "unknown"],
         ["processor", file.processor or "unknown"],
-        ["devices of the runs", listed(devices) or "none yet"],
-        ["tuning seeds", listed(design.tuning_seeds if design.tunes else []) or "none"],
-        ["confirmation seeds", listed(design.seeds)],
+        ["devices of the runs", joined(devices) or "none yet"],
+        ["tuning seeds", joined(design.tuning_seeds if design.tunes else []) or "none"],
+        ["confirmation seeds", joined(design.seeds)],
         ["smallest effect of interest", count_of(100 * design.smallest_effect, "percentage point")],
         *([["margin", count_of(100 * design.margin, "percentage point")]] if design.margin else []),
-        *([["looks, in seeds", listed(study.looks)]] if study.looks else []),
-        ["comparisons, the primary first", listed(f"{a} − {b}" for a, b in design.pairs)],
+        *([["looks, in seeds", joined(study.looks)]] if study.looks else []),
+        ["comparisons, the primary first", joined(f"{a} − {b}" for a, b in design.pairs)],
         *([f"version of {name}", number] for name, number in file.versions.items()),
     ]
 

@@ -13,8 +13,8 @@ from echo_lora.study.design import RunKey
 from echo_lora.study.folder import StudyRecords
 from echo_lora.study.looks import confidence_at
 from echo_lora.study.records import START, Pairing, Record, correct_by_task, results
-from echo_lora.study.report.format import count_of, is_known, listed, percent_text, points_text, range_text
-from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare
+from echo_lora.study.report.texts import count_of, is_known, joined, percent_text, points_text, range_text
+from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare_arms
 
 DULL = 0.98  # share of a run's answers
 
@@ -60,7 +60,7 @@ def difference_of(study: StudyRecords, arm: str, baseline: str) -> Difference:
     found = None
     if seeds:
         correct = [_correct(study, [of_arm[seed] for seed in seeds]) for of_arm in runs]
-        found = compare(
+        found = compare_arms(
             arm,
             baseline,
             *correct,
@@ -236,7 +236,7 @@ def notices(study: StudyRecords, primary: Difference) -> list[str]:
         )
     commits = sorted({str(run["commit"]) for run in study.runs if "commit" in run})
     if len(commits) > 1:
-        found.append(f"The runs were made by different commits ({listed(commits)}): they may not be comparable.")
+        found.append(f"The runs were made by different commits ({joined(commits)}): they may not be comparable.")
     return found + dull_tasks(study) + check_pairing(study)[1]
 
 
@@ -266,10 +266,10 @@ def missing_lines(missing: list[RunKey]) -> list[str]:
         seeds.setdefault((run.stage, run.arm, rate), []).append(run.seed)
     rates: dict[tuple[str, str, str], list[str]] = {}
     for (stage, arm, rate), found in seeds.items():
-        rates.setdefault((stage, arm, listed(found)), []).append(rate)
+        rates.setdefault((stage, arm, joined(found)), []).append(rate)
     lines = []
     for (stage, arm, seed_text), found_rates in rates.items():
-        rate_text = f", learning rate{'s' * (len(found_rates) > 1)} {listed(found_rates)}" if found_rates[0] else ""
+        rate_text = f", learning rate{'s' * (len(found_rates) > 1)} {joined(found_rates)}" if found_rates[0] else ""
         lines.append(f"missing: {stage} of {arm}{rate_text}, seed{'s' * (',' in seed_text)} {seed_text}")
     return lines
 

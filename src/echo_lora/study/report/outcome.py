@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from echo_lora.study.folder import StudyRecords
 from echo_lora.study.records import mean_of, results
-from echo_lora.study.report.format import (
-    OVERALL,
-    Figure,
-    Section,
-    Table,
-    accuracies,
-    arm_style,
+from echo_lora.study.report.parts import Figure, PageSection, PageTable, arm_style
+from echo_lora.study.report.plots import Axis, Rows, Style, axis
+from echo_lora.study.report.texts import (
     count_of,
     counts_text,
     ends_of,
@@ -24,12 +20,10 @@ from echo_lora.study.report.format import (
     number_text,
     p_text,
     percent,
-    points_axis,
     points_text,
     range_text,
     with_range,
 )
-from echo_lora.study.report.plots import Rows, Style, axis
 from echo_lora.study.report.verdict import (
     Difference,
     check_pairing,
@@ -42,8 +36,10 @@ from echo_lora.study.report.verdict import (
 )
 from echo_lora.study.statistics import Effect
 
+OVERALL = "mean of the tasks"
 
-def completeness(study: StudyRecords, primary: Difference) -> Section:
+
+def completeness(study: StudyRecords, primary: Difference) -> PageSection:
     """How much of the design is done, and what is missing; whether the arms are paired."""
     expected, missing = study.expected, missing_runs(study, primary)
     text = [
@@ -53,10 +49,10 @@ def completeness(study: StudyRecords, primary: Difference) -> Section:
         *check_pairing(study)[0],
         *power_lines(study),
     ]
-    return Section("complete", "Is the study complete?", text, items=missing_lines(missing))
+    return PageSection("complete", "Is the study complete?", text, items=missing_lines(missing))
 
 
-def comparisons(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> Section:
+def comparisons(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> PageSection:
     """A line for every comparison, those that were not planned last."""
     rows = []
     margin = study.design.margin
@@ -88,15 +84,15 @@ def comparisons(study: StudyRecords, declared: list[Difference], others: list[Di
     head = ["comparison", "difference", interval_name(study), "verdict", "p"]
     if margin is not None:
         head.insert(-1, f"not worse by more than {count_of(100 * margin, 'point')}")
-    return Section("comparisons", "All comparisons", text, tables=[Table("Differences in points", head, rows)])
+    return PageSection("comparisons", "All comparisons", text, tables=[PageTable("Differences in points", head, rows)])
 
 
-def by_task(study: StudyRecords, declared: list[Difference]) -> Section:
+def by_task(study: StudyRecords, declared: list[Difference]) -> PageSection:
     """A forest plot for every declared comparison."""
     title = "Differences by task"
     shown = [(compared, compared.overall) for compared in declared if compared.overall]
     if not shown:
-        return Section("tasks", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
+        return PageSection("tasks", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
     smallest = 100 * study.design.smallest_effect
     x = points_axis(study, [effect for c, overall in shown for effect in (overall, *c.tasks.values())])
     panels, rows = [], []
@@ -142,15 +138,17 @@ def by_task(study: StudyRecords, declared: list[Difference]) -> Section:
     text = []
     if any(len(compared.tasks) > 1 for compared, _ in shown):
         text = ["p (Holm) allows for the number of tasks: with many of them, one looks good by luck alone."]
-    return Section("tasks", title, text, figures=[Figure(caption, panels, Table("Differences by task", head, rows))])
+    return PageSection(
+        "tasks", title, text, figures=[Figure(caption, panels, PageTable("Differences by task", head, rows))]
+    )
 
 
-def accuracy_of_runs(study: StudyRecords) -> Section:
+def accuracy_of_runs(study: StudyRecords) -> PageSection:
     """A dot for every run, by task and arm."""
     title = "Accuracy of each run"
     tasks = study.tasks
     if not tasks:
-        return Section("accuracy", title, ["Nothing to show yet: there is no confirmation run that counts."])
+        return PageSection("accuracy", title, ["Nothing to show yet: there is no confirmation run that counts."])
     names = [*tasks, *([OVERALL] if len(tasks) > 1 else [])]
     values = {(arm, task): accuracies(study, arm, task) for arm in study.arms for task in names}
     panels, rows = [], []
@@ -176,19 +174,21 @@ def accuracy_of_runs(study: StudyRecords) -> Section:
         "Every mark is one trained adapter, every seed is one mark; the upright line is the mean of an arm's seeds."
     )
     head = ["arm", "task", "mean", *(f"seed {seed}" for seed in study.counted_seeds)]
-    figure = Figure(caption, panels, Table(f"Correct answers on {study.design.score_on} questions", head, rows))
-    return Section("accuracy", title, figures=[figure])
+    figure = Figure(caption, panels, PageTable(f"Correct answers on {study.design.score_on} questions", head, rows))
+    return PageSection("accuracy", title, figures=[figure])
 
 
-def controls(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> Section:
+def controls(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> PageSection:
     """All arms against the baseline, methods and controls side by side."""
     title = "Controls"
     control_arms = [arm for arm in study.arms[1:] if study.design.arms[arm].role == "control"]
     if not control_arms:
-        return Section("controls", title, ["This study has no control arms."])
+        return PageSection("controls", title, ["This study has no control arms."])
     to_baseline = {c.arm: c.overall for c in [*declared, *others] if c.baseline == study.design.baseline and c.overall}
     if not to_baseline:
-        return Section("controls", title, ["Nothing to show yet: there is no pair of confirmation runs that count."])
+        return PageSection(
+            "controls", title, ["Nothing to show yet: there is no pair of confirmation runs that count."]
+        )
     baseline = study.label(study.design.baseline)
     smallest = 100 * study.design.smallest_effect
     panel = Rows(
@@ -223,11 +223,11 @@ def controls(study: StudyRecords, declared: list[Difference], others: list[Diffe
         "does as well as the method, that ingredient is not what helps."
     )
     head = ["arm", "role", "accuracy", f"difference to {baseline}", interval_name(study)]
-    figure = Figure(caption, [panel.svg()], Table("Methods and controls side by side", head, rows))
-    return Section("controls", title, figures=[figure])
+    figure = Figure(caption, [panel.svg()], PageTable("Methods and controls side by side", head, rows))
+    return PageSection("controls", title, figures=[figure])
 
 
-def cost(study: StudyRecords) -> Section:
+def cost(study: StudyRecords) -> PageSection:
     """Time, memory and parameters."""
     title = "Cost"
     base = study.confirmation(study.design.baseline)
@@ -252,12 +252,12 @@ def cost(study: StudyRecords) -> Section:
             ]
         )
     if not rows:
-        return Section("cost", title, ["Nothing to show yet: there is no confirmation run that counts."])
+        return PageSection("cost", title, ["Nothing to show yet: there is no confirmation run that counts."])
     baseline = study.label(study.design.baseline)
     ratios = {arm: values for arm, values in ratios.items() if values}
     figures = []
     head = ["arm", "seconds", f"over {baseline}", "steps", "peak GB", "parameters deployed", "of the echo, discarded"]
-    table = Table("Training of one run", head, rows)
+    table = PageTable("Training of one run", head, rows)
     if len(ratios) > 1:
         panel = Rows(
             "cost",
@@ -283,7 +283,7 @@ def cost(study: StudyRecords) -> Section:
     warnings = []
     if len(devices) > 1:
         warnings.append(f"Runs were done on different devices ({', '.join(devices)}): their times can't be compared.")
-    return Section("cost", title, text, warnings, figures, [table])
+    return PageSection("cost", title, text, warnings, figures, [table])
 
 
 def _seconds(run: Mapping[str, Any]) -> float:
@@ -293,7 +293,7 @@ def _seconds(run: Mapping[str, Any]) -> float:
     return run["seconds"] - sum(entry.get("eval_runtime", 0.0) for entry in run["history"])
 
 
-def forgetting(study: StudyRecords) -> Section:
+def forgetting(study: StudyRecords) -> PageSection:
     """What the adapters do to text that has nothing to do with the task."""
     title = "Forgetting"
     changes: dict[str, list[float]] = {}
@@ -307,7 +307,7 @@ def forgetting(study: StudyRecords) -> Section:
             before, after = (number_text(mean_of(found[key] for found in measured)) for key in ("before", "after"))
             rows.append([study.label(arm), before, after, mean_and_range(changes[arm], "+.3f")])
     if not changes:
-        return Section("forgetting", title, ["Not measured: the study names no general text, or has no run yet."])
+        return PageSection("forgetting", title, ["Not measured: the study names no general text, or has no run yet."])
     panel = Rows(
         "forgetting",
         "Change of the loss on general text",
@@ -326,11 +326,11 @@ def forgetting(study: StudyRecords) -> Section:
     )
     text = [f"Measured on {tokens:,} tokens of text that no run was trained on."] if tokens else []
     head = ["arm", "base model", "with the adapter", "change (range over seeds)"]
-    figure = Figure(caption, [panel.svg()], Table("Loss on general text, nats per token", head, rows))
-    return Section("forgetting", title, text, figures=[figure])
+    figure = Figure(caption, [panel.svg()], PageTable("Loss on general text, nats per token", head, rows))
+    return PageSection("forgetting", title, text, figures=[figure])
 
 
-def unreadable(study: StudyRecords) -> Section:
+def unreadable(study: StudyRecords) -> PageSection:
     """Answers in which none was found."""
     title = "Unreadable answers"
     rows = []
@@ -345,18 +345,18 @@ def unreadable(study: StudyRecords) -> Section:
             if shares:
                 rows.append([study.label(arm), task, percent(mean_of(shares)), percent(max(shares))])
     if not rows:
-        return Section("unreadable", title, ["Nothing to show yet: there is no confirmation run that counts."])
+        return PageSection("unreadable", title, ["Nothing to show yet: there is no confirmation run that counts."])
     text = [
         "Share of answers in which no answer could be found; they count as wrong. Where arms differ here, they may "
         "differ in form and not in knowledge."
     ]
-    table = Table(
+    table = PageTable(
         f"Unreadable answers on {study.design.score_on} questions", ["arm", "task", "mean", "highest of a seed"], rows
     )
-    return Section("unreadable", title, text, tables=[table])
+    return PageSection("unreadable", title, text, tables=[table])
 
 
-def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> Section:
+def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> PageSection:
     """McNemar's test within each seed."""
     title = "Each seed by itself"
     rows = []
@@ -369,7 +369,7 @@ def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> Section:
                 cells[seed] = f"{first} : {second}, p {p_text(p)}"
             rows.append([f"{study.label(difference.arm)} − {study.label(difference.baseline)}", name, *cells.values()])
     if not rows:
-        return Section("seeds", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
+        return PageSection("seeds", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
     text = [
         "Both adapters of a seed answered the same questions; those that only one of them had right are what tells "
         "them apart: 12 : 7 means that the first alone was right 12 times, the second alone 7 times. McNemar's exact p "
@@ -377,6 +377,25 @@ def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> Section:
         "seeds, so a small p in one seed proves little: look whether all seeds agree."
     ]
     head = ["comparison", "task", *(f"seed {seed}" for seed in study.counted_seeds)]
-    return Section(
-        "seeds", title, text, tables=[Table("Questions that one alone had right, and McNemar's p", head, rows)]
+    return PageSection(
+        "seeds", title, text, tables=[PageTable("Questions that one alone had right, and McNemar's p", head, rows)]
     )
+
+
+def accuracies(study: StudyRecords, arm: str, task: str) -> dict[int, float]:
+    """By seed; of one task, or the mean of all."""
+    found: dict[int, float] = {}
+    for seed, run in study.confirmation(arm).items():
+        values = {result["task"]: result["accuracy"] for result in results(run)}
+        if task == OVERALL and values:
+            found[seed] = mean_of(values.values())
+        elif task in values:
+            found[seed] = values[task]
+    return found
+
+
+def points_axis(study: StudyRecords, effects: Iterable[Effect]) -> Axis:
+    """A common axis for differences in points, which shows 0 and the smallest effect of interest."""
+    smallest = 100 * study.design.smallest_effect
+    values = [value for effect in effects for value in (*(ends_of(effect) or ()), 100 * effect.estimate)]
+    return axis(values, include=(0, smallest, -smallest), count=6)

@@ -10,19 +10,9 @@ import numpy as np
 
 from echo_lora.study.folder import StudyRecords
 from echo_lora.study.records import mean_of, results, run_accuracy, tuned_on
-from echo_lora.study.report.format import (
-    Figure,
-    Section,
-    Table,
-    arm_style,
-    legend,
-    listed,
-    number_text,
-    percent,
-    points_text,
-    short_label,
-)
+from echo_lora.study.report.parts import Figure, PageSection, PageTable, arm_style, legend
 from echo_lora.study.report.plots import Axis, Panel, Rows, Style, axis, log_axis
+from echo_lora.study.report.texts import joined, number_text, percent, points_text
 
 POINTS = 60  # most points of a drawn curve; longer ones are averaged
 
@@ -30,7 +20,7 @@ POINTS = 60  # most points of a drawn curve; longer ones are averaged
 STEPS = 6  # steps of a curve that its table shows
 
 
-def learning_rates(study: StudyRecords) -> Section:
+def learning_rates(study: StudyRecords) -> PageSection:
     """What tuning found, and what was chosen."""
     title = "Choice of the learning rate"
     on_accuracy = study.design.tune_on == "accuracy"
@@ -46,7 +36,9 @@ def learning_rates(study: StudyRecords) -> Section:
     curves = {arm: curve for arm, curve in curves.items() if curve}
     if not curves:
         rates = {f"{rate:g}" for arm in study.design.arms for rate in study.design.rates(arm)}
-        return Section("rates", title, [f"There was nothing to choose: the study gives {', '.join(sorted(rates))}."])
+        return PageSection(
+            "rates", title, [f"There was nothing to choose: the study gives {', '.join(sorted(rates))}."]
+        )
     scale = 100 if on_accuracy else 1
     what = "accuracy on validation questions" if on_accuracy else "loss on validation rows"
     x = log_axis(rate for curve in curves.values() for rate in curve)
@@ -80,26 +72,26 @@ def learning_rates(study: StudyRecords) -> Section:
         f"Every arm tried the same number of learning rates on validation data only, where {better} is better; a ring "
         "marks the one it was then confirmed with."
     )
-    text = [f"Means over tuning seed{'s' * (len(seeds) != 1)} {listed(seeds)}."]
+    text = [f"Means over tuning seed{'s' * (len(seeds) != 1)} {joined(seeds)}."]
     if not study.chosen:
         text.append("The tuning is not over: no rate has been chosen.")
     edge = [a for a, c in curves.items() if study.chosen.get(a) in (min(c), max(c)) and len(c) > 1]
     warnings = []
     if edge:
         warnings.append(
-            f"The rate chosen for {listed(study.label(arm) for arm in edge)} is the lowest or the highest tried: a "
+            f"The rate chosen for {joined(study.label(arm) for arm in edge)} is the lowest or the highest tried: a "
             "better one may lie beyond."
         )
     items = [
         f"{study.label(run['arm'])}, learning rate {run['learning_rate']:g}, seed {run['seed']}: training diverged"
         for run in diverged
     ]
-    table = Table(f"{what[0].upper()}{what[1:]}, by learning rate", ["arm", "learning rate", what, ""], rows)
+    table = PageTable(f"{what[0].upper()}{what[1:]}, by learning rate", ["arm", "learning rate", what, ""], rows)
     figure = Figure(caption, [panel.svg()], table, legend(study, curves))
-    return Section("rates", title, text, warnings, [figure], items=items)
+    return PageSection("rates", title, text, warnings, [figure], items=items)
 
 
-def losses(study: StudyRecords) -> Section:
+def losses(study: StudyRecords) -> PageSection:
     """Losses of the runs that count, in training and on validation rows, and the distillation."""
     parts = [
         (
@@ -123,7 +115,7 @@ def losses(study: StudyRecords) -> Section:
     return _curves_section(study, "losses", "Losses", parts, "nats per token", caption, text)
 
 
-def teaching(study: StudyRecords) -> Section:
+def teaching(study: StudyRecords) -> PageSection:
     """CE(on) - CE(off): whether the echo has anything to teach."""
     parts = [
         ("CE(on) − CE(off) in training", "below 0 the echo helps", _difference("ce_on", "ce_off")),
@@ -141,7 +133,7 @@ def teaching(study: StudyRecords) -> Section:
     )
 
 
-def echo_strength(study: StudyRecords) -> Section:
+def echo_strength(study: StudyRecords) -> PageSection:
     """Gate, norm and share of the echo."""
     parts = [
         ("Gate", "mean, between 0 and 1", lambda e: e.get("gate_mean")),
@@ -165,7 +157,7 @@ def _curves_section(
     text: list[str],
     *,
     zero: bool = False,
-) -> Section:
+) -> PageSection:
     """A panel for each quantity that any run has logged; its table has the values at a few steps."""
     panels, rows, drawn = [], [], dict[str, None]()
     for i, (head, explained, read) in enumerate(parts):
@@ -179,7 +171,7 @@ def _curves_section(
         panel = Panel(
             f"{name}-{i}",
             head,
-            f"{head}, {explained}, over the steps of training: {listed(study.label(arm) for arm in curves)}.",
+            f"{head}, {explained}, over the steps of training: {joined(study.label(arm) for arm in curves)}.",
             x,
             y,
             unit=f"{explained}{', ' if unit else ''}{unit}" if len(explained) < 30 else unit or explained,
@@ -202,9 +194,9 @@ def _curves_section(
         panels.append(panel.svg())
     if not panels:
         reason = "no arm with an echo has logged it" if name != "losses" else "no confirmation run has logged any"
-        return Section(name, title, [f"Nothing to show: {reason}."])
-    table = Table(f"{title}: mean over seeds", ["quantity", "arm", "step", "mean", "lowest", "highest"], rows)
-    return Section(name, title, text, figures=[Figure(caption, panels, table, legend(study, drawn))])
+        return PageSection(name, title, [f"Nothing to show: {reason}."])
+    table = PageTable(f"{title}: mean over seeds", ["quantity", "arm", "step", "mean", "lowest", "highest"], rows)
+    return PageSection(name, title, text, figures=[Figure(caption, panels, table, legend(study, drawn))])
 
 
 def _curve(
@@ -242,7 +234,7 @@ def _difference(first: str, second: str) -> Callable[[dict[str, Any]], float | N
     return lambda e: e[first] - e[second] if first in e and second in e else None
 
 
-def ceiling(study: StudyRecords) -> Section:
+def ceiling(study: StudyRecords) -> PageSection:
     """Exact answers with the echo off and on."""
     title = "What the echo itself could do"
     means: list[tuple[str, str, float, float]] = []
@@ -253,7 +245,7 @@ def ceiling(study: StudyRecords) -> Section:
             off, on = (mean_of(run_accuracy(run, echo=echo) for run in kept) for echo in (False, True))
             means.append((arm, f"{study.design.score_on}, generated", off, on))
     if not means:
-        return Section("ceiling", title, ["Not measured: no run was scored with its echo kept on."])
+        return PageSection("ceiling", title, ["Not measured: no run was scored with its echo kept on."])
     panel = Rows(
         "ceiling",
         "Echo off and on",
@@ -276,5 +268,11 @@ def ceiling(study: StudyRecords) -> Section:
     )
     text = ["Means over the seeds."]
     head = ["arm", "how", "echo off", "echo on", "difference"]
-    figure = Figure(caption, [panel.svg()], Table("Exact answers without and with the echo", head, rows))
-    return Section("ceiling", title, text, figures=[figure])
+    figure = Figure(caption, [panel.svg()], PageTable("Exact answers without and with the echo", head, rows))
+    return PageSection("ceiling", title, text, figures=[figure])
+
+
+def short_label(study: StudyRecords, arm: str) -> str:
+    """The label where there is little room."""
+    label = study.label(arm)
+    return label if len(label) <= 14 or len(label) <= len(arm) else arm
