@@ -24,9 +24,9 @@ from echo_lora.progress import progress_console
 from echo_lora.recipe.rows import source_rows
 from echo_lora.recipe.schema import Recipe
 from echo_lora.study.design import Design, RunKey, Study, recipe_of
-from echo_lora.study.folder import STUDY_FILE, Archive, PowerEstimate, StudyFile, read_study, restorable
+from echo_lora.study.folder import STUDY_FILE, Archive, StudyFile, read_study, restorable
 from echo_lora.study.looks import confidence_at
-from echo_lora.study.power import estimate_noise, power
+from echo_lora.study.power import Noise, PowerEstimate, estimate_noise, power
 from echo_lora.study.records import (
     RECORD,
     RUNS_FILE,
@@ -235,13 +235,11 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> PowerEstimate:
         if len(study.tuning_seeds) < 3:  # too few to tell how much seeds differ
             noise["seed_sd"] = max(noise["seed_sd"], ASSUMED["seed_sd"])
             source += f"; seed_sd at least {ASSUMED['seed_sd']}, assumed"
-    found = power(
+    return power(
         study.smallest_effect,
-        seeds=len(study.seeds),
-        questions=questions,
+        Noise(seeds=len(study.seeds), questions=tuple(questions), **noise),
         smallest_effect=study.smallest_effect,
         margin=study.margin,
         confidence=confidence_at(study.looks, len(study.looks)) if study.looks else 0.95,
-        **noise,
+        source=source,
     )
-    return PowerEstimate(**found.to_dict(), source=source)

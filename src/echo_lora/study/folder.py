@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, first_problem
 from echo_lora.files import write_file
 from echo_lora.study.design import Design, RunKey, Study
+from echo_lora.study.power import PowerEstimate
 from echo_lora.study.records import (
     RUNS_FILE,
     OurFile,
@@ -33,15 +34,6 @@ from echo_lora.study.records import (
 
 STUDY_FILE = "study.json"
 LARGEST_FILE = 10_000_000  # bytes of study.json
-
-
-class PowerEstimate(OurFile):
-    """The estimate that was made before the runs that count; more of it is kept than is read."""
-
-    power: float
-    effect: float
-    smallest_detectable: float | None
-    source: str = "unknown"  # of what was taken for the noise
 
 
 class StudyFile(OurFile):

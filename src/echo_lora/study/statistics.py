@@ -81,8 +81,6 @@ class TaskEffect(Effect):
     p_mcnemar: tuple[float, ...]
     only_arm: tuple[int, ...]
     only_baseline: tuple[int, ...]
-    arm_accuracies: tuple[float, ...]
-    baseline_accuracies: tuple[float, ...]
     questions: int
 
 
@@ -90,27 +88,14 @@ class TaskEffect(Effect):
 class Comparison:
     """One arm against another. Made by `compare_arms`.
 
-    overall: unweighted mean over tasks; the verdict rests on it alone. The accuracies are means over tasks, per seed.
-    is_not_worse: whether the arm is shown to be not worse by more than the margin, whatever the verdict; None without a
-    margin.
+    overall: unweighted mean over tasks; the verdict rests on it alone. is_not_worse: whether the arm is shown to be
+    not worse by more than the margin, whatever the verdict; None without a margin.
     """
 
-    arm: str
-    baseline: str
     verdict: Verdict
     overall: Effect
     tasks: dict[str, TaskEffect]
-    seeds: int
-    smallest_effect: float
-    margin: float | None
     is_not_worse: bool | None
-    confidence: float
-    arm_accuracies: tuple[float, ...]
-    baseline_accuracies: tuple[float, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 # ------------------------------------------------------------------ the verdict
@@ -128,54 +113,34 @@ def compare_arms(
     draws: int = 10_000,
     confidence: float = 0.95,
 ) -> Comparison:
-    """Whether an arm is better than the baseline: the module's docstring says how it is reckoned.
+    """Whether an arm is better than the baseline: see the module's docstring, and `verdict_of` for the rule.
 
     correct_arm, correct_baseline: by task, bool (S, Q) whether the answer was right; row s is the same seed and column
     q the same question in both, and every task has the same S seeds. smallest_effect: smallest difference of
-    interest, as a share. The rule, fixed:
-
-        better, worse         the interval of the overall effect lies above, below 0
-        no difference shown   it holds 0, and lies inside ±smallest_effect
-        not worse             it holds 0, and lies above -margin; only where there is a margin
-        too few data          anything else; always with fewer than 3 seeds
-
-    An effect that is `better` may still be smaller than the smallest one of interest. `not worse` is a test of
-    non-inferiority at (1 - confidence)/2, one-sided (CONSORT: Piaggio et al. 2012, JAMA 308:2594). The same arguments
-    give the same numbers; no p of the bootstrap is below 2/(draws + 1). With one seed every interval is [-1, 1]. Raises
-    EchoDataError if the arrays don't pair, EchoConfigError for a smallest_effect, margin, confidence or number of draws
-    that means nothing.
+    interest, as a share. The same arguments give the same numbers; no p of the bootstrap is below 2/(draws + 1). With
+    one seed every interval is [-1, 1]. Raises EchoDataError if the arrays don't pair, EchoConfigError for a
+    smallest_effect, margin, confidence or number of draws that means nothing.
     """
     check_numbers(smallest_effect, margin, confidence)
     if draws < 100:
         raise EchoConfigError(f"draws = {draws} are too few for percentiles. Use at least 100; 10000 is the default.")
-    first, second = paired_differences(arm, baseline, correct_arm, correct_baseline)
+    first, second = paired_answers(arm, baseline, correct_arm, correct_baseline)
     differences = {task: first[task].astype(np.int8) - second[task].astype(np.int8) for task in first}  # (S, Q) each
-    rng = np.random.default_rng(seed)
-    deviations = _resample(list(differences.values()), draws, rng)  # (tasks, draws)
+    deviations = _resample(list(differences.values()), draws, np.random.default_rng(seed))  # (tasks, draws)
     overall = _effect(list(differences.values()), deviations.mean(axis=0), confidence, seed)
-    effects = {
-        task: _effect([difference], deviations[i], confidence, seed)
-        for i, (task, difference) in enumerate(differences.items())
-    }
-    holm = _holm([effect.p_value for effect in effects.values()])
-    tasks = {
-        task: _task_effect(effect, float(p), first[task], second[task])
-        for (task, effect), p in zip(effects.items(), holm, strict=True)
-    }
+    effects = [
+        _effect([difference], deviations[i], confidence, seed) for i, difference in enumerate(differences.values())
+    ]
+    holm = _holm([effect.p_value for effect in effects])
     seeds = len(next(iter(differences.values())))
     return Comparison(
-        arm=arm,
-        baseline=baseline,
         verdict=verdict_of(overall.low, overall.high, smallest_effect, margin, seeds),
         overall=overall,
-        tasks=tasks,
-        seeds=seeds,
-        smallest_effect=smallest_effect,
-        margin=margin,
+        tasks={
+            task: _task_effect(effect, float(p), first[task], second[task])
+            for task, effect, p in zip(differences, effects, holm, strict=True)
+        },
         is_not_worse=None if margin is None else seeds >= LEAST_SEEDS and overall.low > -margin,
-        confidence=confidence,
-        arm_accuracies=_mean_accuracies(first),
-        baseline_accuracies=_mean_accuracies(second),
     )
 
 
@@ -186,6 +151,16 @@ def mcnemar_exact(only_arm: int, only_baseline: int) -> float:
 
 
 def verdict_of(low: float, high: float, smallest_effect: float, margin: float | None, seeds: int) -> Verdict:
+    """The rule, fixed; where several words apply, the first:
+
+        better, worse         the interval of the overall effect lies above, below 0
+        no difference shown   it holds 0, and lies inside ±smallest_effect
+        not worse             it holds 0, and lies above -margin; only where there is a margin
+        too few data          anything else; always with fewer than 3 seeds
+
+    An effect that is `better` may still be smaller than the smallest one of interest. `not worse` is a test of
+    non-inferiority at (1 - confidence)/2, one-sided (CONSORT: Piaggio et al. 2012, JAMA 308:2594).
+    """
     if seeds < LEAST_SEEDS:
         return "too few data"
     if low > 0:
@@ -215,14 +190,8 @@ def _task_effect(effect: Effect, p_holm: float, first: np.ndarray, second: np.nd
         p_mcnemar=tuple(mcnemar_exact(b, c) for b, c in zip(only_arm, only_baseline, strict=True)),
         only_arm=only_arm,
         only_baseline=only_baseline,
-        arm_accuracies=tuple(float(share) for share in first.mean(axis=1)),
-        baseline_accuracies=tuple(float(share) for share in second.mean(axis=1)),
         questions=first.shape[1],
     )
-
-
-def _mean_accuracies(correct: Correct) -> tuple[float, ...]:
-    return tuple(float(share) for share in np.mean([rows.mean(axis=1) for rows in correct.values()], axis=0))
 
 
 # ----------------------------------------------------------------- the interval
@@ -331,11 +300,7 @@ def check_numbers(smallest_effect: float, margin: float | None, confidence: floa
         raise EchoConfigError(f"confidence = {confidence} must be from 0.5 to below 1; 0.95 is the default.")
 
 
-def sizes(questions: int | Sequence[int]) -> tuple[int, ...]:
-    return (int(questions),) if isinstance(questions, int | np.integer) else tuple(int(size) for size in questions)
-
-
-def paired_differences(
+def paired_answers(
     arm: str, baseline: str, correct_arm: Correct, correct_baseline: Correct
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Both arms' answers as bool (S, Q) by task, in the arm's order of tasks."""
