@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from echo_lora.study.folder import StudyRecords
 from echo_lora.study.records import mean_of, results
 from echo_lora.study.report.parts import Figure, PageSection, PageTable, arm_style
-from echo_lora.study.report.plots import Axis, Rows, Style, axis
+from echo_lora.study.report.plots import Rows, Style, axis
 from echo_lora.study.report.texts import (
     count_of,
     counts_text,
@@ -27,6 +25,7 @@ from echo_lora.study.report.texts import (
 from echo_lora.study.report.verdict import (
     Difference,
     check_pairing,
+    compared_text,
     confidence_of,
     interval_name,
     look_text,
@@ -34,7 +33,7 @@ from echo_lora.study.report.verdict import (
     missing_runs,
     power_lines,
 )
-from echo_lora.study.statistics import Effect
+from echo_lora.study.statistics import Effect, TaskEffect
 
 OVERALL = "mean of the tasks"
 
@@ -58,7 +57,7 @@ def comparisons(study: StudyRecords, declared: list[Difference], others: list[Di
     margin = study.design.margin
     for compared in [*declared, *others]:
         effect = compared.overall
-        name = f"{study.label(compared.arm)} − {study.label(compared.baseline)}"
+        name = compared_text(study, compared)
         rows.append(
             [
                 name if compared in declared else f"{name} (not planned)",
@@ -90,57 +89,47 @@ def comparisons(study: StudyRecords, declared: list[Difference], others: list[Di
 def by_task(study: StudyRecords, declared: list[Difference]) -> PageSection:
     """A forest plot for every declared comparison."""
     title = "Differences by task"
-    shown = [(compared, compared.overall) for compared in declared if compared.overall]
+    shown = [compared for compared in declared if compared.overall]
     if not shown:
         return PageSection("tasks", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
-    smallest = 100 * study.design.smallest_effect
-    x = points_axis(study, [effect for c, overall in shown for effect in (overall, *c.tasks.values())])
+    effects = [effect for compared in shown for effect in _effects(compared).values()]
     panels, rows = [], []
-    for i, (compared, overall) in enumerate(shown):
-        arm, other = study.label(compared.arm), study.label(compared.baseline)
-        panel = Rows(
+    for i, compared in enumerate(shown):
+        name, arm, other = compared_text(study, compared), study.label(compared.arm), study.label(compared.baseline)
+        panel = _difference_panel(
+            study,
             f"forest-{i}",
-            f"{arm} − {other}",
+            name,
             f"Difference of {arm} minus {other} in percentage points with {interval_name(study)}, by task and overall.",
-            x,
+            effects,
             1 + len(compared.tasks),
-            x_label=f"← {other} better",
-            ends=f"{arm} better →",
+            (other, arm),
         )
-        panel.shade(-smallest, smallest)
-        panel.rule(0)
-        style = arm_style(study, compared.arm)
-        lines: list[tuple[str, Effect, str]] = [
-            (name, task, p_text(task.p_holm)) for name, task in compared.tasks.items()
-        ]
-        for name, effect, holm in [*lines, ("overall", overall, "")]:
-            is_overall = effect is overall
-            used = Style("diamond", "", "#111111") if is_overall else style
+        for task, effect in _effects(compared).items():
+            is_overall = effect is compared.overall
+            style = Style("diamond", "", "#111111") if is_overall else arm_style(study, compared.arm)
             points = [100 * effect.estimate]
-            panel.add(name, with_range(effect), points, used, interval=ends_of(effect), is_strong=is_overall)
-            rows.append(
-                [
-                    f"{arm} − {other}",
-                    name,
-                    points_text(effect.estimate),
-                    range_text(effect),
-                    p_text(effect.p_value),
-                    holm,
-                ]
-            )
+            panel.add(task, with_range(effect), points, style, interval=ends_of(effect), is_strong=is_overall)
+            holm = p_text(effect.p_holm) if isinstance(effect, TaskEffect) else ""
+            numbers = [points_text(effect.estimate), range_text(effect), p_text(effect.p_value), holm]
+            rows.append([name, task, *numbers])
         panels.append(panel.svg())
     caption = (
         "A mark right of the line at 0 means that the first arm answered more questions correctly; the bar shows how "
         "far luck could have moved it. The grey strip holds differences too small to matter here (under "
-        f"{count_of(smallest, 'point')})."
+        f"{count_of(100 * study.design.smallest_effect, 'point')})."
     )
-    head = ["comparison", "task", "difference", interval_name(study), "p", "p (Holm)"]
     text = []
-    if any(len(compared.tasks) > 1 for compared, _ in shown):
+    if any(len(compared.tasks) > 1 for compared in shown):
         text = ["p (Holm) allows for the number of tasks: with many of them, one looks good by luck alone."]
-    return PageSection(
-        "tasks", title, text, figures=[Figure(caption, panels, PageTable("Differences by task", head, rows))]
-    )
+    head = ["comparison", "task", "difference", interval_name(study), "p", "p (Holm)"]
+    figure = Figure(caption, panels, PageTable("Differences by task", head, rows))
+    return PageSection("tasks", title, text, figures=[figure])
+
+
+def _effects(compared: Difference) -> dict[str, Effect]:
+    """By task, and overall; nothing without an overall effect."""
+    return {**compared.tasks, "overall": compared.overall} if compared.overall else {}
 
 
 def accuracy_of_runs(study: StudyRecords) -> PageSection:
@@ -149,27 +138,24 @@ def accuracy_of_runs(study: StudyRecords) -> PageSection:
     tasks = study.tasks
     if not tasks:
         return PageSection("accuracy", title, ["Nothing to show yet: there is no confirmation run that counts."])
-    names = [*tasks, *([OVERALL] if len(tasks) > 1 else [])]
-    values = {(arm, task): accuracies(study, arm, task) for arm in study.arms for task in names}
     panels, rows = [], []
-    for i, task in enumerate(names):
-        x = axis([100 * value for arm in study.arms for value in values[arm, task].values()])
-        panel = Rows(
-            f"accuracy-{i}",
-            task,
-            f"Accuracy on {task} of every arm, one mark per seed and a line at their mean.",
-            x,
-            len(study.arms),
-            x_label="correct answers, %",
+    for i, task in enumerate([*tasks, *([OVERALL] if len(tasks) > 1 else [])]):
+        found = {arm: _accuracies(study, arm, task) for arm in study.arms}
+        panels.append(
+            _dots(
+                study,
+                f"accuracy-{i}",
+                task,
+                f"Accuracy on {task} of every arm, one mark per seed and a line at their mean.",
+                {arm: list(values.values()) for arm, values in found.items()},
+                percent,
+                x_label="correct answers, %",
+                scale=100,
+            )
         )
-        for arm in study.arms:
-            found = values[arm, task]
-            mean = float(np.mean(list(found.values()))) if found else math.nan
-            points = [100 * value for value in found.values()]
-            panel.add(study.label(arm), percent(mean), points, arm_style(study, arm), mean=100 * mean)
-            cells = [percent(found.get(seed, math.nan)) for seed in study.counted_seeds]
-            rows.append([study.label(arm), task, percent(mean), *cells])
-        panels.append(panel.svg())
+        for arm, values in found.items():
+            cells = [percent(values.get(seed, math.nan)) for seed in study.counted_seeds]
+            rows.append([study.label(arm), task, percent(mean_of(values.values())), *cells])
     caption = (
         "Every mark is one trained adapter, every seed is one mark; the upright line is the mean of an arm's seeds."
     )
@@ -181,43 +167,30 @@ def accuracy_of_runs(study: StudyRecords) -> PageSection:
 def controls(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> PageSection:
     """All arms against the baseline, methods and controls side by side."""
     title = "Controls"
-    control_arms = [arm for arm in study.arms[1:] if study.design.arms[arm].role == "control"]
-    if not control_arms:
+    design = study.design
+    if all(design.arms[arm].role != "control" for arm in study.arms[1:]):
         return PageSection("controls", title, ["This study has no control arms."])
-    to_baseline = {c.arm: c.overall for c in [*declared, *others] if c.baseline == study.design.baseline and c.overall}
-    if not to_baseline:
-        return PageSection(
-            "controls", title, ["Nothing to show yet: there is no pair of confirmation runs that count."]
-        )
-    baseline = study.label(study.design.baseline)
-    smallest = 100 * study.design.smallest_effect
-    panel = Rows(
+    effects = {c.arm: c.overall for c in [*declared, *others] if c.baseline == design.baseline and c.overall}
+    if not effects:
+        text = ["Nothing to show yet: there is no pair of confirmation runs that count."]
+        return PageSection("controls", title, text)
+    baseline = study.label(design.baseline)
+    panel = _difference_panel(
+        study,
         "controls",
         f"Every arm − {baseline}",
         f"Overall difference of every arm minus {baseline} in percentage points with {interval_name(study)}.",
-        points_axis(study, to_baseline.values()),
-        len(to_baseline),
-        x_label=f"← {baseline} better",
-        ends="the arm better →",
+        effects.values(),
+        len(effects),
+        (baseline, "the arm"),
     )
-    panel.shade(-smallest, smallest)
-    panel.rule(0)
     rows = []
-    for arm in study.arms[1:]:
-        if arm not in to_baseline:
-            continue
-        effect = to_baseline[arm]
-        kind = "control" if study.design.arms[arm].role == "control" else "method"
-        panel.add(
-            f"{study.label(arm)}, {kind}",
-            with_range(effect),
-            [100 * effect.estimate],
-            arm_style(study, arm),
-            interval=ends_of(effect),
-            is_strong=kind == "method",
-        )
-        mean = float(np.mean(list(accuracies(study, arm, OVERALL).values()) or [math.nan]))
-        rows.append([study.label(arm), kind, percent(mean), points_text(effect.estimate), range_text(effect)])
+    for arm in (arm for arm in study.arms if arm in effects):
+        effect, role, style = effects[arm], design.arms[arm].role, arm_style(study, arm)
+        name, points = f"{study.label(arm)}, {role}", [100 * effect.estimate]
+        panel.add(name, with_range(effect), points, style, interval=ends_of(effect), is_strong=role == "method")
+        mean = mean_of(_accuracies(study, arm, OVERALL).values())
+        rows.append([study.label(arm), role, percent(mean), points_text(effect.estimate), range_text(effect)])
     caption = (
         "A control leaves out one ingredient of the method or puts something useless in its place; where a control "
         "does as well as the method, that ingredient is not what helps."
@@ -230,21 +203,20 @@ def controls(study: StudyRecords, declared: list[Difference], others: list[Diffe
 def cost(study: StudyRecords) -> PageSection:
     """Time, memory and parameters."""
     title = "Cost"
-    base = study.confirmation(study.design.baseline)
-    panels, rows = [], []
-    ratios = {}
+    baseline, of_baseline = study.label(study.design.baseline), study.confirmation(study.design.baseline)
+    rows, ratios = [], {}
     for arm in study.arms:
         runs = [run for run in study.confirmation(arm).values() if _seconds(run)]
         if not runs:
             continue
-        ratios[arm] = [
-            _seconds(run) / _seconds(base[run["seed"]]) for run in runs if _seconds(base.get(run["seed"], {}))
-        ]
+        over = [_seconds(run) / base for run in runs if (base := _seconds(of_baseline.get(run["seed"], {})))]
+        if over:
+            ratios[arm] = over
         rows.append(
             [
                 study.label(arm),
                 f"{mean_of(_seconds(run) for run in runs):.0f}",
-                mean_and_range(ratios[arm], ".2f"),
+                mean_and_range(over, ".2f"),
                 " ".join(sorted({str(run.get("steps", "")) for run in runs})),
                 f"{max(run.get('peak_memory', 0) for run in runs) / 1e9:.2f}",
                 counts_text(run.get("deployed_parameters") for run in runs),
@@ -253,28 +225,6 @@ def cost(study: StudyRecords) -> PageSection:
         )
     if not rows:
         return PageSection("cost", title, ["Nothing to show yet: there is no confirmation run that counts."])
-    baseline = study.label(study.design.baseline)
-    ratios = {arm: values for arm, values in ratios.items() if values}
-    figures = []
-    head = ["arm", "seconds", f"over {baseline}", "steps", "peak GB", "parameters deployed", "of the echo, discarded"]
-    table = PageTable("Training of one run", head, rows)
-    if len(ratios) > 1:
-        panel = Rows(
-            "cost",
-            f"Training time over that of {baseline}",
-            f"Training seconds of each run divided by those of {baseline} in the same seed.",
-            axis([value for values in ratios.values() for value in values], include=(1,)),
-            len(ratios),
-            x_label="times as long",
-        )
-        panel.rule(1)
-        for arm, values in ratios.items():
-            panel.add(study.label(arm), f"{mean_of(values):.2f}", values, arm_style(study, arm), mean=mean_of(values))
-        panels.append(panel.svg())
-        caption = (
-            f"How many times as long as {baseline} training took in the same seed; right of the line at 1 is slower."
-        )
-        figures.append(Figure(caption, panels, None))
     text = [
         "Seconds are those of training alone, without evaluation, of runs that were not interrupted. They are rough "
         "where runs shared a machine."
@@ -283,7 +233,24 @@ def cost(study: StudyRecords) -> PageSection:
     warnings = []
     if len(devices) > 1:
         warnings.append(f"Runs were done on different devices ({', '.join(devices)}): their times can't be compared.")
-    return PageSection("cost", title, text, warnings, figures, [table])
+    head = ["arm", "seconds", f"over {baseline}", "steps", "peak GB", "parameters deployed", "of the echo, discarded"]
+    figures = [_cost_figure(study, baseline, ratios)] if len(ratios) > 1 else []
+    return PageSection("cost", title, text, warnings, figures, [PageTable("Training of one run", head, rows)])
+
+
+def _cost_figure(study: StudyRecords, baseline: str, ratios: dict[str, list[float]]) -> Figure:
+    panel = _dots(
+        study,
+        "cost",
+        f"Training time over that of {baseline}",
+        f"Training seconds of each run divided by those of {baseline} in the same seed.",
+        ratios,
+        "{:.2f}".format,
+        x_label="times as long",
+        rule=1,
+    )
+    caption = f"How many times as long as {baseline} training took in the same seed; right of the line at 1 is slower."
+    return Figure(caption, [panel], None)
 
 
 def _seconds(run: Mapping[str, Any]) -> float:
@@ -308,25 +275,23 @@ def forgetting(study: StudyRecords) -> PageSection:
             rows.append([study.label(arm), before, after, mean_and_range(changes[arm], "+.3f")])
     if not changes:
         return PageSection("forgetting", title, ["Not measured: the study names no general text, or has no run yet."])
-    panel = Rows(
+    panel = _dots(
+        study,
         "forgetting",
         "Change of the loss on general text",
         "Loss on held-out general text with the adapter minus that of the base model, one mark per seed.",
-        axis([value for values in changes.values() for value in values], include=(0,)),
-        len(changes),
+        changes,
+        lambda mean: mean_and_range([mean], "+.3f"),
         x_label="nats per token",
+        rule=0,
     )
-    panel.rule(0)
-    for arm, values in changes.items():
-        numbers = mean_and_range([mean_of(values)], "+.3f")
-        panel.add(study.label(arm), numbers, values, arm_style(study, arm), mean=mean_of(values))
     caption = (
         "What training took from the model elsewhere: marks right of the line at 0 mean that text which has nothing to "
         "do with the task became less likely to it."
     )
     text = [f"Measured on {tokens:,} tokens of text that no run was trained on."] if tokens else []
     head = ["arm", "base model", "with the adapter", "change (range over seeds)"]
-    figure = Figure(caption, [panel.svg()], PageTable("Loss on general text, nats per token", head, rows))
+    figure = Figure(caption, [panel], PageTable("Loss on general text, nats per token", head, rows))
     return PageSection("forgetting", title, text, figures=[figure])
 
 
@@ -367,7 +332,7 @@ def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> PageSection
                 difference.seeds, task.only_arm, task.only_baseline, task.p_mcnemar, strict=True
             ):
                 cells[seed] = f"{first} : {second}, p {p_text(p)}"
-            rows.append([f"{study.label(difference.arm)} − {study.label(difference.baseline)}", name, *cells.values()])
+            rows.append([compared_text(study, difference), name, *cells.values()])
     if not rows:
         return PageSection("seeds", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
     text = [
@@ -382,7 +347,7 @@ def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> PageSection
     )
 
 
-def accuracies(study: StudyRecords, arm: str, task: str) -> dict[int, float]:
+def _accuracies(study: StudyRecords, arm: str, task: str) -> dict[int, float]:
     """By seed; of one task, or the mean of all."""
     found: dict[int, float] = {}
     for seed, run in study.confirmation(arm).items():
@@ -394,8 +359,49 @@ def accuracies(study: StudyRecords, arm: str, task: str) -> dict[int, float]:
     return found
 
 
-def points_axis(study: StudyRecords, effects: Iterable[Effect]) -> Axis:
-    """A common axis for differences in points, which shows 0 and the smallest effect of interest."""
+# ---------------------------------------------------------------- the figures
+
+
+def _difference_panel(
+    study: StudyRecords,
+    name: str,
+    title: str,
+    description: str,
+    effects: Iterable[Effect],
+    count: int,
+    sides: tuple[str, str],
+) -> Rows:
+    """A panel for `count` differences in points. effects: what its axis holds. sides: what is better left and right."""
     smallest = 100 * study.design.smallest_effect
     values = [value for effect in effects for value in (*(ends_of(effect) or ()), 100 * effect.estimate)]
-    return axis(values, include=(0, smallest, -smallest), count=6)
+    x = axis(values, include=(0, smallest, -smallest), count=6)
+    worse, better = sides
+    panel = Rows(name, title, description, x, count, x_label=f"← {worse} better", ends=f"{better} better →")
+    panel.shade(-smallest, smallest)
+    panel.rule(0)
+    return panel
+
+
+def _dots(
+    study: StudyRecords,
+    name: str,
+    title: str,
+    description: str,
+    values: Mapping[str, Sequence[float]],
+    shown: Callable[[float], str],
+    *,
+    x_label: str,
+    rule: float | None = None,
+    scale: float = 1,
+) -> str:
+    """A row for every arm: a mark for each of its values, and a line at their mean, which is also told."""
+    everything = [scale * value for found in values.values() for value in found]
+    x = axis(everything, include=() if rule is None else (rule,))
+    panel = Rows(name, title, description, x, len(values), x_label=x_label)
+    if rule is not None:
+        panel.rule(rule)
+    for arm, found in values.items():
+        mean = mean_of(found)
+        points = [scale * value for value in found]
+        panel.add(study.label(arm), shown(mean), points, arm_style(study, arm), mean=scale * mean)
+    return panel.svg()

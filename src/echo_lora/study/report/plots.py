@@ -17,11 +17,9 @@ WIDTH = 360
 
 TOP, BOTTOM, LEFT, RIGHT = 46, 40, 46, 14  # room for title and unit, for the x axis, for the y axis
 
-ROW = 38  # height of a row of intervals: its label above, its interval below
+TOP_OF_ROWS, ROW = 30, 38  # a row of intervals has its label above and its interval below
 
-LETTER = 6.1  # width of an average letter of 11.5 units
-
-LINE = 14  # height of a label
+LETTER, LINE = 6.1, 14  # width of an average letter of 11.5 units, height of a label
 
 Marker = Literal["circle", "square", "triangle", "diamond", "cross", "plus"]
 
@@ -73,7 +71,7 @@ class Axis:
         return (value - low) / (high - low)
 
 
-def axis(values: Iterable[float], *, include: Iterable[float] = (), count: int = 5, percent: bool = False) -> Axis:
+def axis(values: Iterable[float], *, include: Iterable[float] = (), count: int = 5) -> Axis:
     """A linear axis around the finite ones among the values, with round ticks."""
     found = [value for value in (*values, *include) if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(found), max(found)
@@ -83,10 +81,9 @@ def axis(values: Iterable[float], *, include: Iterable[float] = (), count: int =
     pad = (high - low) * 0.06
     low, high = low - pad, high + pad
     step = _round_step((high - low) / count)
-    digits = max(0, -math.floor(math.log10(step * (100 if percent else 1)) + 1e-9))
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ticks = [(n * step, _number(n * step * (100 if percent else 1), digits)) for n in numbers]
-    return Axis(low, high, ticks)
+    return Axis(low, high, [(n * step, _number(n * step, digits)) for n in numbers])
 
 
 def log_axis(values: Iterable[float]) -> Axis:
@@ -199,11 +196,9 @@ class Panel:
             'stroke-width="1.6"/>'
         )
 
-    def level(self, y: float, text: str = "") -> None:
+    def level(self, y: float) -> None:
         """A horizontal line across the panel."""
         self.parts.append(f'<path class="zero" d="M{self.left} {_n(self._y(y))}H{_n(self.right)}"/>')
-        if text:
-            self.text(self.left + 4, self._y(y) - 5, text, kind="small")
 
     def _end_labels(self) -> list[str]:
         """The labels of the lines beside the panel, each with its marker, moved apart where they would overlap."""
@@ -241,10 +236,8 @@ class Rows(Panel):
         self, name: str, title: str, description: str, x: Axis, count: int, *, x_label: str = "", ends: str = ""
     ) -> None:
         """count: number of rows. ends: text for the right end of the x axis, where x_label is that of the left."""
-        self.top = 30
-        self.is_two_sided = bool(ends)
         self._ends = ends
-        height = self.top + ROW * count + 6 + BOTTOM
+        height = TOP_OF_ROWS + ROW * count + 6 + BOTTOM
         super().__init__(name, title, description, x, Axis(0, 1, ()), x_label=x_label, height=height)
         self.row = 0
 
@@ -252,7 +245,7 @@ class Rows(Panel):
         self.left, self.right = 14, WIDTH - 14
         bottom = self.height - BOTTOM
         for value, _ in self.x.ticks:
-            self.parts.append(f'<path class="grid" d="M{_n(self._x(value))} {self.top}V{bottom}"/>')
+            self.parts.append(f'<path class="grid" d="M{_n(self._x(value))} {TOP_OF_ROWS}V{bottom}"/>')
         self._x_ticks(bottom)
         if self._ends:
             self.text(4, self.height - 5, x_label)
@@ -260,17 +253,16 @@ class Rows(Panel):
         else:
             self.text(WIDTH / 2, self.height - 5, x_label, anchor="middle")
 
-    def rule(self, x: float, kind: str = "zero") -> None:
+    def rule(self, x: float) -> None:
         """A vertical line across all rows."""
-        at = _n(self._x(x))
-        self.parts.append(f'<path class="{kind}" d="M{at} {self.top}V{self.height - BOTTOM}"/>')
+        self.parts.append(f'<path class="zero" d="M{_n(self._x(x))} {TOP_OF_ROWS}V{self.height - BOTTOM}"/>')
 
     def shade(self, low: float, high: float) -> None:
         """Mark a range of x."""
         a, b = self._x(max(low, self.x.low)), self._x(min(high, self.x.high))
         self.parts.append(
-            f'<rect class="shade" x="{_n(a)}" y="{self.top}" width="{_n(b - a)}" '
-            f'height="{self.height - BOTTOM - self.top}"/>'
+            f'<rect class="shade" x="{_n(a)}" y="{TOP_OF_ROWS}" width="{_n(b - a)}" '
+            f'height="{self.height - BOTTOM - TOP_OF_ROWS}"/>'
         )
 
     def add(
@@ -286,7 +278,7 @@ class Rows(Panel):
         last: Style | None = None,
     ) -> None:
         """The next row: markers, and an interval or a tick at the mean. last: another style for the last marker."""
-        y = self.top + ROW * self.row + 27
+        y = TOP_OF_ROWS + ROW * self.row + 27
         self.row += 1
         kind = "strong" if is_strong else ""
         self.text(6, y - 11, label, kind=kind)

@@ -15,69 +15,34 @@ from echo_lora.study.report.plots import Axis, Panel, Rows, Style, axis, log_axi
 from echo_lora.study.report.texts import joined, number_text, percent, points_text
 
 POINTS = 60  # most points of a drawn curve; longer ones are averaged
-
-
 STEPS = 6  # steps of a curve that its table shows
 
 
 def learning_rates(study: StudyRecords) -> PageSection:
     """What tuning found, and what was chosen."""
     title = "Choice of the learning rate"
-    on_accuracy = study.design.tune_on == "accuracy"
-    diverged = [run for arm in study.arms for runs in study.tuning(arm).values() for run in runs if "diverged" in run]
+    runs = {arm: study.tuning(arm) for arm in study.arms}
+    diverged = [run for by_rate in runs.values() for found in by_rate.values() for run in found if "diverged" in run]
+    failed = {(run["arm"], run["learning_rate"]) for run in diverged}
     curves = {
         arm: {
-            rate: mean_of(tuned_on(run, study.design.tune_on) for run in runs)
-            for rate, runs in study.tuning(arm).items()
-            if not any("diverged" in run for run in runs)
+            rate: mean_of(tuned_on(run, study.design.tune_on) for run in found)
+            for rate, found in by_rate.items()
+            if (arm, rate) not in failed
         }
-        for arm in study.arms
+        for arm, by_rate in runs.items()
     }
     curves = {arm: curve for arm, curve in curves.items() if curve}
     if not curves:
         rates = {f"{rate:g}" for arm in study.design.arms for rate in study.design.rates(arm)}
-        return PageSection(
-            "rates", title, [f"There was nothing to choose: the study gives {', '.join(sorted(rates))}."]
-        )
-    scale = 100 if on_accuracy else 1
-    what = "accuracy on validation questions" if on_accuracy else "loss on validation rows"
-    x = log_axis(rate for curve in curves.values() for rate in curve)
-    y = axis(scale * value for curve in curves.values() for value in curve.values())
-    labels = [short_label(study, arm) for arm in curves]
-    panel = Panel(
-        "rates",
-        f"{what[0].upper()}{what[1:]}",
-        f"{what} of each arm by learning rate; the chosen rate has a ring.",
-        x,
-        y,
-        unit="%" if on_accuracy else "nats per token",
-        x_label="learning rate",
-        height=290,
-        labels=labels,
-    )
-    rows = []
-    for arm, curve in curves.items():
-        panel.line(
-            [(rate, scale * value) for rate, value in curve.items()], arm_style(study, arm), short_label(study, arm)
-        )
-        chosen = study.chosen.get(arm)
-        if chosen in curve:
-            panel.ring(chosen, scale * curve[chosen], arm_style(study, arm))
-        for rate, value in curve.items():
-            shown = percent(value) if on_accuracy else number_text(value)
-            rows.append([study.label(arm), f"{rate:g}", shown, "chosen" if rate == chosen else ""])
+        text = [f"There was nothing to choose: the study gives {', '.join(sorted(rates))}."]
+        return PageSection("rates", title, text)
     seeds = study.design.tuning_seeds
-    better = "higher" if on_accuracy else "lower"
-    caption = (
-        f"Every arm tried the same number of learning rates on validation data only, where {better} is better; a ring "
-        "marks the one it was then confirmed with."
-    )
     text = [f"Means over tuning seed{'s' * (len(seeds) != 1)} {joined(seeds)}."]
     if not study.chosen:
         text.append("The tuning is not over: no rate has been chosen.")
-    edge = [a for a, c in curves.items() if study.chosen.get(a) in (min(c), max(c)) and len(c) > 1]
     warnings = []
-    if edge:
+    if edge := [a for a, c in curves.items() if study.chosen.get(a) in (min(c), max(c)) and len(c) > 1]:
         warnings.append(
             f"The rate chosen for {joined(study.label(arm) for arm in edge)} is the lowest or the highest tried: a "
             "better one may lie beyond."
@@ -86,9 +51,41 @@ def learning_rates(study: StudyRecords) -> PageSection:
         f"{study.label(run['arm'])}, learning rate {run['learning_rate']:g}, seed {run['seed']}: training diverged"
         for run in diverged
     ]
-    table = PageTable(f"{what[0].upper()}{what[1:]}, by learning rate", ["arm", "learning rate", what, ""], rows)
-    figure = Figure(caption, [panel.svg()], table, legend(study, curves))
-    return PageSection("rates", title, text, warnings, [figure], items=items)
+    return PageSection("rates", title, text, warnings, [_tuning_figure(study, curves)], items=items)
+
+
+def _tuning_figure(study: StudyRecords, curves: dict[str, dict[float, float]]) -> Figure:
+    """A line for every arm over its learning rates."""
+    on_accuracy = study.design.tune_on == "accuracy"
+    what = "accuracy on validation questions" if on_accuracy else "loss on validation rows"
+    head, scale = f"{what[0].upper()}{what[1:]}", 100 if on_accuracy else 1
+    panel = Panel(
+        "rates",
+        head,
+        f"{what} of each arm by learning rate; the chosen rate has a ring.",
+        log_axis(rate for curve in curves.values() for rate in curve),
+        axis(scale * value for curve in curves.values() for value in curve.values()),
+        unit="%" if on_accuracy else "nats per token",
+        x_label="learning rate",
+        height=290,
+        labels=[_short_label(study, arm) for arm in curves],
+    )
+    rows = []
+    for arm, curve in curves.items():
+        style, chosen = arm_style(study, arm), study.chosen.get(arm)
+        panel.line([(rate, scale * value) for rate, value in curve.items()], style, _short_label(study, arm))
+        if chosen in curve:
+            panel.ring(chosen, scale * curve[chosen], style)
+        for rate, value in curve.items():
+            shown = percent(value) if on_accuracy else number_text(value)
+            rows.append([study.label(arm), f"{rate:g}", shown, "chosen" if rate == chosen else ""])
+    better = "higher" if on_accuracy else "lower"
+    caption = (
+        f"Every arm tried the same number of learning rates on validation data only, where {better} is better; a ring "
+        "marks the one it was then confirmed with."
+    )
+    table = PageTable(f"{head}, by learning rate", ["arm", "learning rate", what, ""], rows)
+    return Figure(caption, [panel.svg()], table, legend(study, curves))
 
 
 def losses(study: StudyRecords) -> PageSection:
@@ -176,7 +173,7 @@ def _curves_section(
             y,
             unit=f"{explained}{', ' if unit else ''}{unit}" if len(explained) < 30 else unit or explained,
             x_label="step",
-            labels=[short_label(study, arm) for arm in curves],
+            labels=[_short_label(study, arm) for arm in curves],
         )
         if zero:
             panel.level(0)
@@ -186,7 +183,7 @@ def _curves_section(
         for arm, curve in curves.items():
             is_short = len(curve) <= 8
             points = [(step, mean) for step, mean, *_ in curve]
-            panel.line(points, arm_style(study, arm), short_label(study, arm), markers=is_short)
+            panel.line(points, arm_style(study, arm), _short_label(study, arm), markers=is_short)
             for step, mean, low, high in _some(curve):
                 rows.append(
                     [head, study.label(arm), f"{step:.0f}", number_text(mean), number_text(low), number_text(high)]
@@ -212,15 +209,12 @@ def _curve(
     curve = [(float(s), float(np.mean(v)), min(v), max(v)) for s, v in sorted(at.items())]
     if len(curve) <= POINTS:
         return curve
-    return [
-        (
-            float(np.mean([c[0] for c in part])),
-            float(np.mean([c[1] for c in part])),
-            min(c[2] for c in part),
-            max(c[3] for c in part),
-        )
-        for part in (curve[i * len(curve) // POINTS : (i + 1) * len(curve) // POINTS] for i in range(POINTS))
-    ]
+    parts = [curve[i * len(curve) // POINTS : (i + 1) * len(curve) // POINTS] for i in range(POINTS)]
+    thinned = []
+    for part in parts:
+        steps, means, lows, highs = zip(*part, strict=True)
+        thinned.append((float(np.mean(steps)), float(np.mean(means)), min(lows), max(highs)))
+    return thinned
 
 
 def _some(curve: list[Any]) -> list[Any]:
@@ -237,30 +231,27 @@ def _difference(first: str, second: str) -> Callable[[dict[str, Any]], float | N
 def ceiling(study: StudyRecords) -> PageSection:
     """Exact answers with the echo off and on."""
     title = "What the echo itself could do"
-    means: list[tuple[str, str, float, float]] = []
+    means: dict[str, list[float]] = {}
     for arm in study.arms:
-        runs = study.confirmation(arm).values()
-        kept = [run for run in runs if results(run, echo=True)]
-        if kept:
-            off, on = (mean_of(run_accuracy(run, echo=echo) for run in kept) for echo in (False, True))
-            means.append((arm, f"{study.design.score_on}, generated", off, on))
+        if kept := [run for run in study.confirmation(arm).values() if results(run, echo=True)]:
+            means[arm] = [mean_of(run_accuracy(run, echo=echo) for run in kept) for echo in (False, True)]
     if not means:
         return PageSection("ceiling", title, ["Not measured: no run was scored with its echo kept on."])
     panel = Rows(
         "ceiling",
         "Echo off and on",
         "Share of exact answers without the echo (hollow mark) and with it (filled mark).",
-        axis([100 * value for _, _, off, on in means for value in (off, on)]),
+        axis([100 * value for pair in means.values() for value in pair]),
         len(means),
         x_label="exact answers, %",
     )
-    rows = []
-    for arm, how, off, on in means:
-        color = arm_style(study, arm).color
-        numbers = f"{percent(off)} → {percent(on)}"
-        ends = (100 * min(off, on), 100 * max(off, on))
+    rows, how = [], f"{study.design.score_on}, generated"
+    for arm, (off, on) in means.items():
+        color, points = arm_style(study, arm).color, [100 * off, 100 * on]
         hollow, filled = Style("circle", "", color, False), Style("circle", "", color)
-        panel.add(f"{study.label(arm)}: {how}", numbers, [100 * off, 100 * on], hollow, interval=ends, last=filled)
+        numbers = f"{percent(off)} → {percent(on)}"
+        interval = (min(points), max(points))
+        panel.add(f"{study.label(arm)}: {how}", numbers, points, hollow, interval=interval, last=filled)
         rows.append([study.label(arm), how, percent(off), percent(on), points_text(on - off)])
     caption = (
         "Hollow: as deployed, without the echo. Filled: with the echo kept on, which no deployed adapter can do. The "
@@ -272,7 +263,7 @@ def ceiling(study: StudyRecords) -> PageSection:
     return PageSection("ceiling", title, text, figures=[figure])
 
 
-def short_label(study: StudyRecords, arm: str) -> str:
+def _short_label(study: StudyRecords, arm: str) -> str:
     """The label where there is little room."""
     label = study.label(arm)
     return label if len(label) <= 14 or len(label) <= len(arm) else arm

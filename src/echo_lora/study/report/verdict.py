@@ -99,9 +99,14 @@ def _correct(study: StudyRecords, runs: list[Record]) -> dict[str, np.ndarray]:
     return {task: np.array(rows, dtype=bool) for task, rows in found.items()}
 
 
+def compared_text(study: StudyRecords, difference: Difference) -> str:
+    """Its name: "Echo-LoRA − LoRA"."""
+    return f"{study.label(difference.arm)} − {study.label(difference.baseline)}"
+
+
 def sentence_of(study: StudyRecords, difference: Difference) -> str:
     """What was found, in numbers."""
-    names = f"{study.label(difference.arm)} − {study.label(difference.baseline)}"
+    names = compared_text(study, difference)
     smallest = f"smallest effect of interest {count_of(100 * study.design.smallest_effect, 'point')}"
     effect = difference.overall
     if effect is None:
