@@ -138,6 +138,7 @@ def numbers(folder: Path) -> list[dict]:
         ({"set": {"output": "x"}}, "the study gives output to each run"),
         ({"set": {"data.validation": None, "training.evaluate_every": None}}, "arm lora: answers to validation rows"),
         ({"tune_on": "loss", "set": {"training.evaluate_every": None}}, "Set training.evaluate_every"),
+        ({"tune_on": "loss", "set": {"data.test": None}}, "arm lora: there are no test rows"),
         ({"set": {"evaluation.tasks": [{"name": "words", "kind": "code"}]}}, "a study runs no generated code"),
         ({"set": {"evaluation.tasks": [{"name": "words", "kind": "choice"}]}}, "arm echo-lora: keep_echo_on is for"),
         ({"learning_rate": 1}, "unknown key learning_rate. Did you mean 'learning_rates'?"),
@@ -479,6 +480,15 @@ def test_time_that_is_up_begins_no_run(tmp_path):
     assert not run_study(loaded(tmp_path), Engine(), minutes=0)
     assert records(tmp_path / "study") == []
     assert json.loads((tmp_path / "study" / STUDY_FILE).read_text())["design"]["title"] == "Tiny"
+
+
+def test_test_rows_that_are_missing_show_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
+    study = loaded(tmp_path)
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(EchoDataError, match=r"test\.jsonl"):
+        run_study(study, Engine())
+    assert not Path(study.output).exists()
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):

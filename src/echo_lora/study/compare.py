@@ -129,7 +129,7 @@ def _ends_at(study: Study, look: int) -> bool:
 
 def _begin(study: Study, command: str) -> StudyFile:
     """The study's file: written before the first run, and of the same design at every later call."""
-    recipe = _some_recipe(study, {arm: study.rates(arm)[0] for arm in study.arms})
+    recipe = _some_recipe(study)
     if (Path(study.output) / STUDY_FILE).is_file():
         file = StudyFile.read(study.output)
         if keys := _differing(file, study.design, recipe):
@@ -145,6 +145,7 @@ def _begin(study: Study, command: str) -> StudyFile:
             f"{study.output} has no {STUDY_FILE}, but {', '.join(sorted(others)[:3])}: it is no study's folder. Choose "
             "another output."
         )
+    count_questions(study)  # rows that can't be read are to show before the training, not after it
     file = StudyFile(
         design=study.design,
         recipe=_without_place(recipe),
@@ -169,9 +170,10 @@ def _differing(begun: StudyFile, design: Design, recipe: Recipe) -> list[str]:
     return keys if is_same else [*keys, "recipe"]
 
 
-def _some_recipe(study: Study, chosen: dict[str, float]) -> Recipe:
+def _some_recipe(study: Study) -> Recipe:
     """That of the baseline's first run."""
-    return recipe_of(study, RunKey("confirmation", study.baseline, chosen[study.baseline], study.seeds[0]))
+    first = RunKey("confirmation", study.baseline, study.rates(study.baseline)[0], study.seeds[0])
+    return recipe_of(study, first)
 
 
 def _without_place(recipe: Recipe) -> dict[str, Any]:
@@ -212,17 +214,21 @@ def _done_run(study: Study, key: RunKey) -> Record:
     return read_record(path)
 
 
+def count_questions(study: Study) -> tuple[int, ...]:
+    """Of each task that the runs that count are scored on. Raises EchoDataError if rows can't be read."""
+    recipe = _some_recipe(study)
+    tasks = recipe.evaluation.tasks
+    sources = getattr(recipe.data, study.score_on) or []
+    groups = [task.data or sources for task in tasks] or [[source] for source in sources]
+    return tuple(sum(len(source_rows(recipe, source, study.score_on)) for source in group) for group in groups)
+
+
 def estimate_power(study: Study, chosen: dict[str, float]) -> PowerEstimate:
     """How likely the study is to find an effect of the smallest size of interest, before its runs have begun.
 
     The noise is that of the first comparison in the tuning runs, where there are any with answers; else it is assumed.
     With looks the estimate is that of the last one alone; the earlier ones add a little.
     """
-    recipe = _some_recipe(study, chosen)
-    tasks = recipe.evaluation.tasks
-    sources = getattr(recipe.data, study.score_on) or []
-    groups = [task.data or sources for task in tasks] or [[source] for source in sources]
-    questions = [sum(len(source_rows(recipe, source, study.score_on)) for source in group) for group in groups]
     noise: dict[str, Any] = dict(ASSUMED)
     source = "assumed"
     if study.tunes and study.tune_on == "accuracy":
@@ -237,7 +243,7 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> PowerEstimate:
             source += f"; seed_sd at least {ASSUMED['seed_sd']}, assumed"
     return power(
         study.smallest_effect,
-        Noise(seeds=len(study.seeds), questions=tuple(questions), **noise),
+        Noise(seeds=len(study.seeds), questions=count_questions(study), **noise),
         smallest_effect=study.smallest_effect,
         margin=study.margin,
         confidence=confidence_at(study.looks, len(study.looks)) if study.looks else 0.95,

@@ -282,6 +282,8 @@ def _problem(study: Study, arm: Arm, recipe: Recipe) -> str | None:
         return "keep_echo_on is for generated answers; an evaluation task is of kind choice. Leave it out."
     if study.tunes and study.tune_on == "loss" and recipe.training.evaluate_every is None:
         return "tune_on = loss needs losses on validation rows. Set training.evaluate_every."
+    if study.score_on == "test" and not (recipe.data.test or (tasks and all(task.data for task in tasks))):
+        return "there are no test rows to score its runs on. Give data.test, or data to every evaluation task."
     needs_validation = (study.tunes and study.tune_on == "accuracy") or study.score_on == "validation"
     if needs_validation and (recipe.data.validation is None or any(task.data for task in tasks)):
         return (
