@@ -1,4 +1,4 @@
-"""The report of a study: its numbers are those of the records, its page stands alone, no study is too small for it."""
+"""The report of a study: its numbers are those of the records, its page self-contained, no study too small for it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Page(HTMLParser):
 
 
 def read(folder: Path) -> tuple[Page, str, str]:
-    """The page, its text, and the twin in Markdown, made anew."""
+    """The page, its text, and the Markdown, written again."""
     html = write_report(folder)
     assert html == folder / "report.html"
     text = html.read_text(encoding="utf-8")
@@ -177,7 +177,7 @@ def test_a_complete_study_says_so_and_that_its_arms_are_paired(made):
 
 
 def test_the_power_estimate_is_told(made):
-    (line,) = [p for p in made[0].of("p") if "estimated to notice" in p]
+    (line,) = [p for p in made[0].of("p") if "estimated to detect" in p]
     assert "1 point in 37% of cases" in line
     assert "one of 2.34 points" in line
 
@@ -590,7 +590,7 @@ def test_a_folder_that_is_no_study_is_refused(tmp_path):
     ("text", "where"),
     [
         ('{\n"title": "a",\n}', r"study\.json:3: not JSON"),
-        ("[]", r"study\.json is not a study's: it is a list, not an object"),
+        ("[]", r"study\.json is not a study file: it is a list, not an object"),
         ('{"title": "a"}', r"design is missing"),
         ('{"design": {"title": "a"}}', r"arms is missing"),
     ],
@@ -610,14 +610,14 @@ def test_a_damaged_study_file_is_named_with_its_line(tmp_path, text, where):
         ({"smallest_effect": "1"}, "smallest_effect = '1' must be a valid number"),
         ({"smallest_effect": 7}, "smallest_effect = 7 must be less than 1"),
         ({"margin": 0}, "margin = 0 must be greater than 0"),
-        ({"looks": [2, 3]}, r"looks = \[2, 3\] must be increasing numbers of seeds, from 3 on"),
-        ({"looks": [3, 4]}, r"looks = \[3, 4\] must be .* that of all seeds, 3"),
+        ({"looks": [2, 3]}, r"looks = \[2, 3\] must be increasing numbers of seeds, at least 3"),
+        ({"looks": [3, 4]}, r"looks = \[3, 4\] must be .* the number of all seeds, 3"),
         ({"seeds": [1, "2"]}, "seeds.1 = '2' must be a valid integer"),
-        ({"arms": {"lora": {}, "../dora": {}}}, "the arm's name '../dora' must be made of"),
+        ({"arms": {"lora": {}, "../dora": {}}}, "the arm name '../dora' must consist of"),
     ],
 )
 def test_a_study_that_contradicts_itself_is_refused(tmp_path, design, where):
-    with pytest.raises(EchoConfigError, match=rf"study\.json is not a study's: .*{where}"):
+    with pytest.raises(EchoConfigError, match=rf"study\.json is not a study file: .*{where}"):
         write_report(small(tmp_path, design=design))
 
 
@@ -635,7 +635,7 @@ def test_a_damaged_record_is_named_with_its_line(tmp_path):
         (lines[2].replace('"tuning"', '"tunning"'), r":3: .*stage = 'tunning' must be 'tuning' or 'confirmation'"),
         (
             lines[2].replace('"arm": "lora"', '"arm": "dora"'),
-            r":3: .*arm = 'dora' is none of the study's: lora, echo-lora",
+            r":3: .*arm = 'dora' is not an arm of the study: lora, echo-lora",
         ),
         (lines[2].replace('"accuracy"', '"share"'), r":3: .*scores\.0\.result\.accuracy is missing"),
         (
@@ -643,7 +643,7 @@ def test_a_damaged_record_is_named_with_its_line(tmp_path):
             r":3: .*accuracy = 7 must be less than or equal to 1",
         ),
         (lines[2].replace('"seed": 0', '"seed": -1'), r":3: .*seed = -1 must be greater than or equal to 0"),
-        (lines[0], r":3: a second record of tuning lora seed 0; line 1 has the first"),
+        (lines[0], r":3: a second record of tuning lora seed 0; the first is in line 1"),
     ]:
         write_runs(tmp_path, [*lines[:2], broken, *lines[3:]])
         with pytest.raises(EchoDataError, match=where):

@@ -1,4 +1,4 @@
-"""Verdicts on planted truths: how often each word comes, what intervals hold; each part against a literal one."""
+"""Verdicts on simulated data: how often each comes, what intervals contain; each part against a literal one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def power_of(effect, *, smallest_effect=0.01, margin=None, confidence=0.95, tria
 
 
 def verdicts(effect, trials, *, draws=400, smallest_effect=0.01, seed=0, **design):
-    """Shares of the verdicts of `compare_arms` on simulated studies, and of intervals that hold the truth."""
+    """Shares of the verdicts of `compare_arms` on simulated studies, and of intervals that contain the effect."""
     rng = np.random.default_rng(seed)
     shares = dict.fromkeys([*VERDICTS, "covered"], 0.0)
     for trial in range(trials):
@@ -90,7 +90,7 @@ def test_with_no_effect_the_verdict_is_better_in_at_most_5_percent_of_1000_trial
     assert shares["better"] + shares["worse"] <= 0.05 + 3 * 0.0069  # Monte-Carlo error
 
 
-# ρ of 0.1 is the hardest for degrees of freedom, 0.8 for the t of few seeds; 0 is what a question alone can't tell.
+# ρ of 0.1 is the hardest for degrees of freedom, 0.8 for the t of few seeds; 0 is the case of independent seeds.
 @pytest.mark.parametrize("correlation", [0.0, 0.1, 0.3, 0.8])
 @pytest.mark.parametrize("seed_sd", [0.0, 0.01, 0.02])
 @pytest.mark.parametrize("seeds", [3, 5, 10])
@@ -580,7 +580,7 @@ def test_power_simulates_the_differences_of_such_answers():
         assert np.array_equal(differences[0], arm[task].astype(int) - baseline[task])
 
 
-def test_seeds_differ_as_planted_and_alike_in_all_tasks():
+def test_seeds_differ_as_planted_and_equally_in_all_tasks():
     rng = np.random.default_rng(0)
     arm, baseline = simulate(0.0, 400, [5000, 5000], 0.6, 0.1, 0.05, rng)
     first, second = (arm[task].mean(axis=1) - baseline[task].mean(axis=1) for task in arm)

@@ -1,4 +1,4 @@
-"""A study: its design, its runs, what is kept of them, and that it goes on after any interruption."""
+"""A study: its design, its runs, what is kept of them, and that it resumes after any interruption."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ARMS = {
 
 
 def study_file(folder: Path, **changes) -> Path:
-    """`folder`/study.yaml of three arms on a tiny model, with its recipe, rows and text beside it."""
+    """`folder`/study.yaml of three arms on a tiny model, with its recipe, rows and text."""
     if not (folder / "base").exists():
         tiny_folder(folder / "base")
     write_rows(folder / "train.jsonl")
@@ -112,7 +112,7 @@ def numbers(folder: Path) -> list[dict]:
         ({"baseline": "lore"}, "there is no arm 'lore'. Did you mean 'lora'?"),
         ({"comparisons": [["zero", "zero"]]}, "must name two different arms"),
         ({"comparisons": [["zero"]]}, "must name two different arms"),
-        ({"seeds": [0, 1]}, "seed 0 is among seeds and tuning_seeds"),
+        ({"seeds": [0, 1]}, "seed 0 is in both seeds and tuning_seeds"),
         ({"seeds": [1, 1]}, "seeds = [1, 1] must be different"),
         ({"tuning_seeds": []}, "need tuning_seeds"),
         ({"smallest_effect": 1}, "smallest_effect"),
@@ -120,7 +120,7 @@ def numbers(folder: Path) -> list[dict]:
         ({"margin": 1}, "margin = 1 must be less than 1"),
         (
             {"looks": []},
-            "looks = [] must be increasing numbers of seeds, from 3 on, the last of them that of all seeds, 2",
+            "looks = [] must be increasing numbers of seeds, at least 3, and end with the number of all seeds, 2",
         ),
         ({"looks": [2]}, "looks = [2] must be increasing"),
         ({"seeds": [1, 2, 3, 4], "looks": [3]}, "looks = [3] must be"),
@@ -128,18 +128,18 @@ def numbers(folder: Path) -> list[dict]:
         ({"seeds": [1, 2, 3, 4], "looks": [4, 3]}, "looks = [4, 3] must be"),
         ({"seeds": [1, 2, 3, 4], "looks": [3, 4.0]}, "looks.1 = 4.0 must be a valid integer"),
         ({"arms": ARMS | {"zero": {"learning_rates": [1e-3]}}}, "an equal budget"),
-        ({"arms": ARMS | {"zero": {"set": {"seeds.routing": 3}}}}, "the study gives seeds.routing to each run"),
+        ({"arms": ARMS | {"zero": {"set": {"seeds.routing": 3}}}}, "the study sets seeds.routing for each run"),
         ({"arms": ARMS | {"zero": {"set": {"echo_config.echo_kin": "zero"}}}}, "arm zero: "),
-        ({"arms": ARMS | {"a/b": {}}}, "the arm's name 'a/b'"),
+        ({"arms": ARMS | {"a/b": {}}}, "the arm name 'a/b'"),
         ({"arms": {"lora": {}}}, "arms"),
         ({"general": {"file": "no.txt"}}, "no.txt: there is no such file"),
         ({"recipe": "no.yaml"}, "there is no such file, and no shipped recipe"),
         ({"comparisons": []}, "comparisons = [] compares nothing"),
-        ({"set": {"output": "x"}}, "the study gives output to each run"),
+        ({"set": {"output": "x"}}, "the study sets output for each run"),
         ({"set": {"data.validation": None, "training.evaluate_every": None}}, "arm lora: answers to validation rows"),
         ({"tune_on": "loss", "set": {"training.evaluate_every": None}}, "Set training.evaluate_every"),
         ({"tune_on": "loss", "set": {"data.test": None}}, "arm lora: there are no test rows"),
-        ({"set": {"evaluation.tasks": [{"name": "words", "kind": "code"}]}}, "a study runs no generated code"),
+        ({"set": {"evaluation.tasks": [{"name": "words", "kind": "code"}]}}, "a study does not run generated code"),
         ({"set": {"evaluation.tasks": [{"name": "words", "kind": "choice"}]}}, "arm echo-lora: keep_echo_on is for"),
         ({"learning_rate": 1}, "unknown key learning_rate. Did you mean 'learning_rates'?"),
     ],
@@ -348,7 +348,7 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path, monkeypatch):
     assert "diverged" in (write_report(study.output).parent / "report.md").read_text()
 
 
-def test_a_study_goes_on_from_its_gathered_records(whole, tmp_path, monkeypatch):
+def test_a_study_resumes_from_its_gathered_records(whole, tmp_path, monkeypatch):
     for name in (STUDY_FILE, RUNS_FILE):
         (tmp_path / "clone").mkdir(exist_ok=True)
         (tmp_path / "clone" / name).write_bytes((whole / "study" / name).read_bytes())
@@ -364,7 +364,7 @@ def test_a_study_goes_on_from_its_gathered_records(whole, tmp_path, monkeypatch)
      {"seed": "../../../../../outside"}, {"arm": {"a": 1}}, None],
     ids=str,
 )  # fmt: skip
-def test_a_record_that_is_none_of_the_design_is_no_path(tmp_path, change):
+def test_a_record_that_is_not_of_the_design_does_not_become_a_path(tmp_path, change):
     (tmp_path / "inner").mkdir()
     study = loaded(tmp_path / "inner")
     record = {"stage": "tuning", "arm": "lora", "learning_rate": 1e-2, "seed": 0, "scores": [], "history": []}
@@ -376,7 +376,7 @@ def test_a_record_that_is_none_of_the_design_is_no_path(tmp_path, change):
 
 
 @pytest.mark.parametrize("moment", ["in training", "after training"])
-def test_a_run_cut_short_goes_on_to_the_same_answers(tmp_path, monkeypatch, moment):
+def test_an_interrupted_run_resumes_to_the_same_answers(tmp_path, monkeypatch, moment):
     """Five steps are no whole number of epochs: a checkpoint of the last one must not be trained on."""
     settings = {"training.steps": 5, "training.log_every": 2, "training.schedule": "constant"}
     study = loaded(tmp_path, set=settings)
@@ -410,7 +410,7 @@ def test_a_run_cut_short_goes_on_to_the_same_answers(tmp_path, monkeypatch, mome
 
 
 def test_another_design_in_the_same_folder_is_refused(whole):
-    with pytest.raises(EchoConfigError, match="begun with another design; smallest_effect differ"):
+    with pytest.raises(EchoConfigError, match="a study with another design: smallest_effect differ"):
         run_study(load_study(whole / "study.yaml", ["smallest_effect=0.01"]), Engine())
 
 
@@ -437,11 +437,11 @@ def test_a_key_that_a_study_was_begun_without_may_have_its_default(tmp_path):
         "arms": study.model_copy(update={"arms": dict(list(study.arms.items())[:2])}),
         "recipe": study.model_copy(update={"set": {"training.max_grad_norm": 7.0}}),
     }.items():
-        with pytest.raises(EchoConfigError, match=rf"another design; .*{key} differ"):
+        with pytest.raises(EchoConfigError, match=rf"another design: .*{key} differ"):
             comparing._begin(changed, "")
     del about["design"]["arms"]["lora"]["set"], about["recipe"]["lora"]["dropout"]  # neither is at its default
     path.write_text(json.dumps(about))
-    with pytest.raises(EchoConfigError, match="another design; arms, recipe differ"):
+    with pytest.raises(EchoConfigError, match="another design: arms, recipe differ"):
         comparing._begin(study, "")
 
 

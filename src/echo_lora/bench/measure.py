@@ -1,8 +1,8 @@
 """Measuring: the memory of each program in a process of its own, then the seconds of all of them in turns.
 
-All programs stand in one process, on one frozen base, and step once in each round, in an order drawn for the round.
-A round's steps share the machine's noise, so what is compared are ratios within rounds. Memory needs processes: what
-one program leaves behind would count for the next.
+Seconds: all programs are in one process, on one frozen base. In each round each takes one step, in a random order. The
+steps of a round share the machine's noise, so ratios are taken within rounds. Memory: in one process, what a program
+leaves behind would count for the next.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RECIPE = "tiny"
 SHAPES = ("96x8", "256x32", "64x192")
 ROUNDS = 7
 QUICK_ROWS, QUICK_ROUNDS = 2, 3
-MEMORY_STEPS = 2  # the second has the optimizer's moments from its start
+MEMORY_STEPS = 2  # the second begins with the optimizer's moments
 
 
 def run_bench(
@@ -54,14 +54,14 @@ def run_bench(
 ) -> BenchReport:
     """Measure every case, and write bench.json, bench.md and bench.png into the new folder `output`.
 
-    A shape such as 96x8 stands for random rows; without shapes the batch is the first rows of the recipe's own;
-    without a recipe too it is SHAPES on `tiny`. quick: fewer rows, rounds and shapes, where they are not given.
+    A shape such as 96x8 means random rows. Without shapes, the batch is the recipe's first rows; without a recipe
+    either, SHAPES on `tiny`. quick: fewer rows, rounds and shapes unless given.
 
-    Raises an EchoError for what is wrong from the start, and then writes nothing. A case that fails later, for want
-    of memory for example, is in the report with its error.
+    Raises an EchoError for what is wrong from the start, and then writes nothing. A case that fails later, for example
+    for lack of memory, is in the report with its error.
     """
     refuse_existing(output)
-    source = commit()  # before anybody edits on
+    source = commit()  # before the files change
     if recipe is None and not shapes:
         shapes = SHAPES[:1] if quick else SHAPES
     prompts_and_answers = [parse_shape(shape) for shape in shapes]
@@ -101,10 +101,10 @@ def run_bench(
 def _tables(
     recipe: Recipe, tokenizer: Any, batches: list[Batch], memory: list[dict[Case, StepMemory | str]], rounds: int
 ) -> list[BenchTable]:
-    """The cases that had enough memory in a process of their own, timed on each batch."""
+    """The cases whose memory could be measured, timed on each batch."""
     tables = []
     with tempfile.TemporaryDirectory() as scratch:
-        with stage(f"Loading {recipe.model}, once for all"):
+        with stage(f"Loading {recipe.model}"):
             base = load_base(recipe)
             works = [case for case in CASES if any(isinstance(found[case], StepMemory) for found in memory)]
             programs = {case: Program(case, recipe, base, tokenizer, batches[0], scratch) for case in works}
@@ -117,12 +117,12 @@ def _tables(
 
 
 def time_steps(programs: dict[Case, Program], batch: Batch, rounds: int, seed: int) -> dict[Case, list[float]]:
-    """Seconds of a step of each program, one figure a round, after a round of warm-up."""
+    """Seconds of a step of each program, one value per round, after a round of warm-up."""
     inputs = {case: program.inputs_of(batch) for case, program in programs.items()}
     seconds: dict[Case, list[float]] = {case: [] for case in programs}
     cases, rng = list(programs), np.random.default_rng(seed)
     gc.collect()
-    gc.freeze()  # so that the collections between the steps are short, and those within them do not differ
+    gc.freeze()  # shortens the collections between steps, and makes those within them equal
     for round_ in range(rounds + 1):
         with stage(f"{batch.name}: " + (f"round {round_} of {rounds}" if round_ else "warm-up")):
             for case in (cases[index] for index in rng.permutation(len(cases))):
@@ -132,8 +132,8 @@ def time_steps(programs: dict[Case, Program], batch: Batch, rounds: int, seed: i
                     programs[case].step(*inputs[case])
                 except torch.OutOfMemoryError as error:
                     raise EchoModelError(
-                        f"{case}, {batch.name}: no memory is left beside the adapters of the other programs, which "
-                        f"stay in place to take turns with it: {error} Use fewer --rows or a smaller --shape."
+                        f"{case}, {batch.name}: out of memory. Timing needs memory for the adapters of all programs at "
+                        f"once: {error} Use fewer --rows or a smaller --shape."
                     ) from error
                 if round_:
                     seconds[case].append(time.perf_counter() - start)
@@ -145,7 +145,7 @@ def time_steps(programs: dict[Case, Program], batch: Batch, rounds: int, seed: i
 
 
 def _memory(case: Case, recipe: Recipe, batch: Batch) -> StepMemory | str:
-    """The memory of a case, or the error that it met, which is shown too."""
+    """The memory of a case, or its error, which is printed too."""
     try:
         with stage(f"{batch.name}: memory of {case}"):
             return in_own_process(measure_memory, case, recipe, batch)
@@ -168,20 +168,20 @@ def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> StepMemory:
 
 
 class ChildError(Exception):
-    """A process of ours ended without an answer; the message says why."""
+    """A process ended without a result; the message says why."""
 
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, computed by a process that does nothing else.
+    """The result of `function(*args)` in a process of its own.
 
-    Raises the EchoError that it raises, and ChildError for any other end.
+    Raises an EchoError that it raises, and ChildError for every other failure.
     """
-    # A fork of a process that has imported everything and computed nothing saves the seconds of the imports; CUDA
-    # survives no fork, and Windows has none.
+    # Forking a process that has imported everything and computed nothing saves the seconds of the imports. CUDA does
+    # not survive a fork, and Windows has none.
     can_fork = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
     context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     context.set_forkserver_preload([__name__])
-    # one task: should this process be killed, the other one ends with its task
+    # one task: if this process is killed, the other ends after it
     with ProcessPoolExecutor(1, context, _use_filters, ([*warnings.filters],), max_tasks_per_child=1) as pool:
         try:
             return pool.submit(function, *args).result()
@@ -190,7 +190,7 @@ def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
         except BrokenProcessPool as error:
             raise ChildError("its process was killed, as the system does for lack of memory") from error
         except Exception as error:
-            traceback.print_exc()  # with that of the other process
+            traceback.print_exc()  # with the other process's own
             raise ChildError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 

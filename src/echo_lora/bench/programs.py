@@ -2,8 +2,8 @@
 
     trl_lora    TRL's SFTTrainer as it comes
     trl_dora    the same with DoRA
-    lora        EchoSFTTrainer, no step routed: a LoRA step that scores answer tokens only
-    three_pass  EchoSFTTrainer around the literal step, as [R]: a pass without gradient for z, then two full ones
+    lora        EchoSFTTrainer without routed steps: a LoRA step that computes logits of answer tokens only
+    three_pass  EchoSFTTrainer with the literal step, as [R]: a pass without gradient for z, then two full ones
     echo        EchoSFTTrainer, every step routed
     echo_dora   the same with DoRA
 
@@ -44,7 +44,7 @@ from echo_lora.recipe.rows import prepare_part
 from echo_lora.recipe.schema import Recipe
 from echo_lora.training.sft import EchoSFTTrainer
 
-MOST_TOKENS = 100_000_000  # of a step: more is a slip
+MOST_TOKENS = 100_000_000  # of a step; more is a mistake
 
 # ------------------------------------------------------------- the literal step
 
@@ -56,10 +56,10 @@ def three_pass(
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
 ) -> EchoOutput:
-    """The literal step: z from a pass of its own, nothing shared, logits everywhere; the same losses and gradients.
+    """The literal step: z from its own pass, nothing shared, logits everywhere; the same losses and gradients.
 
-    It differs from the model's own step in what it runs, not in what it computes: the echo, its controls and the loss
-    terms are the package's own functions. input_ids, attention_mask, labels: (B, T), padded on the right.
+    It differs from the model's step in what it runs, not in what it computes: the echo, its controls and the loss
+    terms are the functions of `echo_lora.method`. input_ids, attention_mask, labels: (B, T), padded on the right.
     """
     config, base = model.echo_config, model.get_base_model()
     weight = distillation_weight(config, *(model._routing_clock or clock_of(config)))
@@ -88,7 +88,7 @@ def three_pass(
             on = model(**inputs)
     finally:
         model.echo_enabled = True
-    model.is_stepping = True  # as its own forward says to EchoCallback
+    model.is_stepping = True  # as its own forward tells EchoCallback
     terms = chunk_terms([off.logits[supervised], on.logits[supervised]], targets[supervised], config)
     count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
     loss = config.routed_loss_scale * terms.loss / count
@@ -108,7 +108,7 @@ def three_pass(
 
 
 class ThreePassTrainer(EchoSFTTrainer):
-    """EchoSFTTrainer with the literal step in the place of the model's own."""
+    """EchoSFTTrainer with the literal step instead of the model's own."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(partial(three_pass, model), inputs, *args, **kwargs)
@@ -133,12 +133,12 @@ class Batch:
         return sum(len(row.labels) - row.answer_start for row in self.rows)
 
     def floor(self, routed: float) -> float:
-        """(P + (1 + p)·A) / (P + A): tokens that pass through the model, over those of a step without the echo. [O]"""
+        """(P + (1 + p)·A) / (P + A): tokens that the model processes, relative to a step without the echo. [O]"""
         P, A = self.prompt_tokens, self.answer_tokens
         return (P + (1 + routed) * A) / (P + A)
 
     def features(self) -> list[dict[str, list[int]]]:
-        """The rows as a collator takes them."""
+        """The rows as input of a collator."""
         return [{"input_ids": row.input_ids, "labels": row.labels} for row in self.rows]
 
 
@@ -157,18 +157,18 @@ def random_batch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, prompt: int
     """Rows of random tokens for the recipe's model, all of one shape."""
     if rows * (prompt + answer) > MOST_TOKENS:
         raise EchoConfigError(
-            f"{rows:,} rows of {prompt + answer:,} tokens are more than a step can have ({MOST_TOKENS:,} tokens). "
+            f"{rows:,} rows of {prompt + answer:,} tokens are too many for a step (at most {MOST_TOKENS:,} tokens). "
             "Use fewer --rows or a smaller --shape."
         )
     vocabulary = load_config(recipe.model, recipe.trust_remote_code).get_text_config().vocab_size
     ids = np.random.default_rng(recipe.seeds.initialisation).integers(vocabulary, size=(rows, prompt + answer))
     if tokenizer.eos_token_id is not None:
-        ids[:, -1] = tokenizer.eos_token_id  # the trainer warns of answers without an end
+        ids[:, -1] = tokenizer.eos_token_id  # the trainer warns if answers do not end
     return Batch(f"{prompt}x{answer}", [TokenizedRow(row, [-100] * prompt + row[prompt:]) for row in ids.tolist()])
 
 
 def own_batch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str, rows: int) -> Batch:
-    """The first rows that the recipe trains on."""
+    """The recipe's first training rows."""
     own = [row for data in prepare_part(recipe, tokenizer, "train") for row in data.rows]
     return Batch(f"rows of {name}", own[:rows])
 
@@ -197,7 +197,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A variant, with gradient checkpointing or without."""
+    """A variant, with or without gradient checkpointing."""
 
     variant: str
     checkpointing: bool
@@ -207,12 +207,12 @@ class Case:
 
     @property
     def trl(self) -> Case:
-        """TRL's step that this one is compared with."""
+        """TRL's step of the same method."""
         return Case("trl_dora" if VARIANTS[self.variant].is_dora else "trl_lora", self.checkpointing)
 
     @property
     def lora(self) -> Case:
-        """The LoRA step of this package."""
+        """This package's LoRA step."""
         return Case("lora", self.checkpointing)
 
 
@@ -220,7 +220,7 @@ CASES = [Case(variant, checkpointing) for checkpointing, variant in product((Fal
 
 
 class Program:
-    """The trainer of one case, prepared as its `train` prepares it."""
+    """The trainer of one case, prepared as by its `train`."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ class Program:
     ) -> None:
         variant = VARIANTS[case.variant]
         recipe = recipe_of_case(case, recipe)
-        # a copy that has modules of its own, whose hooks and patches are its own, and the base's tensors
+        # a copy with its own modules, hooks and patches, and the base's tensors
         shared = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
         self.trainer = variant.trainer(
             model=add_adapter(recipe, shared),
@@ -249,13 +249,13 @@ class Program:
         self.trainer.current_gradient_accumulation_steps = 1
 
     def inputs_of(self, batch: Batch) -> tuple[dict[str, Any], Any]:
-        """The rows as the trainer's collator gives them, and the number of supervised tokens as the trainer counts."""
+        """The rows as collated by the trainer, and its count of supervised tokens."""
         collated = self.trainer.data_collator(batch.features())
         (inputs,), count = self.trainer.get_batch_samples(iter([collated]), 1, self.trainer.args.device)
         return inputs, count
 
     def step(self, inputs: dict[str, Any], num_items: Any) -> None:
-        """One optimizer step, as the body of the trainer's loop, to its end on the device."""
+        """One optimizer step, as in the trainer's loop, until the device is done."""
         trainer = self.trainer
         args, state, control, callbacks = trainer.args, trainer.state, trainer.control, trainer.callback_handler
         callbacks.on_step_begin(args, state, control)
@@ -279,7 +279,7 @@ class Program:
 
 
 def recipe_of_case(case: Case, recipe: Recipe) -> Recipe:
-    """The recipe with this case's method, echo and checkpointing, and a step of one batch."""
+    """The recipe with this case's method, echo and checkpointing, and one batch per step."""
     variant = VARIANTS[case.variant]
     plain = "lora" if recipe.method == "dora" else recipe.method
     training = {"gradient_checkpointing": case.checkpointing, "gradient_accumulation": 1, "report_to": []}

@@ -1,7 +1,7 @@
-"""`compare`: do all runs of a study, here or on a cluster, in as many sittings as it takes.
+"""Run a whole study, on this machine or on a cluster.
 
-Every run that has a record stays as it is. A study that was killed goes on when it is called again, and ends with the
-same numbers as one that was not.
+A run that has a record is not repeated. After an interruption, call `run_study` again: the study resumes, and its
+results are the same as without the interruption.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from echo_lora.study.report.verdict import difference_of, is_decided
 from echo_lora.study.run import COMMIT
 from echo_lora.study.workers import Engine, run_all
 
-# Noise that the power estimate assumes where no pilot tells: share of right answers, of questions on which two runs
-# differ, and standard deviation between seeds. [O]
+# Noise that the power estimate assumes without tuning runs: share of right answers, share of questions on which two
+# runs differ, and standard deviation between seeds. [O]
 ASSUMED = {"accuracy": 0.5, "discordance": 0.15, "seed_sd": 0.01}
 
 
 def run_study(
     study: Study, engine: Engine, *, minutes: float | None = None, until_decided: bool = False, command: str = ""
 ) -> bool:
-    """Do what is left of a study; False if `minutes` ended before the study did.
+    """Do the runs of a study that are missing; False if `minutes` were over before the study was complete.
 
-    minutes: no run is begun after that time. until_decided: stop at the first of the study's looks at which its primary
-    comparison is decided. Raises EchoConfigError if the folder holds a study of another design, EchoError if runs
-    failed, after all others have been done.
+    minutes: start no run after that time. until_decided: stop at the first look at which the primary comparison is
+    decided. Raises EchoConfigError if the folder holds a study of another design, EchoError if runs failed, after all
+    others are done.
     """
     if until_decided and study.looks is None:
         raise EchoConfigError(
-            f"--until-decided: the study of {study.output} declares no looks, the numbers of seeds after which it may "
-            "stop. Leave --until-decided out, or declare looks before the first run: with 8 seeds, looks: [3, 5, 8]."
+            f"--until-decided: the study of {study.output} declares no looks (numbers of seeds after which it may "
+            "stop). Leave --until-decided out, or declare looks before the first run: with 8 seeds, looks: [3, 5, 8]."
         )
     if find_spec("statsmodels") is None:  # not after hours of training
         raise EchoError('A study needs statsmodels. Run: pip install "echo-lora[study]"')
@@ -67,7 +67,7 @@ def run_study(
         raise EchoConfigError("--minutes limits runs on this machine; on a cluster use --slurm timeout_min=…")
     if engine.cluster == "slurm" and shutil.which("srun") is None:
         raise EchoConfigError(
-            "--slurm needs a machine that submits jobs, but there is no srun. Leave --slurm out here."
+            "--slurm needs a machine that can submit jobs, but srun is not installed here. Leave --slurm out."
         )
     own = os.environ.get("OMP_NUM_THREADS") or "1"
     if not re.fullmatch("[1-9][0-9]{0,3}", own):
@@ -80,8 +80,8 @@ def run_study(
     except KeyboardInterrupt as error:
         done = len(list((Path(study.output) / "runs").rglob(RECORD)))
         raise EchoInterrupt(
-            f"Interrupted; {done} runs are done and kept in {study.output}. Repeat the command: the others go on from "
-            "their newest checkpoints."
+            f"Interrupted. {done} runs are done and kept in {study.output}. Run the same command to resume: the others "
+            "continue from their newest checkpoints."
         ) from error
 
 
@@ -113,7 +113,7 @@ def _run_study(study: Study, engine: Engine, ends: float | None, until_decided: 
 
 
 def _ends_at(study: Study, look: int) -> bool:
-    """Whether the study is decided at a look, unless a later one has been reached already; says so."""
+    """Whether a look decides the study; prints it. False if a later look is already complete."""
     found = read_study(study.output)
     if found.look > look:
         return False
@@ -128,24 +128,24 @@ def _ends_at(study: Study, look: int) -> bool:
 
 
 def _begin(study: Study, command: str) -> StudyFile:
-    """The study's file: written before the first run, and of the same design at every later call."""
+    """The study's file, which is written at the first call. Raises EchoConfigError if the design has changed."""
     recipe = _some_recipe(study)
     if (Path(study.output) / STUDY_FILE).is_file():
         file = StudyFile.read(study.output)
         if keys := _differing(file, study.design, recipe):
             raise EchoConfigError(
-                f"{study.output} holds a study that was begun with another design; {', '.join(keys)} differ. "
-                "A design is not changed after its first run: choose another output."
+                f"{study.output} holds a study with another design: {', '.join(keys)} differ. A design can't change "
+                "after its first run. Choose another output."
             )
         return file
-    known = ("runs", RUNS_FILE)  # what the folder may hold before
+    known = ("runs", RUNS_FILE)  # what may be there before
     others = [name for name in os.listdir(study.output) if name not in known] if os.path.isdir(study.output) else []
     if others:
         raise EchoConfigError(
-            f"{study.output} has no {STUDY_FILE}, but {', '.join(sorted(others)[:3])}: it is no study's folder. Choose "
-            "another output."
+            f"{study.output} is not a study's folder: it has no {STUDY_FILE}, but {', '.join(sorted(others)[:3])}. "
+            "Choose another output."
         )
-    count_questions(study)  # rows that can't be read are to show before the training, not after it
+    count_questions(study)  # fail before the training, not after it
     file = StudyFile(
         design=study.design,
         recipe=_without_place(recipe),
@@ -160,18 +160,18 @@ def _begin(study: Study, command: str) -> StudyFile:
 
 
 def _differing(begun: StudyFile, design: Design, recipe: Recipe) -> list[str]:
-    """The keys of a design that were begun with another value. A key that did not exist then was at its default."""
+    """The keys of a design that have changed. A key that did not exist then had its default."""
     before, now = begun.design.model_dump(), design.model_dump()
     keys = [key for key in now if before.get(key) != now[key]]
     try:
         is_same = Recipe.model_validate(begun.recipe | {"output": recipe.output}) == recipe
-    except ValidationError:  # it has a key that is no more, or a value
+    except ValidationError:  # a key or a value that no longer exists
         is_same = False
     return keys if is_same else [*keys, "recipe"]
 
 
 def _some_recipe(study: Study) -> Recipe:
-    """That of the baseline's first run."""
+    """The recipe of the baseline's first run."""
     first = RunKey("confirmation", study.baseline, study.rates(study.baseline)[0], study.seeds[0])
     return recipe_of(study, first)
 
@@ -182,7 +182,7 @@ def _without_place(recipe: Recipe) -> dict[str, Any]:
 
 
 def choose(study: Study) -> dict[str, float]:
-    """Each arm's learning rate: the best one on validation rows, over all tuning seeds; of equals the lowest."""
+    """Each arm's learning rate: the best on validation rows, over all tuning seeds; of equals the lowest."""
     if not study.tunes:
         return {arm: study.rates(arm)[0] for arm in study.arms}
     chosen = {}
@@ -195,10 +195,7 @@ def choose(study: Study) -> dict[str, float]:
 
 
 def _mean_loss(study: Study, arm: str, rate: float) -> float:
-    """What is to be low, over the tuning seeds: the loss on validation rows, or minus the accuracy.
-
-    Infinity where training diverged.
-    """
+    """The validation loss, or minus the validation accuracy, over the tuning seeds; infinite if training diverged."""
     sign = -1 if study.tune_on == "accuracy" else 1
     found = [
         sign * tuned_on(_done_run(study, RunKey("tuning", arm, rate, seed)), study.tune_on)
@@ -210,12 +207,12 @@ def _mean_loss(study: Study, arm: str, rate: float) -> float:
 def _done_run(study: Study, key: RunKey) -> Record:
     path = record_path(study.output, key)
     if not path.is_file():
-        raise EchoError(f"the run {key} has no record in {study.output}. Call compare again to have it done.")
+        raise EchoError(f"the run {key} has no record in {study.output}. Run compare again.")
     return read_record(path)
 
 
 def count_questions(study: Study) -> tuple[int, ...]:
-    """Of each task that the runs that count are scored on. Raises EchoDataError if rows can't be read."""
+    """The number of questions of each task of the confirmation runs. Raises EchoDataError if rows can't be read."""
     recipe = _some_recipe(study)
     tasks = recipe.evaluation.tasks
     sources = getattr(recipe.data, study.score_on) or []
@@ -224,10 +221,10 @@ def count_questions(study: Study) -> tuple[int, ...]:
 
 
 def estimate_power(study: Study, chosen: dict[str, float]) -> PowerEstimate:
-    """How likely the study is to find an effect of the smallest size of interest, before its runs have begun.
+    """How likely the study is to find an effect of the smallest size of interest, before its confirmation runs.
 
-    The noise is that of the first comparison in the tuning runs, where there are any with answers; else it is assumed.
-    With looks the estimate is that of the last one alone; the earlier ones add a little.
+    The noise is that of the primary comparison in the tuning runs, if these have answers; else it is assumed. With
+    looks, the estimate is for the last one alone; earlier ones add a little.
     """
     noise: dict[str, Any] = dict(ASSUMED)
     source = "assumed"
@@ -238,7 +235,7 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> PowerEstimate:
         ]
         noise = estimate_noise(*({task: np.array(rows) for task, rows in correct.items()} for correct in pilot))
         source = f"tuning runs of {' and '.join(study.pairs[0])}"
-        if len(study.tuning_seeds) < 3:  # too few to tell how much seeds differ
+        if len(study.tuning_seeds) < 3:  # too few to estimate how much seeds differ
             noise["seed_sd"] = max(noise["seed_sd"], ASSUMED["seed_sd"])
             source += f"; seed_sd at least {ASSUMED['seed_sd']}, assumed"
     return power(

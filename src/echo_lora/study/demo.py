@@ -1,7 +1,7 @@
 """The demonstration: base, LoRA and Echo-LoRA on the same rows, from the same initial adapter, in one table.
 
-Each arm is `echo-lora train demo` in a process of its own, so that its peak memory is its own. What has been trained
-already is not trained again; an arm that was interrupted is resumed.
+Each arm is `echo-lora train demo` in its own process, so that its peak memory is its own. An arm that is trained
+is not trained again; an interrupted one is resumed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def run_demo(output: str | Path) -> list[ModelScore]:
     try:
         return _run_demo(output)
     except KeyboardInterrupt as error:
-        raise EchoInterrupt(f"Interrupted. Repeat the command: what is complete in {output} is kept.") from error
+        raise EchoInterrupt(
+            f"Interrupted. Run the same command to resume: what is complete in {output} is kept."
+        ) from error
 
 
 def _run_demo(output: Path) -> list[ModelScore]:
@@ -111,5 +113,5 @@ def _trained(folder: Path, setting: str) -> RunResult:
         if has_complete_checkpoint(folder / "checkpoints"):
             command.append("--resume")
         if subprocess.run(command).returncode:
-            raise EchoError(f"training {folder} failed; the reason stands above. What was complete is kept.")
+            raise EchoError(f"training {folder} failed; see the error above. What is complete is kept.")
     return RunResult.read(folder)

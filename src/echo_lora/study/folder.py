@@ -1,8 +1,8 @@
-"""A study's folder: its file, the records of its runs, and what is still missing.
+"""A study's folder: its file, the records of its runs, and what is missing.
 
-study.json       the design, what it was begun with, the chosen learning rates, the power estimate
+study.json       the design, versions and machine, the chosen learning rates, the power estimate
 runs/            one folder per run: its record, its adapter, its log
-runs.jsonl.gz    all records, one in a line: with study.json, all that a report needs
+runs.jsonl.gz    all records, one per line: with study.json, all that a report needs
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ LARGEST_FILE = 10_000_000  # bytes of study.json
 
 
 class StudyFile(OurFile):
-    """study.json. Raises ValidationError."""
+    """The content of study.json. Raises ValidationError."""
 
     design: Design
-    recipe: dict[str, Any] = Field(default_factory=dict)  # of the baseline's first run, without its place
+    recipe: dict[str, Any] = Field(default_factory=dict)  # of the baseline's first run, without output
     command: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     commit: str | None = None
     processor: str | None = None
     started: str | None = None
-    chosen: dict[str, float] | None = None  # each arm's learning rate; None as long as tuning is not over
+    chosen: dict[str, float] | None = None  # each arm's learning rate; None until tuning is complete
     power: PowerEstimate | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> StudyFile:
         for name in self.chosen or {}:
             if name not in self.design.arms:
-                raise ValueError(f"chosen names {name!r}, which is none of its arms")
+                raise ValueError(f"chosen names {name!r}, which is not an arm")
         return self
 
     @classmethod
     def read(cls, folder: str | Path) -> StudyFile:
-        """That of a study's folder. Raises EchoConfigError, which names file and line."""
+        """Read that of a study's folder. Raises EchoConfigError, which names file and line."""
         path = Path(folder) / STUDY_FILE
         hint = "Name a folder that `echo-lora compare` wrote."
         try:
@@ -72,23 +72,23 @@ class StudyFile(OurFile):
         except (OSError, ValueError, RecursionError) as error:
             raise EchoConfigError(f"{path} can't be read: {error}. {hint}") from error
         if not isinstance(values, dict):
-            raise EchoConfigError(f"{path} is not a study's: it is a {type(values).__name__}, not an object. {hint}")
+            raise EchoConfigError(f"{path} is not a study file: it is a {type(values).__name__}, not an object. {hint}")
         try:
-            if isinstance(values.get("design"), dict):  # by itself, so that its errors do not show all of it
+            if isinstance(values.get("design"), dict):  # separately, so that an error does not quote all of it
                 values["design"] = Design.model_validate(values["design"])
             return cls.model_validate(values)
         except ValidationError as error:
-            raise EchoConfigError(f"{path} is not a study's: {first_problem(error).rstrip('.')}. {hint}") from error
+            raise EchoConfigError(f"{path} is not a study file: {first_problem(error).rstrip('.')}. {hint}") from error
 
     def write(self, folder: str | Path) -> None:
-        """Raises EchoCheckpointError if the disk refuses."""
+        """Write it into a study's folder. Raises EchoCheckpointError if that fails."""
         text = json.dumps(self.model_dump(mode="json", exclude_unset=True), indent=2, ensure_ascii=False) + "\n"
         write_file(Path(folder) / STUDY_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class StudyRecords:
-    """A study, finished or not. Made by `read_study`."""
+    """A study, complete or not. Made by `read_study`."""
 
     folder: Path
     file: StudyFile
@@ -106,18 +106,18 @@ class StudyRecords:
 
     @property
     def others(self) -> list[tuple[str, str]]:
-        """Each arm with the baseline, where that was not declared."""
+        """Each arm with the baseline, unless declared."""
         pairs = [(arm, self.design.baseline) for arm in self.arms[1:]]
         return [pair for pair in pairs if pair not in self.design.pairs]
 
     @property
     def looks(self) -> list[int]:
-        """Numbers of seeds after which the result may be looked at; none where the study declares none."""
+        """Numbers of seeds after which the study may be decided; empty if it declares none."""
         return self.design.looks or []
 
     @property
     def look(self) -> int:
-        """How many looks have been reached: all arms have been run at all of their seeds."""
+        """How many looks are complete: every arm has a run at each of their seeds."""
         done = {(run["arm"], run["seed"]) for run in self.runs if run["stage"] == "confirmation"}
         return sum(
             all((arm, seed) in done for arm in self.design.arms for seed in self.design.seeds[:number])
@@ -126,12 +126,12 @@ class StudyRecords:
 
     @property
     def counted_seeds(self) -> list[int]:
-        """The seeds that results rest on: those of the last look that was reached, all where there are no looks."""
+        """The seeds that results are computed from: those of the last complete look; without looks, all."""
         return self.design.seeds[: [0, *self.looks][self.look]] if self.looks else self.design.seeds
 
     @property
     def chosen(self) -> dict[str, float]:
-        """Each arm's learning rate; empty as long as tuning is not over."""
+        """Each arm's learning rate; empty until tuning is complete."""
         return self.file.chosen or {}
 
     def label(self, arm: str) -> str:
@@ -139,19 +139,19 @@ class StudyRecords:
         return self.design.arms[arm].label or arm
 
     def confirmation(self, arm: str) -> dict[int, Record]:
-        """The arm's runs that count, by seed, in the order of the seeds. Runs after the last look don't count yet."""
+        """The arm's confirmation runs by seed, in order. Those after the last complete look don't count yet."""
         found = {run["seed"]: run for run in self.runs if run["stage"] == "confirmation" and run["arm"] == arm}
         return {seed: found[seed] for seed in self.counted_seeds if seed in found}
 
     def tuning(self, arm: str) -> dict[float, list[Record]]:
-        """The arm's runs that choose a learning rate, by learning rate."""
+        """The arm's tuning runs, by learning rate."""
         runs = [run for run in self.runs if run["stage"] == "tuning" and run["arm"] == arm]
         rates = sorted({run["learning_rate"] for run in runs})
         return {rate: [run for run in runs if run["learning_rate"] == rate] for rate in rates}
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that confirmation runs were scored on, in their order."""
+        """The tasks of the confirmation runs, in their order."""
         names: dict[str, None] = {}
         for arm in self.arms:
             for run in self.confirmation(arm).values():
@@ -165,16 +165,16 @@ class StudyRecords:
 
     @property
     def missing(self) -> list[RunKey]:
-        """The runs of the design that have no record."""
+        """The runs of the design without a record."""
         there = {RunKey.of(run).identity for run in self.runs}
         return [key for key in self.expected if key.identity not in there]
 
 
 def read_study(folder: str | Path) -> StudyRecords:
-    """Read a study's folder. A study without a single record is one too.
+    """Read a study's folder, with or without records.
 
-    Raises EchoConfigError if study.json is missing or not a study's, EchoDataError for a damaged record. Both name
-    file and line.
+    Raises EchoConfigError if study.json is missing or invalid, EchoDataError for a damaged record. Both name file and
+    line.
     """
     folder = Path(folder)
     file = StudyFile.read(folder)
@@ -184,26 +184,26 @@ def read_study(folder: str | Path) -> StudyRecords:
         where = f"{folder / RUNS_FILE}:{number}"
         problem = problem_of_run(run)
         if problem is None and run["arm"] not in file.design.arms:
-            problem = f"arm = {run['arm']!r} is none of the study's: {', '.join(file.design.arms)}"
+            problem = f"arm = {run['arm']!r} is not an arm of the study: {', '.join(file.design.arms)}"
         if problem is not None:
             raise EchoDataError(
-                f"{where}: not the record of a run: {problem}. Call `echo-lora compare` to write it anew."
+                f"{where}: not the record of a run: {problem}. Run `echo-lora compare` to write it again."
             )
         first = lines.setdefault(RunKey.of(run).identity, number)
         if first != number:
             raise EchoDataError(
-                f"{where}: a second record of {run['stage']} {run['arm']} seed {run['seed']}; line {first} has the "
-                "first. Remove one of them, or gather the records anew with `echo-lora compare`."
+                f"{where}: a second record of {run['stage']} {run['arm']} seed {run['seed']}; the first is in "
+                f"line {first}. Remove one of them, or run `echo-lora compare` to gather the records again."
             )
         runs.append(run)
     return StudyRecords(folder, file, runs)
 
 
 def restorable(study: Study) -> list[tuple[RunKey, Record]]:
-    """Runs that are known from the gathered records alone, as after a clone.
+    """The runs of runs.jsonl.gz, which may be all that is left of them, as after a clone.
 
-    A record names its run, and the run its folder: names that are none of the design's are not turned into paths.
-    Raises EchoDataError for such a record, and for one that is not a run's.
+    A record names its run, and a run its folder: only names of the design become paths. Raises EchoDataError for a
+    record with other names, and for what is not a record.
     """
     path = Path(study.output) / RUNS_FILE
     rates = [dict(zip(study.arms, chosen, strict=True)) for chosen in zip(*map(study.rates, study.arms), strict=True)]
@@ -212,7 +212,7 @@ def restorable(study: Study) -> list[tuple[RunKey, Record]]:
     for number, record in read_runs(path):
         problem = problem_of_run(record)
         if problem is None and RunKey.of(record) not in keys:
-            problem = "it is the record of none of the runs of this study"
+            problem = "no run of this study has this stage, arm, learning rate and seed"
         if problem is not None:
             raise EchoDataError(f"{path}:{number}: {problem}. Remove the line, or choose another output.")
         found.append((RunKey.of(record), record))
@@ -220,19 +220,19 @@ def restorable(study: Study) -> list[tuple[RunKey, Record]]:
 
 
 class Archive:
-    """runs.jsonl.gz of a study that is being done: rewritten as records come in, each of which is read once."""
+    """runs.jsonl.gz of a running study. It is rewritten as records come in; each record is read once."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
         self._pairing = Pairing()
         self._seen: set[RunKey] = set()
-        self._lines: dict[RunKey, bytes] = {}  # of runs that were done before their turn
-        self._packer = zlib.compressobj(9, wbits=31)  # gzip's form, without a time stamp
-        self._packed = b""  # the runs of the design up to the first that is missing
-        self._turn = 0  # its place
+        self._lines: dict[RunKey, bytes] = {}  # of runs that were done out of order
+        self._packer = zlib.compressobj(9, wbits=31)  # gzip without a time stamp
+        self._packed = b""  # the runs of the design before the first missing one
+        self._turn = 0  # the number of that run
 
     def gather(self, chosen: dict[str, float] | None) -> None:
-        """Add the records that are new, in the order of the design. Raises EchoError if they don't pair."""
+        """Add new records, in the order of the design. Raises EchoError if runs are not paired."""
         keys = [key for key in self._study.runs(chosen) if key.learning_rate is not None]
         path = Path(self._study.output) / RUNS_FILE
         places = {key: record_path(self._study.output, key) for key in keys if key not in self._seen}
@@ -244,8 +244,8 @@ class Archive:
         for what, by_value in self._pairing.broken:
             one, other = (runs[0] for runs in list(by_value.values())[:2])
             raise EchoError(
-                f"arms {one.arm} (seed {one.seed}) and {other.arm} (seed {other.seed}) did not {what}, so they are not "
-                "paired. Has something changed between their runs? Remove the older ones and compare again."
+                f"arms {one.arm} (seed {one.seed}) and {other.arm} (seed {other.seed}) did not {what}, so they can't "
+                "be compared. If something changed between their runs, remove the older ones and run compare again."
             )
         while self._turn < len(keys) and keys[self._turn] in self._lines:
             self._packed += self._packer.compress(self._lines.pop(keys[self._turn]))

@@ -1,8 +1,8 @@
 """Power: how likely a study of a given size is to show an effect of a given size, by simulation.
 
 At seed s the true difference is e_s ~ N(effect, seed_sd²), the same for all tasks. A run of the baseline is right with
-probability `accuracy`; the two runs of a seed disagree on a share `discordance` of the questions, which is raised to
-|e_s| where it is below. An accuracy near 0 or 1 gives way where it leaves no room for the difference.
+probability `accuracy`. The two runs of a seed disagree on a share `discordance` of the questions, at least |e_s|. An
+accuracy near 0 or 1 is moved if it leaves no room for the difference.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Noise(BaseModel):
-    """The size of a study, and what its results depend on beside the effect. Raises ValidationError.
+    """The size of a study and the noise in its results. Raises ValidationError.
 
-    question_correlation: between two seeds of D at one question, a little less where seeds differ; the default is what
-    an estimate assumes where no pilot tells. [O]
+    question_correlation: correlation of D between two seeds at one question, a little less if seeds differ; the
+    default is assumed without a pilot. [O]
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,9 +50,9 @@ class Noise(BaseModel):
 
 
 class PowerEstimate(BaseModel):
-    """What a study would find; beside it, what was assumed.
+    """What a study would find, with the assumptions as further fields.
 
-    shares: of simulated studies, by verdict. power: that of `better`, or of `worse` for an effect below 0.
+    shares: shares of simulated studies by verdict. power: the share of `better`, or of `worse` for an effect below 0.
     smallest_detectable: effect with a power of 0.8; None if no effect has it.
     """
 
@@ -62,7 +62,7 @@ class PowerEstimate(BaseModel):
     power: float
     shares: dict[str, float] = {}
     smallest_detectable: float | None
-    source: str = "unknown"  # of what was taken for the noise
+    source: str = "unknown"  # of the noise
 
 
 def power(
@@ -78,8 +78,8 @@ def power(
 ) -> PowerEstimate:
     """How often a study would give each verdict if the effect were `effect`.
 
-    The verdicts are those of the interval by t, which the bootstrap of `compare_arms` only reshapes: a study takes
-    microseconds. notes: kept in the estimate. Raises EchoConfigError for a number that means nothing.
+    The verdicts use the interval of t, which the bootstrap of `compare_arms` only reshapes, so that a study takes
+    microseconds. notes: further fields of the estimate. Raises EchoConfigError for an invalid number.
     """
     check_numbers(smallest_effect, margin, confidence)
     moments = _simulated(effect, noise, trials, seed)
@@ -102,11 +102,11 @@ def power(
 
 
 def estimate_noise(correct_arm: Correct, correct_baseline: Correct) -> dict[str, float]:
-    """What `Noise` needs to know, from a pilot such as tuning runs: arrays as for `compare_arms`.
+    """Fields of `Noise` from a pilot such as tuning runs: arrays as for `compare_arms`.
 
-    accuracy, discordance and seed_sd, which is 0 with one seed; question_correlation too, where the pilot has more
-    than one seed and tells. seed_sd is what remains of the spread of seeds' differences after what the questions'
-    chance explains; with few seeds it is a rough guess. Raises EchoDataError if the arrays don't pair.
+    accuracy, discordance and seed_sd, which is 0 with one seed; also question_correlation if the pilot has several
+    seeds and some difference. seed_sd is the spread of the seeds' differences that is not explained by chance in the
+    questions; with few seeds it is a rough guess. Raises EchoDataError if the arrays don't pair.
     """
     first, second = paired_answers("the arm", "the baseline", correct_arm, correct_baseline)
     differences = [first[task].astype(np.int8) - second[task].astype(np.int8) for task in first]
@@ -149,9 +149,9 @@ def _simulated(effect: float, noise: Noise, trials: int, seed: int) -> Moments:
 def _simulated_differences(effect: float, noise: Noise, trials: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """D by task, int8 (trials, S, Q).
 
-    How hard a question is to a run is uniform: the question's own with probability sqrt(question_correlation), so at
-    two seeds with that correlation. Below a first bound both runs are right, up to a second the baseline alone, up to
-    a third the arm alone.
+    The level of a question in a run is uniform. With probability sqrt(question_correlation) it is the question's own,
+    so that two seeds share it with that correlation. Below a first bound both runs are right, up to a second only the
+    baseline, up to a third only the arm.
     """
     by_seed = np.clip(effect + noise.seed_sd * rng.standard_normal((trials, noise.seeds)), -1, 1)
     discordance = np.maximum(noise.discordance, np.abs(by_seed))
@@ -169,11 +169,11 @@ def _simulated_differences(effect: float, noise: Noise, trials: int, rng: np.ran
 
 
 def _smallest_detectable(noise: Noise, confidence: float, trials: int, seed: int) -> float | None:
-    """Fixed point: where studies of effect e lie e too high or too low for 80 % of them to be above 0."""
+    """The effect at which 80 % of studies have an interval above 0, by fixed-point iteration."""
     if noise.seeds < LEAST_SEEDS:
         return None
     effect = 0.0
-    for _ in range(3):  # the spread hardly depends on the effect; the second round already moves it by under 2 %
+    for _ in range(3):  # the spread hardly depends on the effect: the second round changes it by less than 2 %
         moments = _simulated(effect, noise, trials, seed)
         half = stats.t.ppf(0.5 + confidence / 2, moments.df) * np.sqrt(moments.variance)
         effect = float(np.quantile(half - (moments.estimate - effect), POWER_WANTED))

@@ -1,6 +1,6 @@
-"""The record of a run: what it holds, where it is kept, what it says.
+"""The record of a run: what it holds, what it says, where it is.
 
-Each run leaves a record in its own folder. All of them are gathered in one file, `runs.jsonl.gz`, a line for each.
+Each run writes a record into its folder. `runs.jsonl.gz` has all records of a study, one per line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Record = dict[str, Any]  # one run
 
 
 class OurFile(BaseModel):
-    """What is read of a file of ours; it may hold more."""
+    """A file that this package wrote; it may have more keys than are read."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -90,17 +90,17 @@ def problem_of_run(run: Any) -> str | None:
 
 
 def results(run: Record, *, echo: bool = False) -> list[dict[str, Any]]:
-    """The TaskResults of a run; echo: of the diagnosis in which the echo was kept on while generating."""
+    """The TaskResults of a run; echo: those with the echo kept on while generating."""
     return [score["result"] for score in run["scores"] if bool(score.get("echo")) == echo]
 
 
 def run_accuracy(run: Record, *, echo: bool = False) -> float:
-    """Mean over the tasks; NaN for a run that was not scored."""
+    """Mean over tasks; NaN for a run that was not scored."""
     return mean_of(result["accuracy"] for result in results(run, echo=echo))
 
 
 def tuned_on(run: Record, what: str) -> float:
-    """What chooses a learning rate, `accuracy` or the last `loss` on validation rows; NaN where training diverged."""
+    """The validation accuracy, or the last validation `loss`, that a rate is chosen by; NaN if training diverged."""
     if what == "accuracy":
         return run_accuracy(run)
     losses = [entry["eval_loss"] for entry in run["history"] if "eval_loss" in entry]
@@ -114,7 +114,7 @@ def mean_of(values: Iterable[float]) -> float:
 
 
 def correct_by_task(runs: Iterable[Record]) -> dict[str, list[list[bool]]]:
-    """By task, the answers of each run: whether they are right, in the order of the questions."""
+    """By task, whether each answer of each run is right, in the order of the questions."""
     found: dict[str, list[list[bool]]] = {}
     for run in runs:
         for result in results(run):
@@ -122,17 +122,17 @@ def correct_by_task(runs: Iterable[Record]) -> dict[str, list[list[bool]]]:
     return found
 
 
-# -------------------------------------------------------------- whether runs pair
+# ---------------------------------------------------------- whether runs are paired
 
 
 class Pairing:
-    """What runs must have in common to be compared, and which of them have it.
+    """What runs must have in common to be compared, and whether they have it.
 
-    In a seed, adapters of one kind start from the same weights; arms with one `data` section train on the same rows;
-    all answer the same questions; the base knows the general text equally well. What a record does not say, as that
-    of a training that diverged, is not looked at.
+    Within a seed, adapters of one kind start from the same weights. Arms with the same `data` section train on the
+    same rows. All answer the same questions. The base model has the same loss on the general text. What a record
+    lacks, for example after training diverged, is not checked.
 
-    groups: by what is common and to whom, the runs by the value they have of it. One value each, and they pair.
+    groups: for each property and each group of runs that must share it, the runs by their value.
     """
 
     def __init__(self, runs: Iterable[Record] = ()) -> None:
@@ -148,7 +148,7 @@ class Pairing:
             (START, start, run.get("initial_adapter_sha256")),
             ("train on the same rows", [data, model], run.get("data_sha256")),
             ("answer the same questions", [run["stage"]], run.get("questions_sha256")),
-            ("have the same base", [model], general and f"{general['before']:.4f}"),
+            ("have the same base model", [model], general and f"{general['before']:.4f}"),
         ):
             if value:
                 found = self.groups.setdefault((what, json.dumps(group, sort_keys=True)), {})
@@ -156,22 +156,22 @@ class Pairing:
 
     @property
     def broken(self) -> list[tuple[str, dict[str, list[RunKey]]]]:
-        """What runs that are compared do not have in common: "start from the same adapter", and them by their value."""
+        """The properties in which runs of one group differ, such as START, and these runs by their value."""
         return [(what, by_value) for (what, _), by_value in self.groups.items() if len(by_value) > 1]
 
 
 START = "start from the same adapter"
 
-# -------------------------------------------------------------- where it is kept
+# --------------------------------------------------------------- where it is
 
 
 def record_path(output: str | Path, key: RunKey) -> Path:
-    """The record of a run, in the study's folder; it appears when the run has been done."""
+    """The record of a run in a study's folder; it exists once the run is done."""
     return Path(output) / key.folder / RECORD
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Keep the record of a run. Raises EchoCheckpointError if the disk refuses."""
+    """Write the record of a run. Raises EchoCheckpointError if that fails."""
     write_archive(path, json.dumps(record, ensure_ascii=False))
 
 
@@ -183,11 +183,11 @@ def read_record(path: Path) -> Record:
             raise ValueError(problem)
         return record
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise EchoCheckpointError(f"{path} can't be read: {error}. Remove it to have this run done again.") from error
+        raise EchoCheckpointError(f"{path} can't be read: {error}. Remove it to run this again.") from error
 
 
 def write_archive(path: Path, text: str) -> None:
-    """Compressed without a time stamp: the same text is the same file. Raises EchoCheckpointError."""
+    """Write compressed text without a time stamp: the same text gives the same file. Raises EchoCheckpointError."""
     write_file(path, lambda file: file.write_bytes(gzip.compress(text.encode(), mtime=0)))
 
 
@@ -195,7 +195,7 @@ def read_runs(path: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and values of runs.jsonl.gz; none if there is no such file yet. Raises EchoDataError."""
     if not os.path.exists(path):
         return
-    hint = "Remove it, then `echo-lora compare` gathers the records anew."
+    hint = "Remove it and run `echo-lora compare` to gather the records again."
     try:
         if not os.path.isfile(path):
             raise OSError("it is not a file")

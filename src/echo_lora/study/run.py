@@ -1,7 +1,8 @@
-"""One run of a study: train, score, measure forgetting, and keep it all as one record.
+"""One run of a study: train, score, measure forgetting, and write it all as one record.
 
-A run needs no other run and can be done anywhere the study's folder is. Killed, it goes on from its newest checkpoint;
-finished, its record stands and it is not run again. A lock keeps two processes from working on the same one.
+A run does not depend on other runs; it can be done on any machine that sees the study's folder. If it is interrupted,
+it resumes from its newest checkpoint. Once its record is written, it is not repeated. A lock keeps two processes from
+doing the same run.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
 from echo_lora.study.records import record_path, write_record
 from echo_lora.training.checkpoint import clear_checkpoints, has_complete_checkpoint
 
-COMMIT = commit()  # of the code that this process has imported: the tree may move on before its last run ends
+COMMIT = commit()  # of the code that this process imported: the working tree may change before its last run
 
 WINDOW = 512  # tokens of general text that the model reads at a time
 
 
 def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
-    """Do one run and write its record; False if another process is at it and `wait` is not set.
+    """Do one run and write its record; False if another process is doing it and `wait` is not set.
 
-    Raises an EchoError; what was complete is kept.
+    Raises an EchoError; checkpoints are kept.
     """
     path = record_path(study.output, key)
     if path.is_file():
         return True
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name("lock"))  # the system frees it when the process ends, however it ends
+    lock = FileLock(path.with_name("lock"))  # the system releases it when the process ends, however it ends
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
@@ -66,10 +67,10 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
     if not resume:
         clear_checkpoints(checkpoints)
     part = "validation" if key.stage == "tuning" else study.score_on
-    # tuning by loss needs no generated answer
+    # tuning on the loss needs no answers
     answers = key.stage == "confirmation" or study.tune_on == "accuracy"
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-    tasks = evaluation_rows(recipe, tokenizer, part) if answers else []  # before training: they may be wrong
+    tasks = evaluation_rows(recipe, tokenizer, part) if answers else []  # before training, since they may be invalid
     ids = [] if study.general is None else general_ids(tokenizer, study.general)
     try:
         result, model, _ = train(recipe, checkpoints, resume=resume)
@@ -92,7 +93,7 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
                 results = score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size, progress=False)
             scores += [{"part": part, "echo": echo, "seconds": r.seconds, "result": r.to_dict()} for r in results]
     made = dataclasses.asdict(result)
-    del made["output"], made["final"]  # the folder may be moved; the last values end the history
+    del made["output"], made["final"]  # the folder may be moved; the last values are in the history
     return {
         **dataclasses.asdict(key),
         **made,
@@ -111,14 +112,16 @@ def general_ids(tokenizer: Any, text: GeneralText) -> list[int]:
     words = Path(text.file).read_text(encoding="utf-8")
     ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][: text.tokens]
     if len(ids) < text.tokens:
-        raise EchoDataError(f"{text.file} has {len(ids)} tokens, fewer than general.tokens = {text.tokens}. Lower it.")
+        raise EchoDataError(
+            f"{text.file} has {len(ids)} tokens, fewer than general.tokens = {text.tokens}. Lower general.tokens."
+        )
     return ids
 
 
 def measure_forgetting(model: PeftModel, ids: list[int]) -> dict[str, float]:
-    """Mean nats per token of a general text, of the base and with the adapter: {"before", "after", "tokens"}.
+    """Loss on a general text, in nats per token, without and with the adapter: {"before", "after", "tokens"}.
 
-    The text is read in windows of 512 tokens, the first token of each is not predicted.
+    The text is read in windows of 512 tokens; the first token of each is not predicted.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""The sections of a report that say what came out: differences, accuracies, controls, cost, forgetting."""
+"""The sections of a report on results: differences, accuracies, controls, cost, forgetting."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OVERALL = "mean of the tasks"
 
 
 def completeness(study: StudyRecords, primary: Difference) -> PageSection:
-    """How much of the design is done, and what is missing; whether the arms are paired."""
+    """What is done and what is missing; whether the arms are paired."""
     expected, missing = study.expected, missing_runs(study, primary)
     text = [
         f"{len(expected) - len(study.missing)} of {len(expected)} runs of the design are done."
@@ -52,7 +52,7 @@ def completeness(study: StudyRecords, primary: Difference) -> PageSection:
 
 
 def comparisons(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> PageSection:
-    """A line for every comparison, those that were not planned last."""
+    """A line for every comparison; those that were not planned come last."""
     rows = []
     margin = study.design.margin
     for compared in [*declared, *others]:
@@ -70,13 +70,13 @@ def comparisons(study: StudyRecords, declared: list[Difference], others: list[Di
         )
     together = ", at all looks together" if study.looks else ""
     text = [
-        "Each line is one arm minus another, over all tasks, in percentage points of correct answers. The interval "
-        f"holds the true difference in 95 of 100 such studies{together}; it counts both the luck of the seeds and that "
-        "of the questions. The first line is the primary comparison, named before the study began."
+        "Each line is one arm minus another over all tasks, in percentage points of correct answers. In 95 of 100 such "
+        f"studies the interval contains the true difference{together}; it accounts for chance in both seeds and "
+        "questions. The first line is the primary comparison, declared before the study began."
     ]
     if study.look:
         text.append(
-            f"p is that of this look alone: it is to be compared with {1 - confidence_of(study):.2g}, not with 0.05."
+            f"p is for this look alone: it must be compared with {1 - confidence_of(study):.2g}, not with 0.05."
         )
     if others:
         text.append("Comparisons that were not planned are for orientation only.")
@@ -87,11 +87,13 @@ def comparisons(study: StudyRecords, declared: list[Difference], others: list[Di
 
 
 def by_task(study: StudyRecords, declared: list[Difference]) -> PageSection:
-    """A forest plot for every declared comparison."""
+    """A forest plot of every declared comparison."""
     title = "Differences by task"
     shown = [compared for compared in declared if compared.overall]
     if not shown:
-        return PageSection("tasks", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
+        return PageSection(
+            "tasks", title, ["Nothing to show yet: no seed has a confirmation run of both arms that counts."]
+        )
     effects = [effect for compared in shown for effect in _effects(compared).values()]
     panels, rows = [], []
     for i, compared in enumerate(shown):
@@ -115,20 +117,20 @@ def by_task(study: StudyRecords, declared: list[Difference]) -> PageSection:
             rows.append([name, task, *numbers])
         panels.append(panel.svg())
     caption = (
-        "A mark right of the line at 0 means that the first arm answered more questions correctly; the bar shows how "
-        "far luck could have moved it. The grey strip holds differences too small to matter here (under "
+        "A mark right of the line at 0 means that the first arm answered more questions correctly; the bar is its "
+        "interval. The grey strip marks differences too small to matter here (under "
         f"{count_of(100 * study.design.smallest_effect, 'point')})."
     )
     text = []
     if any(len(compared.tasks) > 1 for compared in shown):
-        text = ["p (Holm) allows for the number of tasks: with many of them, one looks good by luck alone."]
+        text = ["p (Holm) is adjusted for the number of tasks: among many, one may look good by chance."]
     head = ["comparison", "task", "difference", interval_name(study), "p", "p (Holm)"]
     figure = Figure(caption, panels, PageTable("Differences by task", head, rows))
     return PageSection("tasks", title, text, figures=[figure])
 
 
 def _effects(compared: Difference) -> dict[str, Effect]:
-    """By task, and overall; nothing without an overall effect."""
+    """By task, and overall; empty without an overall effect."""
     return {**compared.tasks, "overall": compared.overall} if compared.overall else {}
 
 
@@ -156,9 +158,7 @@ def accuracy_of_runs(study: StudyRecords) -> PageSection:
         for arm, values in found.items():
             cells = [percent(values.get(seed, math.nan)) for seed in study.counted_seeds]
             rows.append([study.label(arm), task, percent(mean_of(values.values())), *cells])
-    caption = (
-        "Every mark is one trained adapter, every seed is one mark; the upright line is the mean of an arm's seeds."
-    )
+    caption = "Each mark is one trained adapter, one for each seed; the vertical line is an arm's mean over seeds."
     head = ["arm", "task", "mean", *(f"seed {seed}" for seed in study.counted_seeds)]
     figure = Figure(caption, panels, PageTable(f"Correct answers on {study.design.score_on} questions", head, rows))
     return PageSection("accuracy", title, figures=[figure])
@@ -172,7 +172,7 @@ def controls(study: StudyRecords, declared: list[Difference], others: list[Diffe
         return PageSection("controls", title, ["This study has no control arms."])
     effects = {c.arm: c.overall for c in [*declared, *others] if c.baseline == design.baseline and c.overall}
     if not effects:
-        text = ["Nothing to show yet: there is no pair of confirmation runs that count."]
+        text = ["Nothing to show yet: no seed has a confirmation run of both arms that counts."]
         return PageSection("controls", title, text)
     baseline = study.label(design.baseline)
     panel = _difference_panel(
@@ -192,8 +192,8 @@ def controls(study: StudyRecords, declared: list[Difference], others: list[Diffe
         mean = mean_of(_accuracies(study, arm, OVERALL).values())
         rows.append([study.label(arm), role, percent(mean), points_text(effect.estimate), range_text(effect)])
     caption = (
-        "A control leaves out one ingredient of the method or puts something useless in its place; where a control "
-        "does as well as the method, that ingredient is not what helps."
+        "A control leaves out one ingredient of the method or replaces it with something useless. If a control does as "
+        "well as the method, that ingredient is not what helps."
     )
     head = ["arm", "role", "accuracy", f"difference to {baseline}", interval_name(study)]
     figure = Figure(caption, [panel.svg()], PageTable("Methods and controls side by side", head, rows))
@@ -226,8 +226,8 @@ def cost(study: StudyRecords) -> PageSection:
     if not rows:
         return PageSection("cost", title, ["Nothing to show yet: there is no confirmation run that counts."])
     text = [
-        "Seconds are those of training alone, without evaluation, of runs that were not interrupted. They are rough "
-        "where runs shared a machine."
+        "Seconds are of training without evaluation, in runs that were not interrupted. They are approximate if runs "
+        "shared a machine."
     ]
     devices = sorted({str(run.get("device", "unknown")) for run in study.runs})
     warnings = []
@@ -249,19 +249,19 @@ def _cost_figure(study: StudyRecords, baseline: str, ratios: dict[str, list[floa
         x_label="times as long",
         rule=1,
     )
-    caption = f"How many times as long as {baseline} training took in the same seed; right of the line at 1 is slower."
+    caption = f"Training time relative to {baseline} in the same seed; right of the line at 1 is slower."
     return Figure(caption, [panel], None)
 
 
 def _seconds(run: Mapping[str, Any]) -> float:
-    """Of training, without the evaluations in between; 0 where a resumed run does not know."""
+    """Of training without evaluations; 0 if unknown, as after a resume."""
     if run.get("resumed_at") or not run.get("seconds"):
         return 0.0
     return run["seconds"] - sum(entry.get("eval_runtime", 0.0) for entry in run["history"])
 
 
 def forgetting(study: StudyRecords) -> PageSection:
-    """What the adapters do to text that has nothing to do with the task."""
+    """The loss on text unrelated to the task."""
     title = "Forgetting"
     changes: dict[str, list[float]] = {}
     rows = []
@@ -286,8 +286,8 @@ def forgetting(study: StudyRecords) -> PageSection:
         rule=0,
     )
     caption = (
-        "What training took from the model elsewhere: marks right of the line at 0 mean that text which has nothing to "
-        "do with the task became less likely to it."
+        "What the model forgot in training: marks right of the line at 0 mean that text unrelated to the task became "
+        "less likely."
     )
     text = [f"Measured on {tokens:,} tokens of text that no run was trained on."] if tokens else []
     head = ["arm", "base model", "with the adapter", "change (range over seeds)"]
@@ -296,7 +296,7 @@ def forgetting(study: StudyRecords) -> PageSection:
 
 
 def unreadable(study: StudyRecords) -> PageSection:
-    """Answers in which none was found."""
+    """Outputs in which no answer was found."""
     title = "Unreadable answers"
     rows = []
     for arm in study.arms:
@@ -312,8 +312,8 @@ def unreadable(study: StudyRecords) -> PageSection:
     if not rows:
         return PageSection("unreadable", title, ["Nothing to show yet: there is no confirmation run that counts."])
     text = [
-        "Share of answers in which no answer could be found; they count as wrong. Where arms differ here, they may "
-        "differ in form and not in knowledge."
+        "Share of outputs in which no answer was found; these count as wrong. Arms that differ here may differ in "
+        "format rather than in knowledge."
     ]
     table = PageTable(
         f"Unreadable answers on {study.design.score_on} questions", ["arm", "task", "mean", "highest of a seed"], rows
@@ -334,16 +334,21 @@ def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> PageSection
                 cells[seed] = f"{first} : {second}, p {p_text(p)}"
             rows.append([compared_text(study, difference), name, *cells.values()])
     if not rows:
-        return PageSection("seeds", title, ["Nothing to show yet: no two arms have been run at a seed that counts."])
+        return PageSection(
+            "seeds", title, ["Nothing to show yet: no seed has a confirmation run of both arms that counts."]
+        )
     text = [
-        "Both adapters of a seed answered the same questions; those that only one of them had right are what tells "
-        "them apart: 12 : 7 means that the first alone was right 12 times, the second alone 7 times. McNemar's exact p "
-        "says how often a fair coin would divide these questions at least as unevenly. It knows nothing of the luck of "
-        "seeds, so a small p in one seed proves little: look whether all seeds agree."
+        "Both adapters of a seed answered the same questions. 12 : 7 means that only the first was right on 12 of "
+        "them, and only the second on 7. McNemar's exact p is the probability that a fair coin divides these questions "
+        "at least as unevenly. It does not account for chance in the seed, so a small p in one seed proves little: "
+        "check whether all seeds agree."
     ]
     head = ["comparison", "task", *(f"seed {seed}" for seed in study.counted_seeds)]
     return PageSection(
-        "seeds", title, text, tables=[PageTable("Questions that one alone had right, and McNemar's p", head, rows)]
+        "seeds",
+        title,
+        text,
+        tables=[PageTable("Questions that only one arm answered correctly, and McNemar's p", head, rows)],
     )
 
 
@@ -371,7 +376,7 @@ def _difference_panel(
     count: int,
     sides: tuple[str, str],
 ) -> Rows:
-    """A panel for `count` differences in points. effects: what its axis holds. sides: what is better left and right."""
+    """A panel for `count` differences in points. effects: those on its axis. sides: which arm is better left, right."""
     smallest = 100 * study.design.smallest_effect
     values = [value for effect in effects for value in (*(ends_of(effect) or ()), 100 * effect.estimate)]
     x = axis(values, include=(0, smallest, -smallest), count=6)
@@ -394,7 +399,7 @@ def _dots(
     rule: float | None = None,
     scale: float = 1,
 ) -> str:
-    """A row for every arm: a mark for each of its values, and a line at their mean, which is also told."""
+    """A row for every arm: a mark for each of its values, a line at their mean, and the mean as text."""
     everything = [scale * value for found in values.values() for value in found]
     x = axis(everything, include=() if rule is None else (rule,))
     panel = Rows(name, title, description, x, len(values), x_label=x_label)

@@ -1,6 +1,6 @@
-"""The report of a study: one page that carries its figures inside, and its twin in Markdown, with the same numbers.
+"""The report of a study: one page with its figures inside, and the same numbers in Markdown.
 
-Both are made from one list of sections, so neither can say what the other does not.
+Both are made from one list of sections.
 """
 
 from __future__ import annotations
@@ -36,24 +36,23 @@ HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 
 @dataclass(frozen=True)
 class Page:
-    """All that the templates show."""
+    """What the templates show."""
 
     title: str
     question: str
-    verdict: str  # the word
+    verdict: str  # in a word
     sign: str
     sentence: str
     meaning: str
-    notices: list[str]  # what must not be missed: runs that are missing, arms that are not paired
+    notices: list[str]  # warnings
     sections: list[PageSection]
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.html and report.md into a study's folder; gives the path of the former.
+    """Write report.html and report.md into a study's folder; returns the path of the former.
 
-    A folder of several studies gets a report in each of theirs, and one of their verdicts. The same records give the
-    same bytes. Raises EchoConfigError or EchoDataError if the folder is not a study's (`read_study`),
-    EchoCheckpointError if the disk refuses.
+    In a folder of several studies, each gets its report, and the folder one of their verdicts. The same records give
+    the same bytes. Raises EchoConfigError or EchoDataError as `read_study`, EchoCheckpointError if writing fails.
     """
     sections = []
     for one in _studies_in(folder) or [Path(folder)]:
@@ -65,7 +64,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _studies_in(folder: str | Path) -> list[Path]:
-    """The folders of studies inside one that is none itself."""
+    """The folders of studies in a folder that is not a study's."""
     folder = Path(folder)
     if os.path.exists(folder / STUDY_FILE) or not os.path.isdir(folder):
         return []
@@ -77,7 +76,7 @@ def _write(report: Page, folder: Path) -> Path:
 
     for name in (MARKDOWN_FILE, HTML_FILE):
         if os.path.isdir(folder / name):
-            raise EchoCheckpointError(f"{folder / name} is a folder, in the place of the report. Move it away.")
+            raise EchoCheckpointError(f"{folder / name} is a folder, but the report has this name. Move the folder.")
     for name, is_html in ((MARKDOWN_FILE, False), (HTML_FILE, True)):
         environment = Environment(
             loader=PackageLoader("echo_lora"),
@@ -94,9 +93,9 @@ def _write(report: Page, folder: Path) -> Path:
 
 
 def summary_lines(folder: str | Path) -> list[str]:
-    """The verdicts in words: a line for each declared comparison, then whatever must not be missed about them.
+    """The verdicts in words: a line for each declared comparison, then the warnings.
 
-    Of a folder of several studies: those of each, under its title. Raises as `write_report`.
+    For a folder of several studies: those of each, below its title. Raises as `write_report`.
     """
     if folders := _studies_in(folder):
         return [line for one in folders for line in (read_study(one).design.title, *summary_lines(one))]
@@ -145,7 +144,7 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Page:
 def _section_of_several(study: StudyRecords, declared: list[Difference]) -> PageSection:
     name = study.folder.name
     look = look_text(study, declared[0])
-    text = [study.design.question, *([look] if look else []), f"The whole report: {name}/{HTML_FILE}"]
+    text = [study.design.question, *([look] if look else []), f"Full report: {name}/{HTML_FILE}"]
     return PageSection(name, study.design.title, text, notices(study, declared[0]), items=_verdicts(study, declared))
 
 
@@ -159,7 +158,7 @@ def _report_of_several(sections: list[PageSection]) -> Page:
         question="",
         verdict=f"{len(sections)} studies",
         sign="≡",
-        sentence="Each has a question, a verdict and a report of its own.",
+        sentence="Each has its own question, verdict and report.",
         meaning="",
         notices=[],
         sections=sections,
@@ -173,7 +172,7 @@ def _settings(study: StudyRecords) -> PageSection:
         warnings.append("The runs were not all made with the same versions: they may not be comparable.")
     tables = [
         PageTable(
-            "Arms: what each sets otherwise than the base recipe",
+            "Arms: how each differs from the base recipe",
             ["arm", "key", "role", "overrides", "learning rates tried", "chosen"],
             [_arm_settings(study, arm) for arm in study.arms],
             is_text=True,
@@ -182,7 +181,7 @@ def _settings(study: StudyRecords) -> PageSection:
     ]
     if recipe := [[key, value] for key, value in _flat(study.file.recipe)]:
         tables.append(PageTable("Base recipe, of the baseline's first run", ["key", "value"], recipe, is_text=True))
-    text = ["Everything that is needed to do the study again."]
+    text = ["Everything needed to repeat the study."]
     return PageSection("settings", "Settings", text, warnings, tables=tables, items=[f"rows: {line}" for line in rows])
 
 
@@ -203,7 +202,7 @@ def _study_settings(study: StudyRecords) -> list[list[str]]:
     devices = sorted({str(run.get("device", "unknown")) for run in study.runs})
     return [
         ["command", file.command or "unknown"],
-        ["begun", file.started or "unknown"],
+        ["started", file.started or "unknown"],
         ["commit", file.commit or "unknown"],
         ["processor", file.processor or "unknown"],
         ["devices of the runs", joined(devices) or "none yet"],
@@ -230,7 +229,7 @@ def _settings_text(values: Mapping[str, Any]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text as a part of Markdown: what has a meaning there is escaped, and it keeps to one line."""
+    """Text in one line of Markdown: special characters are escaped."""
     for mark in ("\\", "|", "*", "`", "<", "["):
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())

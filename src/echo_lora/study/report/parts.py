@@ -1,4 +1,4 @@
-"""What the page of a report is made of: sections, figures, tables, and how an arm looks in them."""
+"""What a page is made of: sections, figures, tables, and how an arm looks in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PageTable:
     caption: str
     head: list[str]
     rows: list[list[str]]
-    is_text: bool = False  # long texts, which may be broken into lines
+    is_text: bool = False  # long texts, which may wrap
 
     @property
     def numeric(self) -> list[bool]:
@@ -29,7 +29,7 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels of SVG, what they show in one plain sentence, and their numbers."""
+    """Panels of SVG, what they show in plain words, and their numbers."""
 
     caption: str
     panels: list[str]
@@ -39,7 +39,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class PageSection:
-    """One heading and what stands under it; `warnings` are set apart."""
+    """A heading and what is below it; `warnings` are highlighted."""
 
     name: str
     title: str

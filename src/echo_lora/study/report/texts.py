@@ -1,4 +1,4 @@
-"""Numbers as a reader sees them."""
+"""Numbers as text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def points_text(share: float) -> str:
 
 
 def is_known(effect: Effect) -> bool:
-    """One seed gives the interval from -1 to 1, which says nothing."""
+    """False for one seed, whose interval is -1 to 1."""
     return effect.low > -1 or effect.high < 1
 
 
@@ -44,7 +44,7 @@ def percent(share: float) -> str:
 
 
 def percent_text(confidence: float) -> str:
-    """A confidence with two digits of what it lacks: 95 %, 99.26 %, 99.99989 %."""
+    """A confidence, with two significant digits of its distance from 100 %: 95 %, 99.26 %, 99.99989 %."""
     digits = max(1 - math.floor(math.log10(100 * (1 - confidence))), 0)
     return f"{100 * confidence:.{digits}f}".rstrip("0").rstrip(".") + " %"
 

@@ -1,4 +1,4 @@
-"""The sections of a report that show how training went: learning rates, losses, and what the echo did."""
+"""The sections of a report on training: learning rates, losses, and what the echo did."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from echo_lora.study.report.parts import Figure, PageSection, PageTable, arm_sty
 from echo_lora.study.report.plots import Axis, Panel, Rows, Style, axis, log_axis
 from echo_lora.study.report.texts import joined, number_text, percent, points_text
 
-POINTS = 60  # most points of a drawn curve; longer ones are averaged
+POINTS = 60  # of a curve; longer ones are averaged
 STEPS = 6  # steps of a curve that its table shows
 
 
 def learning_rates(study: StudyRecords) -> PageSection:
-    """What tuning found, and what was chosen."""
+    """The results of tuning, and the chosen rates."""
     title = "Choice of the learning rate"
     runs = {arm: study.tuning(arm) for arm in study.arms}
     diverged = [run for by_rate in runs.values() for found in by_rate.values() for run in found if "diverged" in run]
@@ -35,12 +35,12 @@ def learning_rates(study: StudyRecords) -> PageSection:
     curves = {arm: curve for arm, curve in curves.items() if curve}
     if not curves:
         rates = {f"{rate:g}" for arm in study.design.arms for rate in study.design.rates(arm)}
-        text = [f"There was nothing to choose: the study gives {', '.join(sorted(rates))}."]
+        text = [f"There was nothing to choose: each arm has one learning rate ({', '.join(sorted(rates))})."]
         return PageSection("rates", title, text)
     seeds = study.design.tuning_seeds
     text = [f"Means over tuning seed{'s' * (len(seeds) != 1)} {joined(seeds)}."]
     if not study.chosen:
-        text.append("The tuning is not over: no rate has been chosen.")
+        text.append("Tuning is not complete: no rate has been chosen.")
     warnings = []
     if edge := [a for a, c in curves.items() if study.chosen.get(a) in (min(c), max(c)) and len(c) > 1]:
         warnings.append(
@@ -81,15 +81,15 @@ def _tuning_figure(study: StudyRecords, curves: dict[str, dict[float, float]]) -
             rows.append([study.label(arm), f"{rate:g}", shown, "chosen" if rate == chosen else ""])
     better = "higher" if on_accuracy else "lower"
     caption = (
-        f"Every arm tried the same number of learning rates on validation data only, where {better} is better; a ring "
-        "marks the one it was then confirmed with."
+        f"Every arm tried the same number of learning rates, on validation data only; {better} is better. A ring marks "
+        "the chosen rate."
     )
     table = PageTable(f"{head}, by learning rate", ["arm", "learning rate", what, ""], rows)
     return Figure(caption, [panel.svg()], table, legend(study, curves))
 
 
 def losses(study: StudyRecords) -> PageSection:
-    """Losses of the runs that count, in training and on validation rows, and the distillation."""
+    """Losses of the confirmation runs, in training and on validation rows, and the distillation."""
     parts = [
         (
             "Loss in training",
@@ -97,17 +97,17 @@ def losses(study: StudyRecords) -> PageSection:
             lambda e: e.get("ce_off", e.get("loss") if "ce_on" not in e else None),
         ),
         ("Loss on validation rows", "cross-entropy of the answers, echo off", lambda e: e.get("eval_loss")),
-        ("Distillation", "how far the plain path is from the path with echo", lambda e: e.get("distillation")),
+        ("Distillation", "divergence of the passes with and without the echo", lambda e: e.get("distillation")),
     ]
     caption = (
-        "How training went: lower means that the model finds the right answers more likely. Lines are means over the "
-        "seeds, the shade around them reaches from the lowest to the highest seed."
+        "Lower means that the model gives the right answers a higher probability. Lines are means over seeds; the "
+        "shading spans the lowest to the highest seed."
     )
     text = []
     if study.file.recipe.get("data", {}).get("train_on_prompt"):
         text.append(
-            "This study trains on prompts too. The training loss of arms with echo is that of answers alone, so it is "
-            "not comparable with that of arms without; the loss on validation rows is."
+            "This study also trains on prompts. The training loss of arms with the echo covers answers only, so it "
+            "can't be compared with that of arms without; the loss on validation rows can."
         )
     return _curves_section(study, "losses", "Losses", parts, "nats per token", caption, text)
 
@@ -119,11 +119,11 @@ def teaching(study: StudyRecords) -> PageSection:
         ("CE(on) − CE(off) on validation rows", "below 0 the echo helps", _difference("eval_ce_on", "eval_ce_off")),
     ]
     caption = (
-        "Below the line at 0 the model answers better with the echo than without: then there is something to distil. "
-        "At 0 or above, the distillation has nothing to teach."
+        "Below the line at 0 the model answers better with the echo than without, so there is something to distil. At "
+        "0 or above, distillation has nothing to teach."
     )
     text = [
-        "In training CE(on) is a mean over routed steps, CE(off) over all steps, so the first panel is the noisier one."
+        "In training, CE(on) is a mean over routed steps and CE(off) over all steps, so the first panel is noisier."
     ]
     return _curves_section(
         study, "teaching", "Does the echo know more?", parts, "nats per token", caption, text, zero=True
@@ -138,8 +138,8 @@ def echo_strength(study: StudyRecords) -> PageSection:
         ("Share of the echo", "in the low-rank branch, validation", lambda e: e.get("eval_echo_share")),
     ]
     caption = (
-        "How strongly the echo speaks: how far its gate is open, how large it is, and how much of the adapter's "
-        "low-rank branch it makes up. Near 0, it does nothing."
+        "How strong the echo is: how far its gate is open, its norm, and its share of the adapter's low-rank branch. "
+        "Near 0 it has no effect."
     )
     return _curves_section(study, "echo", "Strength of the echo", parts, "", caption, [])
 
@@ -155,7 +155,7 @@ def _curves_section(
     *,
     zero: bool = False,
 ) -> PageSection:
-    """A panel for each quantity that any run has logged; its table has the values at a few steps."""
+    """A panel for each quantity that a run has logged; the table has the values at a few steps."""
     panels, rows, drawn = [], [], dict[str, None]()
     for i, (head, explained, read) in enumerate(parts):
         curves = {arm: curve for arm in study.arms if len(curve := _curve(study, arm, read)) > 0}
@@ -218,7 +218,7 @@ def _curve(
 
 
 def _some(curve: list[Any]) -> list[Any]:
-    """The first, the last, and a few between."""
+    """The first, the last, and a few in between."""
     if len(curve) <= STEPS:
         return curve
     return [curve[round(i * (len(curve) - 1) / (STEPS - 1))] for i in range(STEPS)]
@@ -255,7 +255,7 @@ def ceiling(study: StudyRecords) -> PageSection:
         rows.append([study.label(arm), how, percent(off), percent(on), points_text(on - off)])
     caption = (
         "Hollow: as deployed, without the echo. Filled: with the echo kept on, which no deployed adapter can do. The "
-        "gap is what better distillation could still win; the filled mark is the ceiling of this echo."
+        "filled mark is the ceiling of this echo, and the gap the most that better distillation could gain."
     )
     text = ["Means over the seeds."]
     head = ["arm", "how", "echo off", "echo on", "difference"]
@@ -264,6 +264,6 @@ def ceiling(study: StudyRecords) -> PageSection:
 
 
 def _short_label(study: StudyRecords, arm: str) -> str:
-    """The label where there is little room."""
+    """The label if it is short, else the shorter of label and name."""
     label = study.label(arm)
     return label if len(label) <= 14 or len(label) <= len(arm) else arm
