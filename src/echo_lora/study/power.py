@@ -20,7 +20,6 @@ from echo_lora.study.statistics import (
     VERDICTS,
     Correct,
     Moments,
-    check_numbers,
     interval_of,
     moments_of,
     paired_answers,
@@ -79,9 +78,8 @@ def power(
     """How often a study would give each verdict if the effect were `effect`.
 
     The verdicts use the interval of t, which the bootstrap of `compare_arms` only reshapes, so that a study takes
-    microseconds. notes: further fields of the estimate. Raises EchoConfigError for an invalid number.
+    microseconds. notes: further fields of the estimate.
     """
-    check_numbers(smallest_effect, margin, confidence)
     moments = _simulated(effect, noise, trials, seed)
     ends = zip(*interval_of(moments, confidence), strict=True) if noise.seeds > 1 else [(-1.0, 1.0)] * trials
     verdicts = [verdict_of(low, high, smallest_effect, margin, noise.seeds) for low, high in ends]
