@@ -314,6 +314,20 @@ def test_each_record_is_read_once_and_all_are_written_in_the_order_of_the_design
     assert len(read) == len(set(read)) == len(found)
 
 
+def test_a_rate_that_changes_with_its_records_changes_what_is_gathered(tmp_path, planted):
+    """As when a tuning run is removed and done again: the confirmation runs at the other rate no longer count."""
+    planted(0)
+    study = loaded(tmp_path, **LOOKS | {"learning_rates": [1e-2, 3e-2], "tune_on": "loss"})
+    assert run_study(study, Engine())
+    assert StudyFile.read(study.output).chosen == dict.fromkeys(ARMS, 1e-2)
+    for key in study.tuning_runs:
+        record = record_of(study, key)
+        kept(study, record | {"history": [{"eval_loss": 1.0 if key.learning_rate == 1e-2 else 0.5}]})
+    assert run_study(study, Engine())
+    assert StudyFile.read(study.output).chosen == dict.fromkeys(ARMS, 3e-2)
+    assert [RunKey.of(record) for record in records(Path(study.output))] == study.runs(dict.fromkeys(ARMS, 3e-2))
+
+
 def test_the_rate_is_the_best_on_validation_rows_and_of_equals_the_lowest(tmp_path):
     study = loaded(tmp_path, tuning_seeds=[0, 5])
     accuracy = {("lora", 1e-2): [0.5, 0.6], ("lora", 3e-2): [0.9, 0.3], ("zero", 1e-2): [0.1, 0.3]}
@@ -603,7 +617,7 @@ def planted(monkeypatch):
                 **dict.fromkeys(["initial_adapter_sha256", "data_sha256", "questions_sha256"], "0"),
                 "recipe": recipe_of(study, key).to_dict(),
                 "scores": [{"result": result}],
-                "history": [],
+                "history": [{"eval_loss": 1.0}],
                 "general": None,
             }
             write_record(record_path(study.output, key), record)

@@ -101,7 +101,7 @@ def _run_study(study: Study, engine: Engine, ends: float | None, until_decided: 
     chosen = choose(study)
     known = file.model_copy(update={"chosen": chosen, "power": file.power or estimate_power(study, chosen)})
     if known != file:
-        file = known
+        file, archive = known, Archive(study)  # whose order depends on the rates
         file.write(study.output)
     keys = study.confirmation_runs(chosen)  # seed by seed
     for look, seeds in enumerate((study.looks or []) if until_decided else [], start=1):
