@@ -1,7 +1,7 @@
 """Where runs are done: worker processes on this machine, or jobs on a cluster.
 
-submitit has a local executor too, but it starts all jobs at once, keeps them running after Ctrl-C, hides the GPUs
-unless they are asked for, and ends a job after two minutes unless told otherwise.
+submitit has a local executor too, but it starts all jobs at once, lets them outlive this process, hides the GPUs unless
+they are asked for, and ends a job after minutes unless told otherwise.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +25,8 @@ from echo_lora.progress import progress_console
 from echo_lora.study.design import RunKey, Study
 from echo_lora.study.records import record_path
 from echo_lora.study.run import execute
+
+HELD = "held"  # in the place of an error: another process is doing the run
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,6 @@ def _on_this_machine(
             del os.environ["OMP_NUM_THREADS"]
 
 
-HELD = "held"
-
-
 def _logged(study: Study, key: RunKey, wait_for_it: bool) -> str | None:
     """`execute` with its output in the run's log. Returns None, its error, or HELD."""
     folder = Path(study.output) / key.folder
@@ -118,8 +118,6 @@ def _logged(study: Study, key: RunKey, wait_for_it: bool) -> str | None:
         try:
             return None if execute(study, key, wait=wait_for_it) else HELD
         except Exception as error:  # must not end the other runs; run_all reports it
-            import traceback
-
             traceback.print_exc()
             return str(error) or repr(error)
 
