@@ -2065,16 +2065,15 @@ def study_records(template: Path, rng: random.Random) -> list[Case]:
             says="" if name in ("empty", "white space") else "runs.jsonl.gz",
         )
     for key, values in {
-        "title": [3, None, [], REMOVED],
-        "baseline": [3, None, "nothing", [], REMOVED],
-        "arms": [3, None, [], {}, {"lora": 3}, {"lora": {"label": 3}}, REMOVED],
-        "arms/lora": [3, None, [], "x"],
-        "arms/lora/label": [3, [], {}],
-        "arms/lora/role": [3, [], "x"],
-        "arms/lora/overrides": [3, [], "x"],
-        "comparisons": [
+        "design/title": [3, None, [], REMOVED],
+        "design/baseline": [3, None, "nothing", [], REMOVED],
+        "design/arms": [3, None, [], {}, {"lora": 3}, {"lora": {"label": 3}}, {"lora": {}, "../x": {}}, REMOVED],
+        "design/arms/lora": [3, None, [], "x"],
+        "design/arms/lora/label": [3, [], {}],
+        "design/arms/lora/role": [3, [], "x"],
+        "design/arms/lora/set": [3, [], "x"],
+        "design/comparisons": [
             3,
-            None,
             [3],
             [[]],
             [["lora"]],
@@ -2083,51 +2082,27 @@ def study_records(template: Path, rng: random.Random) -> list[Case]:
             [[["lora"], "lora"]],
             {},
             "x",
-            REMOVED,
         ],
-        "learning_rates": [
-            3,
-            None,
-            [],
-            {"lora": 3},
-            {"lora": ["x"]},
-            {"lora": [None]},
-            {"nothing": [1]},
-            {"lora": [float("nan")]},
-            REMOVED,
-        ],
-        "tuning_seeds": [3, None, ["x"], [None], [[]], [1.5], [-1], REMOVED],
-        "seeds": [3, None, ["x"], [None], [[]], [1.5], [{}], [-1], [True], REMOVED],
-        "smallest_effect": ["x", None, -1, 0, 7, float("nan"), float("inf"), True, [], REMOVED],
-        "margin": ["x", -1, 0, 7, float("nan"), float("inf"), True, []],
-        "looks": [3, [], [2], [3], [3, 2], [1.5], [None], ["x"], [True], {}],
+        "design/learning_rates": [3, None, [], {}, ["x"], [None], [float("nan")], [0.0], REMOVED],
+        "design/tuning_seeds": [3, None, ["x"], [None], [[]], [1.5], [-1]],
+        "design/seeds": [3, None, ["x"], [None], [[]], [1.5], [{}], [-1], [True], REMOVED],
+        "design/smallest_effect": ["x", None, -1, 0, 7, float("nan"), float("inf"), True, [], REMOVED],
+        "design/margin": ["x", -1, 0, 7, float("nan"), float("inf"), True, []],
+        "design/looks": [3, [], [2], [3], [3, 2], [1.5], [None], ["x"], [True], {}],
+        "design/tune_on": [3, [], "x"],
+        "design/score_on": [3, [], "x"],
+        "design/question": [3, [], {}],
+        "design": [3, [], "x", {"tune_on": 3}, REMOVED],
         "chosen": [3, [], {"lora": "x"}, {"lora": None}, {"nothing": 1}, "x", {"lora": float("nan")}],
-        "score_on": [3, [], "x"],
-        "design": [3, [], "x", {"tune_on": 3}],
         "power": [3, [], "x", {}, {"power": "x"}],
         "versions": [3, [], "x"],
         "recipe": [3, [], "x"],
-        "question": [3, [], {}],
         "command": [3, [], {}],
         "started": [3, []],
     }.items():
-        loose = key in (
-            "design",
-            "versions",
-            "recipe",
-            "command",
-            "started",
-            "power",
-            "question",
-            "score_on",
-        ) or key.startswith("arms/lora/")
         for value in values:
-            add(
-                f"{key} = {value!r}",
-                setting(file, key, value),
-                None if loose else False,
-                says="" if loose else "study.json",
-            )
+            add(f"{key} = {value!r}", setting(file, key, value), says="study.json")
+    add("a design with a key of another version", setting(file, "design/unknown", 3), True)
 
     def record(change: Callable[[dict[str, Any]], Any], which: int = -1) -> Arrange:
         def arrange(folder: Path) -> None:

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 
 ARMS: dict[str, dict[str, Any]] = {
-    "lora": {"label": "LoRA", "role": "method", "overrides": {"echo": False}},
-    "echo-lora": {"label": "Echo-LoRA", "role": "method", "overrides": {}},
-    "zero": {"label": "zero (R-Drop)", "role": "control", "overrides": {"echo_config.echo_kind": "zero"}},
-    "noise": {"label": "noise", "role": "control", "overrides": {"echo_config.echo_kind": "noise"}},
-    "shuffled": {"label": "shuffled", "role": "control", "overrides": {"echo_config.echo_kind": "shuffled"}},
+    "lora": {"label": "LoRA", "set": {"echo": False}},
+    "echo-lora": {"label": "Echo-LoRA"},
+    "zero": {"label": "zero (R-Drop)", "role": "control", "set": {"echo_config.echo_kind": "zero"}},
+    "noise": {"role": "control", "set": {"echo_config.echo_kind": "noise"}},
+    "shuffled": {"role": "control", "set": {"echo_config.echo_kind": "shuffled"}},
     "lora-long": {
         "label": "LoRA, same compute",
         "role": "control",
-        "overrides": {"echo": False, "training.epochs": 5},
+        "set": {"echo": False, "training.epochs": 5},
     },
 }
 RATES = [0.0005, 0.001, 0.002, 0.004]
@@ -57,31 +57,31 @@ def write_study(
     keep: Callable[[dict[str, Any]], bool] = lambda record: True,
     change: Callable[[dict[str, Any]], None] = lambda record: None,
     about: dict[str, Any] | None = None,
+    design: dict[str, Any] | None = None,
     smallest_effect: float = 0.01,
     shift: dict[str, float] | None = None,
 ) -> Path:
     """Write study.json and runs.jsonl.gz.
 
-    keep: which records to write. change: what to alter in each. about: keys of study.json to set, None removes one.
-    shift: an arm's advantage in logits.
+    keep: which records to write. change: what to alter in each. about: keys of study.json to set, None removes one;
+    design: those of its design. shift: an arm's advantage in logits.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shift = SHIFT | (shift or {})
-    pairs = comparisons or [(arm, arms[0]) for arm in arms[1:]]
     chosen = {arm: rates[min(2, len(rates) - 1)] for arm in arms}
-    has_tuning = len(rates) > 1
     study: dict[str, Any] = {
-        "name": folder.name,
-        "title": "Does the echo help a small model add?",
-        "question": "Is an adapter trained with the echo better at sums than the same LoRA adapter without it?",
-        "baseline": arms[0],
-        "arms": {arm: ARMS[arm] for arm in arms},
-        "comparisons": [list(pair) for pair in pairs],
-        "learning_rates": {arm: list(rates) for arm in arms},
-        "tuning_seeds": [0] if has_tuning else [],
-        "seeds": list(seeds),
-        "smallest_effect": smallest_effect,
+        "design": {
+            "title": "Does the echo help a small model add?",
+            "question": "Is an adapter trained with the echo better at sums than the same LoRA adapter without it?",
+            "arms": {arm: ARMS[arm] for arm in arms},
+            "baseline": arms[0],
+            "comparisons": None if comparisons is None else [list(pair) for pair in comparisons],
+            "learning_rates": list(rates),
+            "tuning_seeds": [0],
+            "seeds": list(seeds),
+            "smallest_effect": smallest_effect,
+        },
         "recipe": RECIPE,
         "command": "echo-lora compare small --workers 2",
         "versions": VERSIONS,
@@ -91,7 +91,7 @@ def write_study(
         "power": None,
     }
     records = []
-    if has_tuning:
+    if len(rates) > 1:
         for arm in arms:
             for rate in rates:
                 peak = -((np.log(rate / 0.002)) ** 2) / 4  # best at 0.002
@@ -100,11 +100,12 @@ def write_study(
         study["chosen"] = chosen
         for seed in seeds:
             records += [_record("confirmation", a, chosen[a], seed, tasks, questions, shift[a]) for a in arms]
-    for key, value in (about or {}).items():
-        if value is None:
-            study.pop(key, None)
-        else:
-            study[key] = value
+    for part, changes in ((study, about or {}), (study["design"], design or {})):
+        for key, value in changes.items():
+            if value is None:
+                part.pop(key, None)
+            else:
+                part[key] = value
     records = [record for record in records if keep(record)]
     for record in records:
         change(record)
@@ -127,7 +128,7 @@ def _record(
 ) -> dict[str, Any]:
     rng = np.random.default_rng([len(stage), seed, list(ARMS).index(arm), round(rate * 1e6)])
     luck = np.random.default_rng([7, seed]).normal(0, 0.15) + rng.normal(0, 0.08)  # of the seed, of the run
-    is_echo = ARMS[arm]["overrides"].get("echo", True)
+    is_echo = ARMS[arm].get("set", {}).get("echo", True)
     part = "validation" if stage == "tuning" else "test"
     scores = []
     keeps_echo = stage == "confirmation" and arm == "echo-lora"

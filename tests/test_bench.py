@@ -16,12 +16,12 @@ from trl import SFTTrainer
 from typer.testing import CliRunner
 
 from architectures import collate, random_row, tiny_echo_model
-from echo_lora import EchoSFTTrainer
+from echo_lora import EchoConfig, EchoSFTTrainer
 from echo_lora.bench import measure
 from echo_lora.bench.measure import ChildError, in_own_process, run_bench, time_steps
 from echo_lora.bench.programs import CASES, VARIANTS, Batch, Case, Program, parse_shape, random_batch
 from echo_lora.bench.programs import three_pass as literal_step
-from echo_lora.bench.report import Interval, Memory, interval, table_of
+from echo_lora.bench.report import Interval, StepMemory, interval, table_of
 from echo_lora.cli import app
 from echo_lora.data.tokenize import TokenizedRow
 from echo_lora.environment import MemoryWatch
@@ -79,29 +79,91 @@ def test_random_rows_have_the_shape_and_the_vocabulary(tmp_path):
 # ---------------------------------------------------------------------- the steps
 
 
-@pytest.mark.parametrize("direction", ["on_to_off", "off_to_on"])
-@pytest.mark.parametrize("mask", ["predictive", "answer"])
-def test_the_literal_step_gives_the_losses_and_gradients_of_ours(direction, mask):
-    model = tiny_echo_model(distillation_direction=direction, injection_mask=mask)
+ROUTING = {"routing_schedule", "routing_start", "routing_end", "routing_seed"}  # the literal step is always routed
+# A value of each other option that is not its default.
+OPTIONS = {
+    "source_layers": [0, -1],
+    "target_layers": [1],
+    "normalization": "standardize",
+    "injection_site": "lora_input",
+    "injection_mask": "answer",
+    "bottleneck": 4,
+    "scale_init": 0.5,
+    "gate_bias_init": -1.0,
+    "distillation_weight": 0.3,
+    "distillation_temperature": 5.0,
+    "distillation_direction": "off_to_on",
+    "distillation_tokens": "teacher_better",
+    "distillation_warmup": 0.5,
+    "source_gradient": True,
+    "echo_on_updates": "echo_only",
+    "routed_loss_scale": 0.5,
+    "echo_lr_multiplier": 3.0,
+    "echo_lr_warmup": 0.5,
+    "gradient_clipping": "apart",
+    "echo_step": "full",
+}
+KINDS = ["zero", "noise", "shuffled", "shallow"]
+
+
+def test_every_option_of_the_echo_is_compared():
+    assert {*OPTIONS, "echo_kind", *ROUTING} == {field.name for field in dataclasses.fields(EchoConfig)}
+    for name, value in OPTIONS.items():
+        assert value != getattr(EchoConfig(), name)
+
+
+def ragged_batch() -> dict[str, torch.Tensor]:
+    """Answers of unequal length, so that padding follows some of them."""
     generator = torch.Generator().manual_seed(0)
-    # the answers of unequal length, so that padding follows some of them
-    batch = collate([random_row(generator, 5, 3), random_row(generator, 2, 4), random_row(generator, 4, 1)])
+    return collate([random_row(generator, 5, 3), random_row(generator, 2, 4), random_row(generator, 4, 1)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        *({option: value} for option, value in OPTIONS.items()),
+        *({"echo_kind": kind} for kind in KINDS),
+        {"distillation_direction": "off_to_on", "injection_mask": "answer"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_the_literal_step_gives_the_losses_and_gradients_of_ours(change, is_checkpointed):
+    model, batch = tiny_echo_model(**change), ragged_batch()
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
+    model.set_routing_clock(0, 8)
+    model(**batch)  # there are no statistics before a first step
+    model.set_routing_clock(1, 8)
     found = []
     for step in (
         lambda: literal_step(model, **batch, num_items_in_batch=11),
         lambda: model(**batch, num_items_in_batch=11),
     ):
         model.zero_grad()
+        torch.manual_seed(0)  # of the noise
         output = step()
         output.loss.backward()
         found.append((output, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
     (literal, gradients), (ours, our_gradients) = found
-    assert literal.distillation > 0
+    assert (literal.distillation > 0) == (change.get("echo_kind") != "zero")
     for name, value in ours.items():
         torch.testing.assert_close(literal[name], value.to(literal[name].dtype), rtol=1e-5, atol=1e-6, msg=name)
     for name, gradient in our_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     assert model.echo_enabled
+
+
+def test_the_literal_step_balances_the_load_of_a_mixture_of_experts():
+    model = tiny_echo_model("mixtral")
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.5
+    balance = [
+        (output.loss - output.ce_off - output.ce_on - output.distillation).item()
+        for output in (literal_step(model, **ragged_batch()), model(**ragged_batch()))
+    ]
+    assert balance[0] > 0.1
+    assert balance[0] == pytest.approx(balance[1], rel=0.1)  # ours runs no token that predicts nothing
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +295,7 @@ def test_ratios_are_paired_by_round_method_and_checkpointing():
     batch = batch_of((8, 4), (8, 4))
     seconds = {case: planted(case) for case in CASES}
     routed = {case: VARIANTS[case.variant].routing or 0.0 for case in CASES}
-    memory = {case: Memory(before=100, peak=int(1000 * planted(case)[0])) for case in CASES}
+    memory = {case: StepMemory(before=100, peak=int(1000 * planted(case)[0])) for case in CASES}
     table = table_of(batch, seconds, routed, memory)
     assert (table.rows, table.prompt_tokens, table.answer_tokens) == (2, 16, 8)
     assert table.floor == pytest.approx(4 / 3)
@@ -260,7 +322,7 @@ def test_a_failed_case_has_its_error_and_no_ratio_to_it():
         batch_of((8, 4)),
         {case: planted(case) for case in works},
         dict.fromkeys(works, 0.0),
-        {case: "no room" if case in failed else Memory(1, 2) for case in CASES},
+        {case: "no room" if case in failed else StepMemory(1, 2) for case in CASES},
     )
     lines = {Case(line.variant, line.checkpointing): line for line in table.lines}
     for case in failed:
@@ -308,7 +370,7 @@ def test_a_process_of_its_own_answers_or_its_end_is_reported(capfd):
     assert "in fail" in capfd.readouterr().err  # with its traceback
     with pytest.raises(EchoModelError, match=r"^a planted refusal$"):
         in_own_process(refuse)
-    with pytest.raises(ChildError, match=r"ended with status -9 .* for want of memory"):
+    with pytest.raises(ChildError, match=r"^its process was killed, .* lack of memory$"):
         in_own_process(die)
 
 
@@ -322,10 +384,10 @@ def test_memory_of_a_case_is_measured_in_a_process(tmp_path):
 # -------------------------------------------------------------------- the command
 
 
-def planted_memory(function, *args) -> Memory:
+def planted_memory(function, *args) -> StepMemory:
     """In the place of in_own_process, which costs seconds for each case."""
     assert function is measure.measure_memory
-    return Memory(before=10**9, peak=3 * 10**9)
+    return StepMemory(before=10**9, peak=3 * 10**9)
 
 
 @pytest.fixture

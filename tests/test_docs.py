@@ -20,9 +20,9 @@ import pytest
 import echo_lora
 from echo_lora.recipe.load import load_recipe, shipped_recipes
 from echo_lora.recipe.table import recipe_table
-from echo_lora.study.records import read_study
-from echo_lora.study.report.format import points_text, range_text
+from echo_lora.study.folder import read_study
 from echo_lora.study.report.page import write_report
+from echo_lora.study.report.texts import points_text, range_text
 from echo_lora.study.report.verdict import declared_differences
 
 ROOT = Path(echo_lora.__file__).parent.parent.parent

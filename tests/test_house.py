@@ -39,9 +39,17 @@ ROOMS = {
     "recipe": ["schema", "yaml_file", "load", "table", "rows", "build", "record", "plan", "train", "scoring"],
     "bench": ["programs", "report", "measure"],
     "study": [
-        *("statistics", "power", "looks", "design", "records"),
-        *("report.plots", "report.format", "report.verdict", "report.results", "report.curves", "report.page"),
-        *("run", "folder", "workers", "compare", "demo"),
+        *("statistics", "power", "looks", "design", "records", "folder"),
+        *(
+            "report.plots",
+            "report.parts",
+            "report.texts",
+            "report.verdict",
+            "report.outcome",
+            "report.training",
+            "report.page",
+        ),
+        *("run", "workers", "compare", "demo"),
     ],
     "command": ["terminal", "cli"],
 }
@@ -142,7 +150,7 @@ def modules_with(words: Iterable[str]) -> set[str]:
 
 def test_only_the_losses_list_the_terms():
     """Sections of the report show terms that people asked for; they are figures, not lists."""
-    assert modules_with(losses.ROUTED) - {"study.report.curves"} == {"method.losses"}
+    assert modules_with(losses.ROUTED) - {"study.report.training"} == {"method.losses"}
 
 
 def test_only_the_method_names_the_kinds_of_echo():

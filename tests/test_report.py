@@ -1,4 +1,4 @@
-"""The report of a study: its numbers are those of the records, its page stands alone, no study is too small for it."""
+"""The report of a study: its numbers are those of the records, its page self-contained, no study too small for it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.study.folder import read_study
 from echo_lora.study.looks import confidence_at
-from echo_lora.study.records import read_study
-from echo_lora.study.report.format import percent_text
 from echo_lora.study.report.page import summary_lines, write_report
 from echo_lora.study.report.plots import STYLES, Axis, Panel, Rows, axis, style_of
+from echo_lora.study.report.texts import percent_text
 from echo_lora.study.report.verdict import SIGN
-from echo_lora.study.statistics import VERDICTS, compare
+from echo_lora.study.statistics import VERDICTS, compare_arms
 from study_records import without_history, write_runs, write_study
 
 VOID = {"meta", "link", "br", "hr", "img"}
@@ -63,7 +63,7 @@ class Page(HTMLParser):
 
 
 def read(folder: Path) -> tuple[Page, str, str]:
-    """The page, its text, and the twin in Markdown, made anew."""
+    """The page, its text, and the Markdown, written again."""
     html = write_report(folder)
     assert html == folder / "report.html"
     text = html.read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def made(full) -> tuple[Page, str, str]:
 def test_numbers_on_the_page_and_in_its_twin_are_those_of_the_statistics(full, made):
     page, _, markdown = made
     for arm, other in [("echo-lora", "lora"), ("echo-lora", "zero")]:
-        expected = compare(arm, other, correct_of(full, arm), correct_of(full, other), smallest_effect=0.01)
+        expected = compare_arms(arm, other, correct_of(full, arm), correct_of(full, other), smallest_effect=0.01)
         effects = [expected.overall, *expected.tasks.values()]
         assert len(effects) == 3
         for effect in effects:
@@ -139,7 +139,7 @@ def test_every_number_in_a_table_of_the_page_is_in_its_twin(made):
 
 def test_the_verdict_heads_the_page(full, made):
     page, text, markdown = made
-    expected = compare(
+    expected = compare_arms(
         "echo-lora", "lora", correct_of(full, "echo-lora"), correct_of(full, "lora"), smallest_effect=0.01
     )
     assert expected.verdict == "better"
@@ -177,7 +177,7 @@ def test_a_complete_study_says_so_and_that_its_arms_are_paired(made):
 
 
 def test_the_power_estimate_is_told(made):
-    (line,) = [p for p in made[0].of("p") if "estimated to notice" in p]
+    (line,) = [p for p in made[0].of("p") if "estimated to detect" in p]
     assert "1 point in 37% of cases" in line
     assert "one of 2.34 points" in line
 
@@ -189,7 +189,7 @@ def test_accuracies_chosen_rates_and_costs_are_those_of_the_records(full, made):
     assert f"| zero (R-Drop) | mean of the tasks | {np.mean(means):.1f}% |" in markdown
     assert re.search(r"\| zero \(R-Drop\) \| 0.002 \| \d+\.\d% \| chosen \|", markdown)
     assert markdown.count("| chosen |\n") == 3 + 1  # and the head of the settings' table
-    pairs = [(study.confirmation(arm)[seed]["seconds"]) for arm in ("zero", "lora") for seed in study.seeds]
+    pairs = [(study.confirmation(arm)[seed]["seconds"]) for arm in ("zero", "lora") for seed in study.design.seeds]
     ratios = np.array(pairs[:5]) / np.array(pairs[5:])
     assert f"| {np.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |" in markdown
     changes = [run["general"]["after"] - run["general"]["before"] for run in study.confirmation("zero").values()]
@@ -232,12 +232,12 @@ def test_a_confidence_is_never_rounded_to_certainty(confidence, text):
 @pytest.mark.parametrize(("margin", "is_shown"), [(0.05, True), (0.001, False)])
 def test_a_margin_says_of_every_comparison_whether_it_is_not_worse(tmp_path, margin, is_shown):
     page, _, markdown = read(
-        small(tmp_path, arms=["lora", "echo-lora", "zero"], questions=400, about={"margin": margin})
+        small(tmp_path, arms=["lora", "echo-lora", "zero"], questions=400, design={"margin": margin})
     )
     lines = summary_lines(tmp_path)
     for arm, label, line in zip(["echo-lora", "zero"], ["Echo-LoRA", "zero (R-Drop)"], lines, strict=True):
         data = correct_of(tmp_path, arm), correct_of(tmp_path, "lora")
-        expected = compare(arm, "lora", *data, smallest_effect=0.01, margin=margin)
+        expected = compare_arms(arm, "lora", *data, smallest_effect=0.01, margin=margin)
         assert (expected.overall.low > -margin) == is_shown  # or the test shows half of what it is to show
         assert line.startswith(f"{expected.verdict}: {label} − LoRA: ")
         what = f"that {label} is not worse than LoRA by more than the margin of {100 * margin:g} point"
@@ -250,7 +250,7 @@ def test_a_margin_says_of_every_comparison_whether_it_is_not_worse(tmp_path, mar
 
 def looked_at(folder: Path, seeds: int, **changes) -> Path:
     """A study with looks at 3, 5 and 8 seeds, of which so many have been run."""
-    settings = {"seeds": range(1, 9), "about": {"looks": [3, 5, 8]}, "questions": 120}
+    settings = {"seeds": range(1, 9), "design": {"looks": [3, 5, 8]}, "questions": 120}
     return small(folder, keep=lambda r: r["stage"] == "tuning" or r["seed"] <= seeds, **(settings | changes))
 
 
@@ -259,7 +259,7 @@ def test_a_report_is_that_of_the_last_look_that_is_complete(tmp_path, seeds, loo
     page, text, markdown = read(looked_at(tmp_path, seeds))
     counted, confidence = [3, 5, 8][look - 1], confidence_at([3, 5, 8], look)
     data = [{task: rows[:counted] for task, rows in correct_of(tmp_path, arm).items()} for arm in ("echo-lora", "lora")]
-    expected = compare("echo-lora", "lora", *data, smallest_effect=0.01, confidence=confidence)
+    expected = compare_arms("echo-lora", "lora", *data, smallest_effect=0.01, confidence=confidence)
     name, effect = f"{percent_text(confidence)} interval", expected.overall
     lines = summary_lines(tmp_path)
     assert f"({name} {signed(effect.low)} to {signed(effect.high)}), {counted} seeds × " in lines[0]
@@ -277,7 +277,7 @@ def test_the_best_of_a_look_is_not_seen_before_all_arms_have_reached_it(tmp_path
     def keep(run):
         return run["stage"] == "tuning" or run["seed"] <= 4 or (run["seed"] == 5 and run["arm"] == "lora")
 
-    study = read_study(small(tmp_path, seeds=range(1, 9), about={"looks": [3, 5, 8]}, keep=keep))
+    study = read_study(small(tmp_path, seeds=range(1, 9), design={"looks": [3, 5, 8]}, keep=keep))
     assert (study.look, study.counted_seeds) == (1, [1, 2, 3])
     assert list(study.confirmation("lora")) == [1, 2, 3]
 
@@ -331,8 +331,8 @@ def test_the_page_names_its_language_and_every_figure_and_table(made):
 
 def test_text_of_the_study_can_not_break_the_page_or_its_twin(tmp_path):
     title = 'Is 1 < 2 & "a|b"? <script>alert(1)</script>'
-    arms = {"lora": {"label": "a | b <i>", "overrides": {"x": "|"}}, "echo-lora": {"label": "*"}}
-    small(tmp_path, about={"title": title, "arms": arms})
+    arms = {"lora": {"label": "a | b <i>", "set": {"x": "|"}}, "echo-lora": {"label": "*"}}
+    small(tmp_path, design={"title": title, "arms": arms})
     page, text, markdown = read(tmp_path)
     assert page.of("h1") == [title]
     assert "<script" not in text
@@ -350,8 +350,8 @@ def test_a_folder_of_studies_gets_their_reports_and_one_of_their_verdicts(full, 
     assert path == tmp_path / "report.html"
     assert (tmp_path / "first" / "report.md").read_bytes() == (tmp_path / "second" / "report.md").read_bytes()
     lines = summary_lines(full)
-    assert summary_lines(tmp_path) == [read_study(full).about["title"], *lines] * 2
-    assert page.of("h2") == [read_study(full).about["title"]] * 2
+    assert summary_lines(tmp_path) == [read_study(full).design.title, *lines] * 2
+    assert page.of("h2") == [read_study(full).design.title] * 2
     for name in ("first", "second"):
         assert f"{name}/report.html" in twin
     assert twin.count(lines[0]) == 2
@@ -484,7 +484,7 @@ def test_runs_of_several_versions_or_devices_are_a_warning(tmp_path):
 
 
 def test_a_search_on_validation_rows_is_no_test(tmp_path):
-    page, _, _ = read(small(tmp_path, about={"score_on": "validation"}))
+    page, _, _ = read(small(tmp_path, design={"score_on": "validation"}))
     assert any("to be confirmed on test rows" in warning for warning in page.of("strong"))
     assert "Correct answers on validation questions" in page.of("caption")
 
@@ -516,7 +516,7 @@ EMPTY = {
     "no general text": ({"change": lambda run: run.update(general=None)}, {"Forgetting"}),
     "no control": ({"arms": ["lora", "echo-lora"]}, {"Controls"}),
     "tuned on loss": (
-        {"about": {"design": {"tune_on": "loss"}}, "change": lambda r: r["stage"] == "tuning" and r.update(scores=[])},
+        {"design": {"tune_on": "loss"}, "change": lambda r: r["stage"] == "tuning" and r.update(scores=[])},
         set(),
     ),
     "little is recorded": (
@@ -590,8 +590,9 @@ def test_a_folder_that_is_no_study_is_refused(tmp_path):
     ("text", "where"),
     [
         ('{\n"title": "a",\n}', r"study\.json:3: not JSON"),
-        ("[]", r"study\.json is not a study's: it is a list, not an object"),
-        ('{"title": "a"}', r"baseline is missing"),
+        ("[]", r"study\.json is not a study file: it is a list, not an object"),
+        ('{"title": "a"}', r"design is missing"),
+        ('{"design": {"title": "a"}}', r"arms is missing"),
     ],
 )
 def test_a_damaged_study_file_is_named_with_its_line(tmp_path, text, where):
@@ -601,23 +602,28 @@ def test_a_damaged_study_file_is_named_with_its_line(tmp_path, text, where):
 
 
 @pytest.mark.parametrize(
-    ("about", "where"),
+    ("design", "where"),
     [
-        ({"baseline": "dora"}, "baseline names 'dora', which is none of its arms"),
-        ({"comparisons": [["echo-lora", "zero"]]}, "comparisons names 'zero'"),
-        ({"comparisons": [["echo-lora"]]}, "comparisons.0 = \\['echo-lora'\\] must have at least 2 items"),
+        ({"baseline": "dora"}, "there is no arm 'dora'"),
+        ({"comparisons": [["echo-lora", "zero"]]}, "there is no arm 'zero'"),
+        ({"comparisons": [["echo-lora"]]}, "comparison \\['echo-lora'\\] must name two different arms"),
         ({"smallest_effect": "1"}, "smallest_effect = '1' must be a valid number"),
         ({"smallest_effect": 7}, "smallest_effect = 7 must be less than 1"),
         ({"margin": 0}, "margin = 0 must be greater than 0"),
-        ({"looks": [2, 3]}, r"looks = \[2, 3\] must be increasing numbers of seeds, from 3 on"),
-        ({"looks": [3, 4]}, r"looks = \[3, 4\] must be .* that of all seeds, 3"),
-        ({"chosen": {"dora": 1e-3}}, "chosen names 'dora'"),
+        ({"looks": [2, 3]}, r"looks = \[2, 3\] must be increasing numbers of seeds, at least 3"),
+        ({"looks": [3, 4]}, r"looks = \[3, 4\] must be .* the number of all seeds, 3"),
         ({"seeds": [1, "2"]}, "seeds.1 = '2' must be a valid integer"),
+        ({"arms": {"lora": {}, "../dora": {}}}, "the arm name '../dora' must consist of"),
     ],
 )
-def test_a_study_that_contradicts_itself_is_refused(tmp_path, about, where):
-    with pytest.raises(EchoConfigError, match=where):
-        write_report(small(tmp_path, about=about))
+def test_a_study_that_contradicts_itself_is_refused(tmp_path, design, where):
+    with pytest.raises(EchoConfigError, match=rf"study\.json is not a study file: .*{where}"):
+        write_report(small(tmp_path, design=design))
+
+
+def test_a_learning_rate_of_no_arm_is_refused(tmp_path):
+    with pytest.raises(EchoConfigError, match="chosen names 'dora'"):
+        write_report(small(tmp_path, about={"chosen": {"dora": 1e-3}}))
 
 
 def test_a_damaged_record_is_named_with_its_line(tmp_path):
@@ -629,7 +635,7 @@ def test_a_damaged_record_is_named_with_its_line(tmp_path):
         (lines[2].replace('"tuning"', '"tunning"'), r":3: .*stage = 'tunning' must be 'tuning' or 'confirmation'"),
         (
             lines[2].replace('"arm": "lora"', '"arm": "dora"'),
-            r":3: .*arm = 'dora' is none of the study's: lora, echo-lora",
+            r":3: .*arm = 'dora' is not an arm of the study: lora, echo-lora",
         ),
         (lines[2].replace('"accuracy"', '"share"'), r":3: .*scores\.0\.result\.accuracy is missing"),
         (
@@ -637,7 +643,7 @@ def test_a_damaged_record_is_named_with_its_line(tmp_path):
             r":3: .*accuracy = 7 must be less than or equal to 1",
         ),
         (lines[2].replace('"seed": 0', '"seed": -1'), r":3: .*seed = -1 must be greater than or equal to 0"),
-        (lines[0], r":3: a second record of tuning lora seed 0; line 1 has the first"),
+        (lines[0], r":3: a second record of tuning lora seed 0; the first is in line 1"),
     ]:
         write_runs(tmp_path, [*lines[:2], broken, *lines[3:]])
         with pytest.raises(EchoDataError, match=where):

@@ -1,4 +1,4 @@
-"""A study: its design, its runs, what is kept of them, and that it goes on after any interruption."""
+"""A study: its design, its runs, what is kept of them, and that it resumes after any interruption."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,23 +20,15 @@ from typer.testing import CliRunner
 from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoTrainingError
 from echo_lora.study import compare as comparing
-from echo_lora.study import folder as folder_module
+from echo_lora.study import folder, workers
 from echo_lora.study import run as executing
-from echo_lora.study import workers
-from echo_lora.study.compare import choose, compare
-from echo_lora.study.design import (
-    RunKey,
-    confirmation_keys,
-    load_study,
-    recipe_of,
-    shipped_studies,
-    slurm_options,
-    tuning_keys,
-)
+from echo_lora.study.compare import choose, run_study
+from echo_lora.study.design import RunKey, load_study, recipe_of, shipped_studies, slurm_options
+from echo_lora.study.folder import STUDY_FILE, Archive, StudyFile, read_study
 from echo_lora.study.looks import confidence_at
-from echo_lora.study.records import RUNS_FILE, STUDY_FILE, read_study, write_archive
+from echo_lora.study.records import RECORD, RUNS_FILE, read_record, record_path, write_archive, write_record
 from echo_lora.study.report.page import summary_lines, write_report
-from echo_lora.study.run import RECORD, execute, has_record, read_record, write_record
+from echo_lora.study.run import execute
 from echo_lora.study.workers import Engine
 from echo_lora.training.sft import EchoSFTTrainer
 from tiny_recipe import ROWS, tiny_document, tiny_folder, write_rows
@@ -49,7 +42,7 @@ ARMS = {
 
 
 def study_file(folder: Path, **changes) -> Path:
-    """`folder`/study.yaml of three arms on a tiny model, with its recipe, rows and text beside it."""
+    """`folder`/study.yaml of three arms on a tiny model, with its recipe, rows and text."""
     if not (folder / "base").exists():
         tiny_folder(folder / "base")
     write_rows(folder / "train.jsonl")
@@ -88,6 +81,10 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in gzip.decompress((folder / RUNS_FILE).read_bytes()).splitlines()]
 
 
+def record_of(study, key: RunKey) -> dict:
+    return read_record(record_path(study.output, key))
+
+
 def numbers(folder: Path) -> list[dict]:
     """The records without what rightly differs between two runs of one study: time, memory, where it was resumed."""
     found = records(folder)
@@ -115,7 +112,7 @@ def numbers(folder: Path) -> list[dict]:
         ({"baseline": "lore"}, "there is no arm 'lore'. Did you mean 'lora'?"),
         ({"comparisons": [["zero", "zero"]]}, "must name two different arms"),
         ({"comparisons": [["zero"]]}, "must name two different arms"),
-        ({"seeds": [0, 1]}, "seed 0 is among seeds and tuning_seeds"),
+        ({"seeds": [0, 1]}, "seed 0 is in both seeds and tuning_seeds"),
         ({"seeds": [1, 1]}, "seeds = [1, 1] must be different"),
         ({"tuning_seeds": []}, "need tuning_seeds"),
         ({"smallest_effect": 1}, "smallest_effect"),
@@ -123,7 +120,7 @@ def numbers(folder: Path) -> list[dict]:
         ({"margin": 1}, "margin = 1 must be less than 1"),
         (
             {"looks": []},
-            "looks = [] must be increasing numbers of seeds, from 3 on, the last of them that of all seeds, 2",
+            "looks = [] must be increasing numbers of seeds, at least 3, and end with the number of all seeds, 2",
         ),
         ({"looks": [2]}, "looks = [2] must be increasing"),
         ({"seeds": [1, 2, 3, 4], "looks": [3]}, "looks = [3] must be"),
@@ -131,17 +128,18 @@ def numbers(folder: Path) -> list[dict]:
         ({"seeds": [1, 2, 3, 4], "looks": [4, 3]}, "looks = [4, 3] must be"),
         ({"seeds": [1, 2, 3, 4], "looks": [3, 4.0]}, "looks.1 = 4.0 must be a valid integer"),
         ({"arms": ARMS | {"zero": {"learning_rates": [1e-3]}}}, "an equal budget"),
-        ({"arms": ARMS | {"zero": {"set": {"seeds.routing": 3}}}}, "sets seeds.routing, which the study gives"),
+        ({"arms": ARMS | {"zero": {"set": {"seeds.routing": 3}}}}, "the study sets seeds.routing for each run"),
         ({"arms": ARMS | {"zero": {"set": {"echo_config.echo_kin": "zero"}}}}, "arm zero: "),
-        ({"arms": ARMS | {"a/b": {}}}, "the arm's name 'a/b'"),
+        ({"arms": ARMS | {"a/b": {}}}, "the arm name 'a/b'"),
         ({"arms": {"lora": {}}}, "arms"),
         ({"general": {"file": "no.txt"}}, "no.txt: there is no such file"),
         ({"recipe": "no.yaml"}, "there is no such file, and no shipped recipe"),
         ({"comparisons": []}, "comparisons = [] compares nothing"),
-        ({"set": {"output": "x"}}, "set.output: the study gives this to each run"),
+        ({"set": {"output": "x"}}, "the study sets output for each run"),
         ({"set": {"data.validation": None, "training.evaluate_every": None}}, "arm lora: answers to validation rows"),
         ({"tune_on": "loss", "set": {"training.evaluate_every": None}}, "Set training.evaluate_every"),
-        ({"set": {"evaluation.tasks": [{"name": "words", "kind": "code"}]}}, "a study runs no generated code"),
+        ({"tune_on": "loss", "set": {"data.test": None}}, "arm lora: there are no test rows"),
+        ({"set": {"evaluation.tasks": [{"name": "words", "kind": "code"}]}}, "a study does not run generated code"),
         ({"set": {"evaluation.tasks": [{"name": "words", "kind": "choice"}]}}, "arm echo-lora: keep_echo_on is for"),
         ({"learning_rate": 1}, "unknown key learning_rate. Did you mean 'learning_rates'?"),
     ],
@@ -162,14 +160,14 @@ def test_an_error_names_the_line_of_the_study(tmp_path):
 
 def test_every_run_of_a_seed_has_the_seeds_and_the_rate_of_its_key(tmp_path):
     study = loaded(tmp_path)
-    keys = tuning_keys(study)
+    keys = study.tuning_runs
     assert [(key.seed, key.arm, key.learning_rate) for key in keys[:3]] == [
         (0, "lora", 1e-2),
         (0, "lora", 3e-2),
         (0, "echo-lora", 1e-2),
     ]
     assert len(keys) == 6
-    keys = confirmation_keys(study, {"lora": 1e-2, "echo-lora": 3e-2, "zero": 1e-2})
+    keys = study.confirmation_runs({"lora": 1e-2, "echo-lora": 3e-2, "zero": 1e-2})
     assert [key.seed for key in keys] == [1, 1, 1, 2, 2, 2]
     recipe = recipe_of(study, keys[1])
     assert (recipe.training.learning_rate, recipe.echo) == (3e-2, True)
@@ -188,7 +186,7 @@ def test_the_quick_study_says_what_makes_its_model(tmp_path, monkeypatch):
 
 def test_one_learning_rate_needs_no_tuning(tmp_path):
     study = loaded(tmp_path, learning_rates=[1e-2], seeds=[0])
-    assert tuning_keys(study) == []
+    assert study.tuning_runs == []
     assert choose(study) == dict.fromkeys(ARMS, 1e-2)
 
 
@@ -223,8 +221,8 @@ def whole(tmp_path_factory):
     """A study that was never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # as `run_study`: other threads add in another order
-        assert compare(loaded(folder), Engine(), command="echo-lora compare study.yaml")
+        patch.setenv("OMP_NUM_THREADS", "1")  # as `start_study`: other threads add in another order
+        assert run_study(loaded(folder), Engine(), command="echo-lora compare study.yaml")
     return folder
 
 
@@ -234,7 +232,7 @@ def test_a_study_keeps_every_run_and_every_prediction(whole):
     assert [record["stage"] for record in found] == ["tuning"] * 6 + ["confirmation"] * 6
     assert set(about["chosen"]) == set(ARMS)
     assert about["power"]["source"].startswith("tuning runs of echo-lora and lora")
-    assert about["comparisons"] == [["echo-lora", "lora"], ["zero", "lora"]]
+    assert read_study(whole / "study").design.pairs == [("echo-lora", "lora"), ("zero", "lora")]
     for record in found:
         parts = {(score["part"], score["echo"]) for score in record["scores"]}
         kept = record["arm"] == "echo-lora" and record["stage"] == "confirmation"
@@ -244,8 +242,7 @@ def test_a_study_keeps_every_run_and_every_prediction(whole):
             assert len(score["result"]["predictions"]) == 4
         assert record["general"]["before"] > 0
         assert record["general"]["tokens"] == 50
-        assert not (whole / "study" / RunKey(*(record[k] for k in ("stage", "arm", "learning_rate", "seed"))).folder
-                    / "checkpoints").exists()  # fmt: skip
+        assert not record_path(whole / "study", RunKey.of(record)).with_name("checkpoints").exists()
         evaluated = [entry for entry in record["history"] if "eval_loss" in entry]
         assert [entry["step"] for entry in evaluated] == [2, 4]
         assert all(("eval_ce_on" in entry) == (record["arm"] != "lora") for entry in evaluated)
@@ -276,29 +273,68 @@ def test_arms_of_a_seed_see_the_same_rows_in_the_same_order(tmp_path, monkeypatc
     assert len(seen["lora"]) == 4
 
 
-def test_arms_that_are_not_paired_are_refused(whole):
-    first, second = (dict(r) for r in records(whole / "study")[6:8])
-    folder_module._check_pairing([first, second])
+def kept(study, *found: dict) -> Archive:
+    """The archive of a study whose folder has these records and no others."""
+    for record in found:
+        write_record(record_path(study.output, RunKey.of(record)), record)
+    return Archive(study)
+
+
+def test_arms_that_are_not_paired_are_refused(whole, tmp_path):
+    first, second = records(whole / "study")[6:8]
+    chosen = StudyFile.read(whole / "study").chosen
     for name, words in {
+        "": "",
         "initial_adapter_sha256": "start from the same adapter",
         "data_sha256": "train on the same rows",
         "questions_sha256": "answer the same questions",
         "general": "have the same base",
     }.items():
-        other = second | {name: {"before": 9.0} if name == "general" else "another"}
+        study = load_study(whole / "study.yaml", [f"output={tmp_path / (name or 'paired')}"])
+        other = {name: {"before": 9.0, "after": 9.0} if name == "general" else "another"} if name else {}
+        archive = kept(study, first, second | other)
+        if not name:
+            archive.gather(chosen)
+            assert records(Path(study.output)) == [first, second]
+            continue
         with pytest.raises(EchoError, match=rf"arms lora \(seed 1\) and echo-lora \(seed 1\) did not {words}"):
-            folder_module._check_pairing([first, other])
+            archive.gather(chosen)
 
 
-def test_the_rate_is_the_best_on_validation_rows_and_of_equals_the_lowest(tmp_path, monkeypatch):
+def test_each_record_is_read_once_and_all_are_written_in_the_order_of_the_design(whole, tmp_path, monkeypatch):
+    found, chosen = records(whole / "study"), StudyFile.read(whole / "study").chosen
+    study = load_study(whole / "study.yaml", [f"output={tmp_path / 'study'}"])
+    read = []
+    monkeypatch.setattr(folder, "read_record", lambda path: read.append(path) or read_record(path))
+    archive = kept(study)
+    for number, record in enumerate(reversed(found), start=1):
+        kept(study, record)
+        archive.gather(chosen)
+        assert records(Path(study.output)) == found[-number:]
+    assert len(read) == len(set(read)) == len(found)
+
+
+def test_a_rate_that_changes_with_its_records_changes_what_is_gathered(tmp_path, planted):
+    """As when a tuning run is removed and done again: the confirmation runs at the other rate no longer count."""
+    planted(0)
+    study = loaded(tmp_path, **LOOKS | {"learning_rates": [1e-2, 3e-2], "tune_on": "loss"})
+    assert run_study(study, Engine())
+    assert StudyFile.read(study.output).chosen == dict.fromkeys(ARMS, 1e-2)
+    for key in study.tuning_runs:
+        record = record_of(study, key)
+        kept(study, record | {"history": [{"eval_loss": 1.0 if key.learning_rate == 1e-2 else 0.5}]})
+    assert run_study(study, Engine())
+    assert StudyFile.read(study.output).chosen == dict.fromkeys(ARMS, 3e-2)
+    assert [RunKey.of(record) for record in records(Path(study.output))] == study.runs(dict.fromkeys(ARMS, 3e-2))
+
+
+def test_the_rate_is_the_best_on_validation_rows_and_of_equals_the_lowest(tmp_path):
     study = loaded(tmp_path, tuning_seeds=[0, 5])
     accuracy = {("lora", 1e-2): [0.5, 0.6], ("lora", 3e-2): [0.9, 0.3], ("zero", 1e-2): [0.1, 0.3]}
-
-    def record(study, key):
+    for key in study.tuning_runs:
         value = accuracy.get((key.arm, key.learning_rate), [0.2, 0.2])[study.tuning_seeds.index(key.seed)]
-        return {"scores": [{"result": {"accuracy": value}}], "history": [{"eval_loss": 1 - value}]}
-
-    monkeypatch.setattr(folder_module, "read_record", record)
+        result = {"task": "words", "accuracy": value, "correct_per_row": [True]}
+        kept(study, asdict(key) | {"scores": [{"result": result}], "history": [{"eval_loss": 1 - value}]})
     assert choose(study) == {"lora": 3e-2, "echo-lora": 1e-2, "zero": 1e-2}
     by_loss = study.model_copy(update={"tune_on": "loss"})
     assert choose(by_loss) == {"lora": 3e-2, "echo-lora": 1e-2, "zero": 1e-2}
@@ -314,24 +350,25 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(EchoSFTTrainer, "compute_loss", compute_loss)
-    for key in tuning_keys(study):
+    for key in study.tuning_runs:
         assert execute(study, key)
-    diverged = read_record(study, RunKey("tuning", "lora", 3e-2, 0))
+    diverged = record_of(study, RunKey("tuning", "lora", 3e-2, 0))
     assert diverged["diverged"] == "ce_off is nan at step 1"
     assert choose(study) == dict.fromkeys(ARMS, 1e-2)
     with pytest.raises(EchoTrainingError):
         execute(study, RunKey("confirmation", "lora", 3e-2, 1))
-    folder_module.gather(study, comparing._begin(study, "") | {"chosen": choose(study)})
+    comparing._begin(study, "").model_copy(update={"chosen": choose(study)}).write(study.output)
+    Archive(study).gather(choose(study))
     assert "diverged" in (write_report(study.output).parent / "report.md").read_text()
 
 
-def test_a_study_goes_on_from_its_gathered_records(whole, tmp_path, monkeypatch):
+def test_a_study_resumes_from_its_gathered_records(whole, tmp_path, monkeypatch):
     for name in (STUDY_FILE, RUNS_FILE):
         (tmp_path / "clone").mkdir(exist_ok=True)
         (tmp_path / "clone" / name).write_bytes((whole / "study" / name).read_bytes())
     monkeypatch.setattr(workers, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
     study = load_study(whole / "study.yaml", [f"output={tmp_path / 'clone'}"])
-    assert compare(study, Engine())
+    assert run_study(study, Engine())
     assert (tmp_path / "clone" / RUNS_FILE).read_bytes() == (whole / "study" / RUNS_FILE).read_bytes()
 
 
@@ -341,25 +378,25 @@ def test_a_study_goes_on_from_its_gathered_records(whole, tmp_path, monkeypatch)
      {"seed": "../../../../../outside"}, {"arm": {"a": 1}}, None],
     ids=str,
 )  # fmt: skip
-def test_a_record_that_is_none_of_the_design_is_no_path(tmp_path, change):
+def test_a_record_that_is_not_of_the_design_does_not_become_a_path(tmp_path, change):
     (tmp_path / "inner").mkdir()
     study = loaded(tmp_path / "inner")
     record = {"stage": "tuning", "arm": "lora", "learning_rate": 1e-2, "seed": 0, "scores": [], "history": []}
     write_archive(Path(study.output) / RUNS_FILE, json.dumps(None if change is None else record | change) + "\n")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(EchoDataError, match=rf"{RUNS_FILE}:1: .*Remove the line"):
-        compare(study, Engine())
+        run_study(study, Engine())
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("moment", ["in training", "after training"])
-def test_a_run_cut_short_goes_on_to_the_same_answers(tmp_path, monkeypatch, moment):
+def test_an_interrupted_run_resumes_to_the_same_answers(tmp_path, monkeypatch, moment):
     """Five steps are no whole number of epochs: a checkpoint of the last one must not be trained on."""
     settings = {"training.steps": 5, "training.log_every": 2, "training.schedule": "constant"}
     study = loaded(tmp_path, set=settings)
     key = RunKey("confirmation", "echo-lora", 1e-2, 1)
     assert execute(study, key)
-    whole = read_record(study, key)
+    whole = record_of(study, key)
     (tmp_path / "study" / key.folder / RECORD).unlink()
 
     def die(*args, **kwargs):
@@ -378,7 +415,7 @@ def test_a_run_cut_short_goes_on_to_the_same_answers(tmp_path, monkeypatch, mome
         with pytest.raises(KeyboardInterrupt):
             execute(study, key)
     assert execute(study, key)
-    again = read_record(study, key)
+    again = record_of(study, key)
     assert again["resumed_at"] == (3 if moment == "in training" else 5)
     for name in ("steps", "adapter_sha256", "initial_adapter_sha256", "data_sha256", "questions_sha256", "general"):
         assert again[name] == whole[name], name
@@ -387,8 +424,8 @@ def test_a_run_cut_short_goes_on_to_the_same_answers(tmp_path, monkeypatch, mome
 
 
 def test_another_design_in_the_same_folder_is_refused(whole):
-    with pytest.raises(EchoConfigError, match="begun with another design; smallest_effect differ"):
-        compare(load_study(whole / "study.yaml", ["smallest_effect=0.01"]), Engine())
+    with pytest.raises(EchoConfigError, match="a study with another design: smallest_effect differ"):
+        run_study(load_study(whole / "study.yaml", ["smallest_effect=0.01"]), Engine())
 
 
 def test_a_key_that_a_study_was_begun_without_may_have_its_default(tmp_path):
@@ -403,30 +440,29 @@ def test_a_key_that_a_study_was_begun_without_may_have_its_default(tmp_path):
         (about["recipe"]["training"], "max_grad_norm"),
         (about["recipe"]["evaluation"]["tasks"][0], "kind"),
         (about["recipe"], "quantization"),
-        (about, "margin"),
-        (about, "looks"),
     ]:
         del section[key]
+    about |= {"title": "Tiny", "seeds": [1, 2]}  # as the first versions wrote, beside the design
     path.write_text(json.dumps(about))
-    assert comparing._begin(study, "") == about
+    assert comparing._begin(study, "") == StudyFile.model_validate(about)
     for key, changed in {
         "margin": study.model_copy(update={"margin": 0.01}),
         "seeds": study.model_copy(update={"seeds": [1, 2, 3]}),
         "arms": study.model_copy(update={"arms": dict(list(study.arms.items())[:2])}),
         "recipe": study.model_copy(update={"set": {"training.max_grad_norm": 7.0}}),
     }.items():
-        with pytest.raises(EchoConfigError, match=rf"another design; .*{key} differ"):
+        with pytest.raises(EchoConfigError, match=rf"another design: .*{key} differ"):
             comparing._begin(changed, "")
     del about["design"]["arms"]["lora"]["set"], about["recipe"]["lora"]["dropout"]  # neither is at its default
     path.write_text(json.dumps(about))
-    with pytest.raises(EchoConfigError, match="another design; arms, recipe differ"):
+    with pytest.raises(EchoConfigError, match="another design: arms, recipe differ"):
         comparing._begin(study, "")
 
 
 def test_a_finished_study_does_nothing_when_called_again(whole, monkeypatch):
     monkeypatch.setattr(workers, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
     before = (whole / "study" / RUNS_FILE).read_bytes()
-    assert compare(load_study(whole / "study.yaml"), Engine())
+    assert run_study(load_study(whole / "study.yaml"), Engine())
     assert (whole / "study" / RUNS_FILE).read_bytes() == before
 
 
@@ -435,7 +471,10 @@ def test_each_source_is_a_task_where_the_recipe_names_none(tmp_path):
     study = loaded(tmp_path, set={"evaluation.tasks": [], "data.validation": validation}, score_on="validation")
     key = RunKey("confirmation", "lora", 1e-2, 1)
     assert execute(study, key)
-    assert [score["result"]["task"] for score in read_record(study, key)["scores"]] == ["validation", "test"]
+    assert [score["result"]["task"] for score in record_of(study, key)["scores"]] == [
+        "validation",
+        "test",
+    ]
 
 
 @pytest.mark.parametrize("own", [None, "1"])
@@ -446,28 +485,37 @@ def test_threads_are_shared_out_among_workers_and_the_environment_is_left_as_it_
         monkeypatch.setenv("OMP_NUM_THREADS", own)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     study = loaded(tmp_path, learning_rates=[1e-2], seeds=[1], general=None, arms=dict(list(ARMS.items())[:2]))
-    assert compare(study, Engine(workers=2))
+    assert run_study(study, Engine(workers=2))
     assert {record["threads"] for record in records(tmp_path / "study")} == {2 if own is None else 1}
     assert os.environ.get("OMP_NUM_THREADS") == own
 
 
 def test_time_that_is_up_begins_no_run(tmp_path):
-    assert not compare(loaded(tmp_path), Engine(), minutes=0)
+    assert not run_study(loaded(tmp_path), Engine(), minutes=0)
     assert records(tmp_path / "study") == []
-    assert json.loads((tmp_path / "study" / STUDY_FILE).read_text())["title"] == "Tiny"
+    assert json.loads((tmp_path / "study" / STUDY_FILE).read_text())["design"]["title"] == "Tiny"
+
+
+def test_test_rows_that_are_missing_show_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
+    study = loaded(tmp_path)
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(EchoDataError, match=r"test\.jsonl"):
+        run_study(study, Engine())
+    assert not Path(study.output).exists()
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
     study = loaded(tmp_path, learning_rates=[1e-2], arms=ARMS | {"bad": {"set": {"lora.target_modules": ["none"]}}})
     with pytest.raises(EchoError) as error:
-        compare(study, Engine())
+        run_study(study, Engine())
     message = str(error.value)
     assert "2 of 8 runs failed" in message
     assert "confirmation bad lr 0.01 seed 1" in message
     log = tmp_path / "study" / "runs/confirmation/bad/lr-0.01/seed-1/log.txt"
     assert str(log) in message
     assert "Traceback" in log.read_text()
-    assert all(read_record(study, RunKey("confirmation", arm, 1e-2, seed)) for arm in ARMS for seed in (1, 2))
+    assert all(record_of(study, RunKey("confirmation", arm, 1e-2, seed)) for arm in ARMS for seed in (1, 2))
 
 
 def test_a_run_that_another_process_holds_is_left_to_it(tmp_path):
@@ -495,10 +543,10 @@ def test_a_damaged_record_is_named(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"no archive")
     with pytest.raises(EchoError, match=f"{path} can't be read"):
-        read_record(study, key)
+        Archive(study).gather(None)
 
 
-def run_study(folder: Path) -> subprocess.Popen:
+def start_study(folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "echo_lora.cli", "compare", str(folder / "study.yaml"), "--workers", "2"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -517,10 +565,10 @@ def kill_after(process: subprocess.Popen, runs: int, seconds: float) -> None:
 @pytest.mark.parametrize("runs", [2])
 def test_a_study_killed_and_begun_again_ends_with_the_same_numbers(tmp_path, whole, runs):
     study_file(tmp_path)
-    kill_after(run_study(tmp_path), runs, 0.5)
+    kill_after(start_study(tmp_path), runs, 0.5)
     done = len(list((tmp_path / "study").rglob(RECORD)))
     assert runs <= done < 12
-    again = run_study(tmp_path)
+    again = start_study(tmp_path)
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert len(records(tmp_path / "study")) == 12
@@ -539,7 +587,7 @@ def test_a_study_killed_and_begun_again_ends_with_the_same_numbers(tmp_path, who
 def test_a_study_runs_as_a_job_array_of_submitit(tmp_path, whole):
     pytest.importorskip("submitit")
     study = loaded(tmp_path, learning_rates=[1e-2], seeds=[1])
-    assert compare(study, Engine(cluster="local", options={"timeout_min": 10}))
+    assert run_study(study, Engine(cluster="local", options={"timeout_min": 10}))
     assert len(records(tmp_path / "study")) == 3
 
 
@@ -547,7 +595,7 @@ def test_options_that_submitit_does_not_know_are_named(tmp_path):
     pytest.importorskip("submitit")
     study = loaded(tmp_path, learning_rates=[1e-2], seeds=[1])
     with pytest.raises(EchoConfigError, match="submitit refuses the options"):
-        compare(study, Engine(cluster="debug", options={"minutes": 3}))
+        run_study(study, Engine(cluster="debug", options={"minutes": 3}))
 
 
 # ------------------------------------------------------------------ until it is decided
@@ -569,10 +617,10 @@ def planted(monkeypatch):
                 **dict.fromkeys(["initial_adapter_sha256", "data_sha256", "questions_sha256"], "0"),
                 "recipe": recipe_of(study, key).to_dict(),
                 "scores": [{"result": result}],
-                "history": [],
+                "history": [{"eval_loss": 1.0}],
                 "general": None,
             }
-            write_record(study, key, record)
+            write_record(record_path(study.output, key), record)
             done.append((key.seed, key.arm))
             yield key, None
 
@@ -590,7 +638,7 @@ def planted(monkeypatch):
 def test_a_study_without_looks_has_no_moment_to_decide(tmp_path):
     study = loaded(tmp_path)
     with pytest.raises(EchoConfigError, match=r"declares no looks.*declare looks before the first run"):
-        compare(study, Engine(), until_decided=True)
+        run_study(study, Engine(), until_decided=True)
     assert not Path(study.output).exists()
 
 
@@ -606,7 +654,7 @@ def test_a_study_without_looks_has_no_moment_to_decide(tmp_path):
 def test_a_study_runs_until_a_look_decides_it(tmp_path, planted, capfd, gain, smallest, looks, word):
     done = planted(gain)
     study = loaded(tmp_path, smallest_effect=smallest, **LOOKS)
-    assert compare(study, Engine(), until_decided=True)
+    assert run_study(study, Engine(), until_decided=True)
     seeds = [3, 5, 8][looks - 1]
     assert done == [(seed, arm) for seed in range(1, seeds + 1) for arm in ARMS]
     said = " ".join(capfd.readouterr().err.split())
@@ -615,7 +663,7 @@ def test_a_study_runs_until_a_look_decides_it(tmp_path, planted, capfd, gain, sm
     assert (f"look {looks - 1} of 3" in said) == (looks > 1)
     write_report(study.output)
     before = {path: path.read_bytes() for path in Path(study.output).rglob("*") if path.is_file()}
-    assert compare(study, Engine(), until_decided=True)
+    assert run_study(study, Engine(), until_decided=True)
     write_report(study.output)
     assert len(done) == seeds * len(ARMS)
     assert f"look {looks} of 3, {seeds} seeds: {word}" in " ".join(capfd.readouterr().err.split())
@@ -626,10 +674,10 @@ def test_the_later_of_two_looks_counts(tmp_path, planted, capfd):
     """Seeds that were run without --until-decided are not forgotten."""
     done = planted(60)
     study = loaded(tmp_path, **LOOKS)
-    assert compare(study, Engine())
+    assert run_study(study, Engine())
     assert len(done) == 8 * len(ARMS)
     capfd.readouterr()
-    assert compare(study, Engine(), until_decided=True)
+    assert run_study(study, Engine(), until_decided=True)
     said = capfd.readouterr().err
     assert "look 3 of 3, 8 seeds: better; decided" in " ".join(said.split())
     assert "look 1" not in said
@@ -638,11 +686,11 @@ def test_the_later_of_two_looks_counts(tmp_path, planted, capfd):
 def test_the_power_of_a_study_with_looks_is_that_of_its_last_one(tmp_path, planted):
     planted(60)
     study = loaded(tmp_path, margin=0.02, **LOOKS)
-    compare(study, Engine(), until_decided=True)
+    run_study(study, Engine(), until_decided=True)
     about = json.loads((Path(study.output) / STUDY_FILE).read_text())
     assert about["power"]["confidence"] == confidence_at([3, 5, 8], 3)
     assert (about["power"]["seeds"], about["power"]["margin"]) == (8, 0.02)
-    assert (about["looks"], about["margin"]) == ([3, 5, 8], 0.02)
+    assert (about["design"]["looks"], about["design"]["margin"]) == ([3, 5, 8], 0.02)
 
 
 def test_time_that_is_up_before_a_look_decides_nothing(tmp_path, planted):
@@ -651,11 +699,11 @@ def test_time_that_is_up_before_a_look_decides_nothing(tmp_path, planted):
     run = workers._on_this_machine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "_on_this_machine", lambda study, keys, *rest: run(study, keys[:7], *rest))
-        assert not compare(study, Engine(), until_decided=True)
+        assert not run_study(study, Engine(), until_decided=True)
     assert len(done) == 7
     assert read_study(study.output).look == 0
     assert summary_lines(study.output)[0].startswith("too few data: Echo-LoRA − LoRA: no look has been reached yet")
-    assert has_record(study, RunKey("confirmation", "lora", 1e-2, 3))
+    assert record_path(study.output, RunKey("confirmation", "lora", 1e-2, 3)).is_file()
 
 
 def test_the_command_tells_the_look_and_that_it_is_decided(tmp_path, planted):

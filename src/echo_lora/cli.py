@@ -313,12 +313,12 @@ def compare(
     require_writable(loaded.output)
     options = None if slurm is None else slurm_options(slurm)
     with starting():
-        from echo_lora.study.compare import compare as compare_arms
+        from echo_lora.study.compare import run_study
         from echo_lora.study.report.page import summary_lines, write_report
         from echo_lora.study.workers import Engine
 
     engine = Engine(workers, None if options is None else "slurm", options)
-    is_complete = compare_arms(loaded, engine, minutes=minutes, until_decided=until_decided, command=command_line())
+    is_complete = run_study(loaded, engine, minutes=minutes, until_decided=until_decided, command=command_line())
     report = write_report(loaded.output)
     typer.echo("\n".join(summary_lines(loaded.output)))
     typer.echo(f"\nWritten to {report}")

@@ -1,13 +1,11 @@
-"""What a training step costs on a model and rows of one's own: seconds, paired, and memory.
+"""What a training step costs with your model and rows: paired seconds, and memory. `echo-lora bench` is the command.
 
-    programs.py  the steps that are compared: TRL's, ours with and without the echo, the literal method's
-    measure.py   run_bench: each program's memory in a process of its own, then all of them in turns
-    report.py    medians, intervals and ratios; the table, the Markdown page and the plot
-
-`echo-lora bench` is the command.
+programs.py  the steps that are compared: TRL's, ours with and without the echo, the literal method's
+measure.py   run_bench: the memory of each in a process of its own, then the seconds of all in turns
+report.py    medians, intervals and ratios; the table, the Markdown page and the plot
 """
 
 from echo_lora.bench.measure import run_bench
-from echo_lora.bench.report import NOTES, Report, Table
+from echo_lora.bench.report import NOTES, BenchReport, BenchTable
 
-__all__ = ["NOTES", "Report", "Table", "run_bench"]
+__all__ = ["NOTES", "BenchReport", "BenchTable", "run_bench"]

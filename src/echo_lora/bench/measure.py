@@ -1,8 +1,8 @@
 """Measuring: the memory of each program in a process of its own, then the seconds of all of them in turns.
 
-All programs stand in one process, on one frozen base, and step once in each round, in an order drawn for the round.
-A round's steps share the machine's noise, so what is compared are ratios within rounds. Memory needs processes: what
-one program leaves behind would count for the next.
+Seconds: all programs are in one process, on one frozen base. In each round each takes one step, in a random order. The
+steps of a round share the machine's noise, so ratios are taken within rounds. Memory: in one process, what a program
+leaves behind would count for the next.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from echo_lora.bench.programs import CASES, Batch, Case, Program, own_batch, parse_shape, random_batch
-from echo_lora.bench.report import Memory, Report, Table, table_of, write_report
+from echo_lora.bench.report import BenchReport, BenchTable, StepMemory, table_of, write_bench
 from echo_lora.environment import MemoryWatch, commit, devices, processor, versions
 from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
 from echo_lora.files import refuse_existing
@@ -38,7 +38,7 @@ RECIPE = "tiny"
 SHAPES = ("96x8", "256x32", "64x192")
 ROUNDS = 7
 QUICK_ROWS, QUICK_ROUNDS = 2, 3
-MEMORY_STEPS = 2  # the second has the optimizer's moments from its start
+MEMORY_STEPS = 2  # the second begins with the optimizer's moments
 
 
 def run_bench(
@@ -51,17 +51,17 @@ def run_bench(
     quick: bool = False,
     output: str | Path = "runs/bench",
     command: str = "",
-) -> Report:
+) -> BenchReport:
     """Measure every case, and write bench.json, bench.md and bench.png into the new folder `output`.
 
-    A shape such as 96x8 stands for random rows; without shapes the batch is the first rows of the recipe's own;
-    without a recipe too it is SHAPES on `tiny`. quick: fewer rows, rounds and shapes, where they are not given.
+    A shape such as 96x8 means random rows. Without shapes, the batch is the recipe's first rows; without a recipe
+    either, SHAPES on `tiny`. quick: fewer rows, rounds and shapes unless given.
 
-    Raises an EchoError for what is wrong from the start, and then writes nothing. A case that fails later, for want
-    of memory for example, is in the report with its error.
+    Raises an EchoError for what is wrong from the start, and then writes nothing. A case that fails later, for example
+    for lack of memory, is in the report with its error.
     """
     refuse_existing(output)
-    source = commit()  # before anybody edits on
+    source = commit()  # before the files change
     if recipe is None and not shapes:
         shapes = SHAPES[:1] if quick else SHAPES
     prompts_and_answers = [parse_shape(shape) for shape in shapes]
@@ -79,7 +79,7 @@ def run_bench(
         batches = [random_batch(loaded, tokenizer, P, A, rows) for P, A in prompts_and_answers]
         batches = batches or [own_batch(loaded, tokenizer, Path(recipe or RECIPE).stem, rows)]
     memory = [{case: _memory(case, loaded, batch) for case in CASES} for batch in batches]
-    report = Report(
+    report = BenchReport(
         command=command,
         arguments={"recipe": recipe, "set": [*overrides], "shapes": [*shapes], "rows": rows, "rounds": rounds},
         recipe=loaded.to_dict(),
@@ -91,7 +91,7 @@ def run_bench(
         threads=torch.get_num_threads(),
         tables=_tables(loaded, tokenizer, batches, memory, rounds),
     )
-    write_report(report, output)
+    write_bench(report, output)
     return report
 
 
@@ -99,17 +99,17 @@ def run_bench(
 
 
 def _tables(
-    recipe: Recipe, tokenizer: Any, batches: list[Batch], memory: list[dict[Case, Memory | str]], rounds: int
-) -> list[Table]:
-    """The cases that had enough memory in a process of their own, timed on each batch."""
+    recipe: Recipe, tokenizer: Any, batches: list[Batch], memory: list[dict[Case, StepMemory | str]], rounds: int
+) -> list[BenchTable]:
+    """The cases whose memory could be measured, timed on each batch."""
     tables = []
     with tempfile.TemporaryDirectory() as scratch:
-        with stage(f"Loading {recipe.model}, once for all"):
+        with stage(f"Loading {recipe.model}"):
             base = load_base(recipe)
-            works = [case for case in CASES if any(isinstance(found[case], Memory) for found in memory)]
+            works = [case for case in CASES if any(isinstance(found[case], StepMemory) for found in memory)]
             programs = {case: Program(case, recipe, base, tokenizer, batches[0], scratch) for case in works}
         for batch, found in zip(batches, memory, strict=True):
-            chosen = {case: program for case, program in programs.items() if isinstance(found[case], Memory)}
+            chosen = {case: program for case, program in programs.items() if isinstance(found[case], StepMemory)}
             seconds = time_steps(chosen, batch, rounds, recipe.seeds.initialisation)
             routed = {case: program.routed for case, program in chosen.items()}
             tables.append(table_of(batch, seconds, routed, found))
@@ -117,12 +117,12 @@ def _tables(
 
 
 def time_steps(programs: dict[Case, Program], batch: Batch, rounds: int, seed: int) -> dict[Case, list[float]]:
-    """Seconds of a step of each program, one figure a round, after a round of warm-up."""
+    """Seconds of a step of each program, one value per round, after a round of warm-up."""
     inputs = {case: program.inputs_of(batch) for case, program in programs.items()}
     seconds: dict[Case, list[float]] = {case: [] for case in programs}
     cases, rng = list(programs), np.random.default_rng(seed)
     gc.collect()
-    gc.freeze()  # so that the collections between the steps are short, and those within them do not differ
+    gc.freeze()  # shortens the collections between steps, and makes those within them equal
     for round_ in range(rounds + 1):
         with stage(f"{batch.name}: " + (f"round {round_} of {rounds}" if round_ else "warm-up")):
             for case in (cases[index] for index in rng.permutation(len(cases))):
@@ -132,8 +132,8 @@ def time_steps(programs: dict[Case, Program], batch: Batch, rounds: int, seed: i
                     programs[case].step(*inputs[case])
                 except torch.OutOfMemoryError as error:
                     raise EchoModelError(
-                        f"{case}, {batch.name}: no memory is left beside the adapters of the other programs, which "
-                        f"stay in place to take turns with it: {error} Use fewer --rows or a smaller --shape."
+                        f"{case}, {batch.name}: out of memory. Timing needs memory for the adapters of all programs at "
+                        f"once: {error} Use fewer --rows or a smaller --shape."
                     ) from error
                 if round_:
                     seconds[case].append(time.perf_counter() - start)
@@ -144,8 +144,8 @@ def time_steps(programs: dict[Case, Program], batch: Batch, rounds: int, seed: i
 # ---------------------------------------------------------------------- memory
 
 
-def _memory(case: Case, recipe: Recipe, batch: Batch) -> Memory | str:
-    """The memory of a case, or the error that it met, which is shown too."""
+def _memory(case: Case, recipe: Recipe, batch: Batch) -> StepMemory | str:
+    """The memory of a case, or its error, which is printed too."""
     try:
         with stage(f"{batch.name}: memory of {case}"):
             return in_own_process(measure_memory, case, recipe, batch)
@@ -154,8 +154,8 @@ def _memory(case: Case, recipe: Recipe, batch: Batch) -> Memory | str:
         return str(error)
 
 
-def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> Memory:
-    """Memory of a few steps of one case in this process."""
+def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> StepMemory:
+    """StepMemory of a few steps of one case in this process."""
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
         program = Program(case, recipe, load_base(recipe), tokenizer, batch, scratch)
@@ -164,50 +164,35 @@ def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> Memory:
         with MemoryWatch() as watch:
             for _ in range(MEMORY_STEPS):
                 program.step(*inputs)
-    return Memory(before=watch.before, peak=watch.peak)
+    return StepMemory(before=watch.before, peak=watch.peak)
 
 
 class ChildError(Exception):
-    """A process of ours ended without an answer; the message says why."""
+    """A process ended without a result; the message says why."""
 
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, computed by a process that does nothing else.
+    """The result of `function(*args)` in a process of its own.
 
-    Raises the EchoError that it raises, and ChildError for any other end.
+    Raises an EchoError that it raises, and ChildError for every other failure.
     """
-    # A fork of a process that has imported everything and computed nothing saves the seconds of the imports; CUDA
-    # survives no fork, and Windows has none.
+    # Forking a process that has imported everything and computed nothing saves the seconds of the imports. CUDA does
+    # not survive a fork, and Windows has none.
     can_fork = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
     context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     context.set_forkserver_preload([__name__])
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(sender, [*warnings.filters], function, args), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        answer, error = receiver.recv()
-    except EOFError:
-        child.join()
-        killed = ", as the system ends a process for want of memory" if child.exitcode == -9 else ""
-        raise ChildError(f"its process ended with status {child.exitcode} and without a word{killed}") from None
-    child.join()
-    if isinstance(error, EchoError):
-        raise error
-    if error is not None:
-        raise ChildError(error)
-    return answer
+    # one task: if this process is killed, the other ends after it
+    with ProcessPoolExecutor(1, context, _use_filters, ([*warnings.filters],), max_tasks_per_child=1) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except EchoError:
+            raise
+        except BrokenProcessPool as error:
+            raise ChildError("its process was killed, as the system does for lack of memory") from error
+        except Exception as error:
+            traceback.print_exc()  # with the other process's own
+            raise ChildError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
-def _answer(sender: Connection, filters: list[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _use_filters(filters: list[Any]) -> None:
     warnings.filters = filters
-    answer: tuple[Any, Any]
-    try:
-        answer = function(*args), None
-    except EchoError as error:
-        answer = None, error
-    except Exception as error:
-        traceback.print_exc()
-        answer = None, " ".join(f"{type(error).__name__}: {error}".split())
-    with suppress(BrokenPipeError):  # the one who asked was killed
-        sender.send(answer)

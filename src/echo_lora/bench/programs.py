@@ -2,8 +2,8 @@
 
     trl_lora    TRL's SFTTrainer as it comes
     trl_dora    the same with DoRA
-    lora        EchoSFTTrainer, no step routed: a LoRA step that scores answer tokens only
-    three_pass  EchoSFTTrainer around the literal step, as [R]: a pass without gradient for z, then two full ones
+    lora        EchoSFTTrainer without routed steps: a LoRA step that computes logits of answer tokens only
+    three_pass  EchoSFTTrainer with the literal step, as [R]: a pass without gradient for z, then two full ones
     echo        EchoSFTTrainer, every step routed
     echo_dora   the same with DoRA
 
@@ -13,7 +13,9 @@ A step is the body of the trainer's own loop: `training_step` with its metrics, 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -22,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,17 +32,19 @@ from trl import SFTTrainer
 from echo_lora.data.tokenize import TokenizedRow
 from echo_lora.errors import EchoConfigError
 from echo_lora.method.alignment import boundary_positions, injection_mask
-from echo_lora.method.echo import echo_representation
+from echo_lora.method.echo import apply_control, echo_representation
 from echo_lora.method.injection import Injection
+from echo_lora.method.losses import NAMES, chunk_terms
 from echo_lora.method.model import EchoModel
-from echo_lora.method.step import EchoOutput
+from echo_lora.method.routing import default_clock, distillation_weight
+from echo_lora.method.step import EchoOutput, reading, router_aux_loss_coef
 from echo_lora.models import load_config
 from echo_lora.recipe.build import add_adapter, training_arguments
 from echo_lora.recipe.rows import check_rows, prepare_split
 from echo_lora.recipe.schema import Recipe
 from echo_lora.training.sft import EchoSFTTrainer
 
-MOST_TOKENS = 100_000_000  # of a step: more is a slip
+MOST_TOKENS = 100_000_000  # of a step; more is a mistake
 
 # ------------------------------------------------------------- the literal step
 
@@ -52,60 +55,51 @@ def three_pass(
     attention_mask: Tensor,
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
-    **ignored: Any,
 ) -> EchoOutput:
-    """The literal step: z from a pass of its own, nothing shared, logits everywhere; the same losses and gradients.
+    """The literal step: z from its own pass, nothing shared, logits everywhere; the same losses and gradients.
 
-    input_ids, attention_mask, labels: (B, T), padded on the right.
+    It differs from the model's step in what it runs, not in what it computes: the echo, its controls and the loss
+    terms are the functions of `echo_lora.method`. input_ids, attention_mask, labels: (B, T), padded on the right.
     """
-    config = model.echo_config
-    if (config.source_gradient, config.echo_on_updates, config.distillation_tokens) != (False, "all", "all"):
-        raise EchoConfigError(
-            "the literal step of the benchmark knows source_gradient=False, echo_on_updates='all' and "
-            "distillation_tokens='all' only. Leave them at their defaults."
-        )
+    config, base = model.echo_config, model.get_base_model()
+    weight = distillation_weight(config, *(model._routing_clock or default_clock(config)))
+    config = dataclasses.replace(config, distillation_weight=weight)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)  # (B, T), shifted
     supervised = targets != -100
+    echo_only = model._freezing.in_echo_on_pass(model.base_model, config, model._checkpointing.is_on(base))
     model.echo_enabled = False  # the plain PEFT forward
     try:
-        with torch.no_grad():
-            states = model(**inputs, output_hidden_states=True).hidden_states
-        boundary = boundary_positions(labels)
-        rows = torch.arange(len(labels), device=labels.device)
-        hidden = [states[s + 1][rows, boundary] for s in config.resolve_source_layers(len(states) - 1)]
-        deltas, echo_norm, gate_mean = model.echo(echo_representation(hidden, model.echo.standardize))
-        off = model(**inputs).logits
-        with model._injector.injecting(Injection(deltas, injection_mask(targets, config.injection_mask))):
-            on = model(**inputs).logits
+        with (
+            torch.set_grad_enabled(config.source_gradient),
+            reading(
+                model._source_layers,
+                boundary_positions(labels),
+                labels.shape[1],
+                keeps_graph=config.source_gradient,
+            ) as hidden,
+        ):
+            model(**inputs)
+        z = apply_control(echo_representation(hidden, model.echo.standardize), config.echo_kind)
+        deltas, echo_norm, gate_mean = model.echo(z)
+        off = model(**inputs)
+        injection = Injection(deltas, injection_mask(targets, config.injection_mask))
+        with echo_only or nullcontext(), model._injector.injecting(injection):
+            on = model(**inputs)
     finally:
         model.echo_enabled = True
-    model.is_stepping = True  # as its own forward says to EchoCallback
-    log_off, log_on = (F.log_softmax(logits[supervised].float(), dim=-1) for logits in (off, on))  # (N, V)
-    tau, student, teacher = config.distillation_temperature, log_off, log_on.detach()
-    if config.distillation_direction == "off_to_on":
-        student, teacher = log_on, log_off.detach()
-    kl = F.kl_div((student / tau).log_softmax(-1), (teacher / tau).log_softmax(-1), reduction="sum", log_target=True)
-    correct = (log_off.argmax(-1) == targets[supervised]).sum()
-    entropy = -(log_off.exp() * log_off).sum()
+    model.is_stepping = True  # as its own forward tells EchoCallback
+    terms = chunk_terms([off.logits[supervised], on.logits[supervised]], targets[supervised], config)
     count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
-    ce_off, ce_on = (F.nll_loss(log, targets[supervised], reduction="sum") / count for log in (log_off, log_on))
-    distillation = tau**2 * kl / count
-    return EchoOutput(
-        loss=ce_off + ce_on + config.distillation_weight * distillation,
-        ce_off=ce_off.detach(),
-        ce_on=ce_on.detach(),
-        distillation=distillation.detach(),
-        routed=torch.tensor(True),
-        echo_norm=echo_norm,
-        gate_mean=gate_mean,
-        entropy=entropy.detach() / count,
-        token_accuracy=correct / count,
-    )
+    loss = config.routed_loss_scale * terms["loss"] / count
+    if coefficient := router_aux_loss_coef(base.config):
+        loss = loss + coefficient * off.aux_loss * supervised.sum() / count
+    means = {name: terms[name].detach() / count for name in NAMES if name not in ("loss", "ce_prompt")}
+    return EchoOutput(loss=loss, **means, routed=torch.tensor(True), echo_norm=echo_norm, gate_mean=gate_mean)
 
 
 class ThreePassTrainer(EchoSFTTrainer):
-    """EchoSFTTrainer with the literal step in the place of the model's own."""
+    """EchoSFTTrainer with the literal step instead of the model's own."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(partial(three_pass, model), inputs, *args, **kwargs)
@@ -130,12 +124,12 @@ class Batch:
         return sum(len(row.labels) - row.answer_start for row in self.rows)
 
     def floor(self, routed: float) -> float:
-        """(P + (1 + p)·A) / (P + A): tokens that pass through the model, over those of a step without the echo. [O]"""
+        """(P + (1 + p)·A) / (P + A): tokens that the model processes, relative to a step without the echo. [O]"""
         P, A = self.prompt_tokens, self.answer_tokens
         return (P + (1 + routed) * A) / (P + A)
 
     def features(self) -> list[dict[str, list[int]]]:
-        """The rows as a collator takes them."""
+        """The rows as input of a collator."""
         return [{"input_ids": row.input_ids, "labels": row.labels} for row in self.rows]
 
 
@@ -154,18 +148,18 @@ def random_batch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, prompt: int
     """Rows of random tokens for the recipe's model, all of one shape."""
     if rows * (prompt + answer) > MOST_TOKENS:
         raise EchoConfigError(
-            f"{rows:,} rows of {prompt + answer:,} tokens are more than a step can have ({MOST_TOKENS:,} tokens). "
+            f"{rows:,} rows of {prompt + answer:,} tokens are too many for a step (at most {MOST_TOKENS:,} tokens). "
             "Use fewer --rows or a smaller --shape."
         )
     vocabulary = load_config(recipe.model, recipe.trust_remote_code).get_text_config().vocab_size
     ids = np.random.default_rng(recipe.seeds.initialisation).integers(vocabulary, size=(rows, prompt + answer))
     if tokenizer.eos_token_id is not None:
-        ids[:, -1] = tokenizer.eos_token_id  # the trainer warns of answers without an end
+        ids[:, -1] = tokenizer.eos_token_id  # the trainer warns if answers do not end
     return Batch(f"{prompt}x{answer}", [TokenizedRow(row, [-100] * prompt + row[prompt:]) for row in ids.tolist()])
 
 
 def own_batch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str, rows: int) -> Batch:
-    """The first rows that the recipe trains on."""
+    """The recipe's first training rows."""
     check_rows(recipe)
     own = [row for data in prepare_split(recipe, tokenizer, "train") for row in data.rows]
     return Batch(f"rows of {name}", own[:rows])
@@ -195,7 +189,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A variant, with gradient checkpointing or without."""
+    """A variant, with or without gradient checkpointing."""
 
     variant: str
     checkpointing: bool
@@ -205,12 +199,12 @@ class Case:
 
     @property
     def trl(self) -> Case:
-        """TRL's step that this one is compared with."""
+        """TRL's step of the same method."""
         return Case("trl_dora" if VARIANTS[self.variant].is_dora else "trl_lora", self.checkpointing)
 
     @property
     def lora(self) -> Case:
-        """The LoRA step of this package."""
+        """This package's LoRA step."""
         return Case("lora", self.checkpointing)
 
 
@@ -218,7 +212,7 @@ CASES = [Case(variant, checkpointing) for checkpointing, variant in product((Fal
 
 
 class Program:
-    """The trainer of one case, prepared as its `train` prepares it."""
+    """The trainer of one case, prepared as by its `train`."""
 
     def __init__(
         self,
@@ -230,8 +224,8 @@ class Program:
         scratch: str,
     ) -> None:
         variant = VARIANTS[case.variant]
-        recipe = recipe_of(case, recipe)
-        # a copy that has modules of its own, whose hooks and patches are its own, and the base's tensors
+        recipe = recipe_of_case(case, recipe)
+        # a copy with its own modules, hooks and patches, and the base's tensors
         shared = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
         self.trainer = variant.trainer(
             model=add_adapter(recipe, shared),
@@ -247,13 +241,13 @@ class Program:
         self.trainer.current_gradient_accumulation_steps = 1
 
     def inputs_of(self, batch: Batch) -> tuple[dict[str, Any], Any]:
-        """The rows as the trainer's collator gives them, and the number of supervised tokens as the trainer counts."""
+        """The rows as collated by the trainer, and its count of supervised tokens."""
         collated = self.trainer.data_collator(batch.features())
         (inputs,), count = self.trainer.get_batch_samples(iter([collated]), 1, self.trainer.args.device)
         return inputs, count
 
     def step(self, inputs: dict[str, Any], num_items: Any) -> None:
-        """One optimizer step, as the body of the trainer's loop, to its end on the device."""
+        """One optimizer step, as in the trainer's loop, until the device is done."""
         trainer = self.trainer
         args, state, control, callbacks = trainer.args, trainer.state, trainer.control, trainer.callback_handler
         callbacks.on_step_begin(args, state, control)
@@ -276,8 +270,8 @@ class Program:
         return meter.routed_steps / max(meter.optimizer_steps, 1)
 
 
-def recipe_of(case: Case, recipe: Recipe) -> Recipe:
-    """The recipe with this case's method, echo and checkpointing, and a step of one batch."""
+def recipe_of_case(case: Case, recipe: Recipe) -> Recipe:
+    """The recipe with this case's method, echo and checkpointing, and one batch per step."""
     variant = VARIANTS[case.variant]
     plain = "lora" if recipe.method == "dora" else recipe.method
     training = {"gradient_checkpointing": case.checkpointing, "gradient_accumulation": 1, "report_to": []}

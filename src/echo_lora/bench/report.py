@@ -1,4 +1,4 @@
-"""From seconds and bytes to medians, intervals and ratios, and how they are shown."""
+"""From seconds and bytes to medians, intervals and ratios; how they are shown."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from echo_lora.bench.programs import CASES, VARIANTS, Batch, Case
 from echo_lora.files import new_folder
 
 NOTES = (
-    "Medians over the rounds with 95 % bootstrap intervals; a ratio is taken within each round.",
-    "over TRL: over the step of TRL's SFTTrainer with the same method (LoRA or DoRA) and checkpointing.",
-    "over floor: that ratio over the arithmetic floor, (P + (1 + p)·A) / (P + A), with p = 0 for steps without echo.",
-    "over lora: over this package's LoRA step, which scores answer tokens only, with the same checkpointing.",
-    "peak GB: the most memory during a few steps in a process of its own; step GB: what came with the steps.",
-    "Without a GPU, TRL's output layer scores every position, on a GPU with Triton those of answer tokens only.",
+    "Medians over rounds with 95 % bootstrap intervals; ratios are taken within rounds.",
+    "over TRL: relative to a step of TRL's SFTTrainer with the same method (LoRA or DoRA) and checkpointing.",
+    "over floor: that ratio relative to the arithmetic floor, (P + (1 + p)·A) / (P + A); p = 0 without the echo.",
+    "over lora: relative to this package's LoRA step, with logits of answer tokens only and the same checkpointing.",
+    "peak GB: the most memory during a few steps in a process of its own; step GB: what the steps added.",
+    "TRL computes the logits of every position without a GPU, and of answer tokens only on a GPU with Triton.",
 )
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A median and its 95 % bootstrap interval; a format such as `.2f` is that of each number."""
+    """A median and its 95 % bootstrap interval; a format such as `.2f` applies to each number."""
 
     median: float
     low: float
@@ -40,7 +40,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Memory:
+class StepMemory:
     """Bytes: of the process on a CPU, of torch's tensors on a GPU."""
 
     before: int  # with model, adapter and optimizer made, before the first step
@@ -48,30 +48,30 @@ class Memory:
 
     @property
     def step(self) -> int:
-        """What came with the steps."""
+        """What the steps added."""
         return self.peak - self.before
 
 
 @dataclass(frozen=True)
-class Line:
-    """One case on one batch. Where it failed it has an error and no figures."""
+class CaseResult:
+    """One case on one batch: figures, or an error."""
 
     variant: str
     checkpointing: bool
     error: str | None = None
-    routed: float | None = None  # share of the steps that had an echo-on pass
-    floor: float | None = None  # the arithmetic of the step over that of a step without the echo
-    seconds: list[float] = field(default_factory=list)  # one figure a round
+    routed: float | None = None  # share of steps with an echo-on pass
+    floor: float | None = None  # arithmetic relative to a step without the echo
+    seconds: list[float] = field(default_factory=list)  # one value per round
     step: Interval | None = None  # of the seconds
     over_trl: Interval | None = None
     over_floor: Interval | None = None
     over_lora: Interval | None = None  # none for DoRA
-    memory: Memory | None = None
+    memory: StepMemory | None = None
     memory_over_trl: float | None = None  # ratio of the peaks
 
 
 @dataclass(frozen=True)
-class Table:
+class BenchTable:
     """All cases on one batch."""
 
     name: str
@@ -79,7 +79,7 @@ class Table:
     prompt_tokens: int  # of all rows
     answer_tokens: int
     floor: float  # of a step with an echo-on pass
-    lines: list[Line]
+    lines: list[CaseResult]
 
     @property
     def title(self) -> str:
@@ -89,7 +89,7 @@ class Table:
         )
 
     def cells(self) -> list[dict[str, str]]:
-        """The lines as texts, by the head of their column."""
+        """The lines as text, by column."""
         return [
             {
                 "step": line.variant,
@@ -107,23 +107,23 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """What `bench.json` holds."""
 
     command: str
     arguments: dict[str, Any]
     recipe: dict[str, Any]
-    seed: int  # of the adapters' weights, the random rows and the order within the rounds
+    seed: int  # of the adapters' weights, the random rows and the order within rounds
     versions: dict[str, str]
     commit: str | None
     machine: str
     device: str
     threads: int
-    tables: list[Table]
+    tables: list[BenchTable]
 
     @property
     def failures(self) -> list[str]:
-        """A line for each case that has no figures."""
+        """A line for each case without figures."""
         return [
             f"{Case(line.variant, line.checkpointing)}, {table.name}: {line.error}"
             for table in self.tables
@@ -143,12 +143,9 @@ def table_of(
     batch: Batch,
     seconds: Mapping[Case, list[float]],
     routed: Mapping[Case, float],
-    memory: Mapping[Case, Memory | str],
-) -> Table:
-    """The figures of all cases; memory holds an error in the place of what could not be measured.
-
-    A round's seconds are divided by those of the same round.
-    """
+    memory: Mapping[Case, StepMemory | str],
+) -> BenchTable:
+    """The figures of all cases. memory: an error if it could not be measured. Ratios are taken within rounds."""
     lines = []
     for case in CASES:
         figures: dict[str, Any] = {}
@@ -167,11 +164,11 @@ def table_of(
                 figures |= {"over_trl": interval(ratios), "over_floor": interval([ratio / floor for ratio in ratios])}
             if case.lora in seconds and not VARIANTS[case.variant].is_dora:
                 figures["over_lora"] = interval(_paired(seconds[case], seconds[case.lora]))
-        lines.append(Line(case.variant, case.checkpointing, **figures))
-    return Table(batch.name, len(batch.rows), batch.prompt_tokens, batch.answer_tokens, batch.floor(1.0), lines)
+        lines.append(CaseResult(case.variant, case.checkpointing, **figures))
+    return BenchTable(batch.name, len(batch.rows), batch.prompt_tokens, batch.answer_tokens, batch.floor(1.0), lines)
 
 
-def write_report(report: Report, output: str | Path) -> None:
+def write_bench(report: BenchReport, output: str | Path) -> None:
     """Write bench.json, bench.md and bench.png into the new folder `output`: all of them or none."""
     with new_folder(output) as folder:
         (folder / "bench.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
@@ -179,8 +176,8 @@ def write_report(report: Report, output: str | Path) -> None:
         plot(report, folder / "bench.png")
 
 
-def to_markdown(report: Report) -> str:
-    """The tables, with what they were measured on."""
+def to_markdown(report: BenchReport) -> str:
+    """The tables, and what they were measured on."""
     packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines = [
         "# What a step costs",
@@ -199,8 +196,8 @@ def to_markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(report: Report, path: Path) -> None:
-    """Ratios to TRL's step as points with intervals, a panel for each batch and checkpointing setting; PNG."""
+def plot(report: BenchReport, path: Path) -> None:
+    """A PNG of ratios to TRL's step with intervals, in a panel for each batch and checkpointing setting."""
     from matplotlib.figure import Figure
 
     names = [name for name in VARIANTS if not name.startswith("trl")]

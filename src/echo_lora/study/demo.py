@@ -1,7 +1,7 @@
 """The demonstration: base, LoRA and Echo-LoRA on the same rows, from the same initial adapter, in one table.
 
-Each arm is `echo-lora train demo` in a process of its own, so that its peak memory is its own. What has been trained
-already is not trained again; an arm that was interrupted is resumed.
+Each arm is `echo-lora train demo` in its own process, so that its peak memory is its own. An arm that is trained
+is not trained again; an interrupted one is resumed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ ARMS = {"LoRA": ("lora", "echo=false"), "Echo-LoRA": ("echo-lora", "echo=true")}
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of the table."""
+class ModelScore:
+    """A model's scores on all tasks, and how it was trained."""
 
     name: str
     results: list[TaskResult]
@@ -64,7 +64,7 @@ class Line:
         }
 
 
-def run_demo(output: str | Path) -> list[Line]:
+def run_demo(output: str | Path) -> list[ModelScore]:
     """Train both arms where needed, score them and the base on held-out rows, and write `scores.json`.
 
     Raises an EchoError if an arm fails, or if the arms did not start from the same adapter.
@@ -73,43 +73,36 @@ def run_demo(output: str | Path) -> list[Line]:
     try:
         return _run_demo(output)
     except KeyboardInterrupt as error:
-        raise EchoInterrupt(f"Interrupted. Repeat the command: what is complete in {output} is kept.") from error
+        raise EchoInterrupt(
+            f"Interrupted. Run the same command to resume: what is complete in {output} is kept."
+        ) from error
 
 
-def _run_demo(output: Path) -> list[Line]:
+def _run_demo(output: Path) -> list[ModelScore]:
     runs = {name: _trained(output / folder, setting) for name, (folder, setting) in ARMS.items()}
     if len({run.initial_adapter_sha256 for run in runs.values()}) != 1:
         raise EchoError(
             f"the arms in {output} did not start from the same initial adapter, so they can't be compared. "
             "Remove the folder and run the demonstration again."
         )
-    lines: list[Line] = []
+    scored: list[ModelScore] = []
     for name, run in runs.items():
         recipe = load_recipe(RECIPE, [f"output={run.output}"])
-        scores = score_recipe(recipe, run.adapter, with_base=not lines)
-        if not lines:
-            lines.append(Line("base", scores[0].results, None))
-        lines.append(Line(name, scores[-1].results, run))
-    record = [{"model": line.name, "results": [r.to_dict() for r in line.results]} for line in lines]
+        scores = score_recipe(recipe, run.adapter, with_base=not scored)
+        if not scored:
+            scored.append(ModelScore("base", scores[0].results, None))
+        scored.append(ModelScore(name, scores[-1].results, run))
+    record = [{"model": one.name, "results": [r.to_dict() for r in one.results]} for one in scored]
     write_file(output / "scores.json", lambda path: path.write_text(json.dumps(record, indent=2), encoding="utf-8"))
-    return lines
+    return scored
 
 
 def _trained(folder: Path, setting: str) -> RunResult:
     if not os.path.isfile(folder / RUN_FILE):
-        command = [
-            sys.executable,
-            "-m",
-            "echo_lora.cli",
-            "train",
-            RECIPE,
-            "--set",
-            setting,
-            "--set",
-            f"output={folder}",
-        ]
+        command = [sys.executable, "-m", "echo_lora.cli", "train", RECIPE]
+        command += ["--set", setting, "--set", f"output={folder}"]
         if has_complete_checkpoint(folder / "checkpoints"):
             command.append("--resume")
         if subprocess.run(command).returncode:
-            raise EchoError(f"training {folder} failed; the reason stands above. What was complete is kept.")
+            raise EchoError(f"training {folder} failed; see the error above. What is complete is kept.")
     return RunResult.read(folder)

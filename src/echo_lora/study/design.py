@@ -1,10 +1,10 @@
-"""The design of a study: one YAML file that says what is compared with what, fixed before the first run.
+"""The design of a study: one YAML file, fixed before the first run.
 
     tuning         every arm × its learning rates × `tuning_seeds`, scored on validation rows: chooses a learning rate
-    confirmation   every arm at its chosen rate × `seeds`, scored on test rows: what the verdict rests on
+    confirmation   every arm at its chosen rate × `seeds`, scored on test rows: gives the verdict
 
-In a seed all arms start from the same adapter and see the same rows in the same order. An arm is the study's recipe
-with some keys set otherwise.
+An arm is the study's recipe with some keys changed. Within a seed, all arms start from the same adapter and see the
+same rows in the same order.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from echo_lora.data.sources import expanded
 from echo_lora.errors import EchoConfigError, nearest
@@ -28,29 +28,46 @@ from echo_lora.recipe.yaml_file import find_yaml, is_in, names_in, parse_yaml
 SHIPPED = Path(__file__).parent.parent / "studies"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 LARGEST_TEXT = 100_000_000  # bytes of the general text
-# What the study itself gives to each run; an arm may not.
+# The study sets these for each run; an arm must not.
 GIVEN = ("seeds", "output", "training.learning_rate")
 
+
+def _is_arm(name: str) -> str:
+    if not re.fullmatch(NAME, name):
+        raise ValueError(f"the arm name {name!r} must consist of at most 100 letters, digits, _, . and -")
+    return name
+
+
+def _leaves_given(values: dict[str, Any]) -> dict[str, Any]:
+    for key in values:
+        if key.startswith(GIVEN):
+            raise ValueError(f"the study sets {key} for each run; remove it")
+    return values
+
+
 Stage = Literal["tuning", "confirmation"]
+ArmName = Annotated[str, AfterValidator(_is_arm)]
 Rate = Annotated[float, Field(gt=0, le=LARGEST_RATE)]
+Settings = Annotated[dict[Name, Any], AfterValidator(_leaves_given)]  # of a recipe
 
 
 class Arm(Section):
-    """The study's recipe with some keys set otherwise."""
+    """The study's recipe with some keys changed."""
 
     label: Name | None = Field(None, description="name in reports; default: the arm's key")
-    role: Literal["method", "control"] = Field("method", description="controls stand apart in the report")
-    set: dict[Name, Any] = Field({}, description="keys of the recipe and their values, as in {echo: false}")
+    role: Literal["method", "control"] = Field("method", description="controls are marked in the report")
+    set: Settings = Field({}, description="recipe keys and their values, as in {echo: false}")
     learning_rates: Annotated[list[Rate], Field(min_length=1)] | None = Field(
         None, description="the arm's own learning rates, as many as every other arm tries"
     )
     keep_echo_on: bool = Field(
-        False, description="score a second time with the echo on while generating: what distillation could reach"
+        False,
+        description="score a second time with the echo on while generating: what distillation could reach at most",
     )
 
 
 class GeneralText(Section):
-    """Held-out text that has nothing to do with the task: what an adapter does to it is forgetting."""
+    """Text unrelated to the task: a higher loss on it after training is forgetting."""
 
     file: Name = Field(
         description="text file; the path starts at the study's folder, in a shipped study at the working directory"
@@ -58,56 +75,68 @@ class GeneralText(Section):
     tokens: int = Field(2048, description="number of first tokens that are scored", ge=2, le=10_000_000)
 
 
-class Study(Section):
-    """A whole study. Made by `load_study`."""
+@dataclass(frozen=True)
+class RunKey:
+    """One run of a study. learning_rate: None until the arm's rate has been chosen."""
+
+    stage: Stage
+    arm: str
+    learning_rate: float | None
+    seed: int
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> RunKey:
+        """The run that a record is of."""
+        return cls(record["stage"], record["arm"], record["learning_rate"], record["seed"])
+
+    @property
+    def identity(self) -> tuple[str, str, int, float | None]:
+        """Unique in a study: an arm has one confirmation run per seed, whatever its learning rate."""
+        return self.stage, self.arm, self.seed, self.learning_rate if self.stage == "tuning" else None
+
+    @property
+    def folder(self) -> str:
+        """Its folder, in the study's."""
+        return f"runs/{self.stage}/{self.arm}/lr-{self.learning_rate:g}/seed-{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.arm} lr {self.learning_rate:g} seed {self.seed}"
+
+
+class Design(Section):
+    """What is compared with what: a study without the locations of its files. `study.json` holds it."""
+
+    model_config = ConfigDict(extra="allow")  # study.json also has the length of `general`, and keys of other versions
 
     title: Name = Field(description="head of the report")
-    question: str = Field("", description="what the study is to answer, for the report")
-    recipe: Name = Field(
-        description="recipe of all arms: a YAML file, from the study's folder, or a shipped one's name"
-    )
-    set: dict[Name, Any] = Field({}, description="keys of the recipe that all arms set otherwise")
-    arms: dict[str, Arm] = Field(description="what is compared, by name", min_length=2)
+    question: str = Field("", description="the question that the study answers, for the report")
+    set: Settings = Field({}, description="recipe keys that all arms change")
+    arms: dict[ArmName, Arm] = Field(description="what is compared: arms by name", min_length=2)
     baseline: str = Field(description="the arm that the others are compared with")
     comparisons: list[list[str]] | None = Field(
-        None, description="pairs [arm, other], the verdict's first; default: every arm with the baseline"
+        None, description="pairs [arm, other], the primary one first; default: every arm with the baseline"
     )
     learning_rates: list[Rate] = Field(description="peak learning rates that every arm tries", min_length=1)
     tuning_seeds: list[int] = Field([0], description="seeds of the runs that choose a learning rate")
     tune_on: Literal["accuracy", "loss"] = Field(
         "accuracy", description="validation accuracy of generated answers, or the last eval_loss"
     )
-    seeds: list[int] = Field(description="seeds of the runs that count; none may be a tuning seed", min_length=1)
+    seeds: list[int] = Field(description="seeds of the confirmation runs; none may be a tuning seed", min_length=1)
     score_on: Literal["test", "validation"] = Field(
-        "test", description="rows that the runs that count are scored on; a search for settings uses validation"
+        "test", description="split that confirmation runs are scored on; `validation` is for a search for settings"
     )
     smallest_effect: float = Field(
         description="smallest difference in accuracy that matters, as a share: 0.01 is one point", gt=0, lt=1
     )
     margin: float | None = Field(
-        None, description="by how much an arm may be worse and still be called `not worse`, as a share", gt=0, lt=1
+        None, description="how much worse an arm may be and still be called `not worse`, as a share", gt=0, lt=1
     )
     looks: list[int] | None = Field(
-        None, description="numbers of seeds after which the result may be looked at, the last that of all seeds"
+        None, description="numbers of seeds after which the study may be decided; the last is the number of all seeds"
     )
-    general: GeneralText | None = Field(None, description="text on which forgetting is measured")
-    output: Name = Field(description="folder of the study; default: runs/ and the study's name")
-
-    _home = field_validator("output")(lambda value: str(expanded(value)))
-
-    @field_validator("arms")
-    @classmethod
-    def _named(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
-        for name, arm in arms.items():
-            if not re.fullmatch(NAME, name):
-                raise ValueError(f"the arm's name {name!r} must be made of at most 100 letters, digits, _, . and -")
-            for key in arm.set:
-                if key.startswith(GIVEN):
-                    raise ValueError(f"arm {name} sets {key}, which the study gives to each run; remove it")
-        return arms
 
     @model_validator(mode="after")
-    def _agrees(self) -> Study:
+    def _agrees(self) -> Self:
         for name in [self.baseline, *(name for pair in self.comparisons or [] for name in pair)]:
             if name not in self.arms:
                 raise ValueError(f"there is no arm {name!r}.{nearest(name, list(self.arms))}")
@@ -118,20 +147,19 @@ class Study(Section):
                 raise ValueError(f"comparison {pair} is given twice; give it once")
         for name in self.arms:
             rates = self.rates(name)
-            # told apart as the folders of their runs are
+            # as they appear in the names of the runs' folders
             if len(rates) != len(self.learning_rates) or len({f"{rate:g}" for rate in rates}) != len(rates):
                 raise ValueError(
-                    f"arm {name} tries the learning rates {rates}, but every arm tries {len(self.learning_rates)} "
+                    f"arm {name} tries the learning rates {rates}, but every arm must try {len(self.learning_rates)} "
                     "different ones: an equal budget"
                 )
         for seed in self.seeds:
             if seed in self.tuning_seeds and self.tunes:
-                raise ValueError(f"seed {seed} is among seeds and tuning_seeds; a seed that chose can't confirm")
+                raise ValueError(
+                    f"seed {seed} is in both seeds and tuning_seeds; confirm with seeds that chose nothing"
+                )
         if self.comparisons == []:
             raise ValueError("comparisons = [] compares nothing; name a pair, or leave it out")
-        for key in self.set:
-            if key.startswith(GIVEN):
-                raise ValueError(f"set.{key}: the study gives this to each run; remove it")
         for key in ("seeds", "tuning_seeds"):
             seeds = getattr(self, key)
             if len(set(seeds)) != len(seeds) or any(not 0 <= seed <= LARGEST_SEED for seed in seeds):
@@ -151,44 +179,63 @@ class Study(Section):
 
     @property
     def tunes(self) -> bool:
-        """Whether there is a learning rate to choose."""
+        """Whether there are learning rates to choose among."""
         return len(self.learning_rates) > 1
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The comparisons, the one that the verdict rests on first."""
+        """The comparisons, the primary one first."""
         if self.comparisons is not None:
             return [(first, second) for first, second in self.comparisons]
         return [(name, self.baseline) for name in self.arms if name != self.baseline]
 
-    def design(self) -> dict[str, Any]:
-        """All keys but those that say where files are, in a form that JSON takes."""
-        return self.model_dump(mode="json", exclude={"output": True, "recipe": True, "general": {"file"}})
+    @property
+    def tuning_runs(self) -> list[RunKey]:
+        """The runs that choose learning rates, seed by seed; none if there is only one."""
+        if not self.tunes:
+            return []
+        return [
+            RunKey("tuning", arm, rate, seed)
+            for seed in self.tuning_seeds
+            for arm in self.arms
+            for rate in self.rates(arm)
+        ]
+
+    def confirmation_runs(self, chosen: Mapping[str, float]) -> list[RunKey]:
+        """The runs that give the verdict, seed by seed, so that an interrupted study has complete seeds."""
+        return [RunKey("confirmation", arm, chosen.get(arm), seed) for seed in self.seeds for arm in self.arms]
+
+    def runs(self, chosen: Mapping[str, float] | None) -> list[RunKey]:
+        """All runs of the study. chosen: each arm's learning rate; None before tuning is complete."""
+        return self.tuning_runs + self.confirmation_runs(chosen or {})
 
 
-@dataclass(frozen=True)
-class RunKey:
-    """One run of a study."""
+class Study(Design):
+    """A whole study. Made by `load_study`."""
 
-    stage: Stage
-    arm: str
-    learning_rate: float
-    seed: int
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: Name = Field(
+        description="recipe of all arms: a YAML file, relative to the study's folder, or the name of a shipped one"
+    )
+    general: GeneralText | None = Field(None, description="text on which forgetting is measured")
+    output: Name = Field(description="folder of the study; default: runs/ and the study's name")
+
+    _home = field_validator("output")(lambda value: str(expanded(value)))
 
     @property
-    def folder(self) -> str:
-        """Where in the study's folder it is kept."""
-        return f"runs/{self.stage}/{self.arm}/lr-{self.learning_rate:g}/seed-{self.seed}"
-
-    def __str__(self) -> str:
-        return f"{self.stage} {self.arm} lr {self.learning_rate:g} seed {self.seed}"
+    def design(self) -> Design:
+        """The study without the locations of its files; of `general`, the number of tokens stays."""
+        return Design.model_validate(
+            self.model_dump(mode="json", exclude={"output": True, "recipe": True, "general": {"file"}})
+        )
 
 
 def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
     """The study of a YAML file, or of the name of one that is shipped with the package.
 
-    overrides: `key.path=value` of the study, as in `output=runs/second`. Every arm's recipe is read, so that a wrong
-    key shows at once. Raises EchoConfigError, which names file, line and key.
+    overrides: `key.path=value` of the study, as in `output=runs/second`. Reads every arm's recipe, so that a wrong key
+    is found at once. Raises EchoConfigError, which names file, line and key.
     """
     path = find_yaml(str(source), SHIPPED, "study")
     tree, document = parse_yaml(path)
@@ -212,7 +259,7 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def _require_text(path: str, where: str) -> None:
-    """Raises EchoConfigError if a file is not there, or holds no text."""
+    """Raises EchoConfigError if a file is missing or is not text."""
     if not os.path.isfile(path):
         advice = "Correct the path."
         if path == "runs/quick-lm/general.txt":  # of the shipped study `quick`
@@ -222,7 +269,7 @@ def _require_text(path: str, where: str) -> None:
             )
         raise EchoConfigError(f"{where}: there is no such file. {advice}")
     if os.path.getsize(path) > LARGEST_TEXT:
-        raise EchoConfigError(f"{where}: it has more than {LARGEST_TEXT:,} bytes. Name a part of it.")
+        raise EchoConfigError(f"{where}: it has more than {LARGEST_TEXT:,} bytes. Use a shorter text.")
     try:
         Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -230,18 +277,24 @@ def _require_text(path: str, where: str) -> None:
 
 
 def _problem(study: Study, arm: Arm, recipe: Recipe) -> str | None:
-    """What would stop the study after hours of training."""
+    """What would stop the study only after hours of training."""
     tasks = recipe.evaluation.tasks
     if any(task.kind == "code" for task in tasks):
-        return "a study runs no generated code; leave tasks of kind code to `echo-lora eval --run-generated-code`."
+        return (
+            "a study does not run generated code; score tasks of kind code with `echo-lora eval --run-generated-code`."
+        )
     if arm.keep_echo_on and any(task.kind == "choice" for task in tasks):
-        return "keep_echo_on is for generated answers; an evaluation task is of kind choice. Leave it out."
+        return (
+            "keep_echo_on is for generated answers, but an evaluation task is of kind choice. Leave keep_echo_on out."
+        )
     if study.tunes and study.tune_on == "loss" and recipe.training.evaluate_every is None:
         return "tune_on = loss needs losses on validation rows. Set training.evaluate_every."
+    if study.score_on == "test" and not (recipe.data.test or (tasks and all(task.data for task in tasks))):
+        return "there are no test rows to score. Give data.test, or data in every evaluation task."
     needs_validation = (study.tunes and study.tune_on == "accuracy") or study.score_on == "validation"
     if needs_validation and (recipe.data.validation is None or any(task.data for task in tasks)):
         return (
-            "answers to validation rows are to be scored, but data.validation is missing or the evaluation tasks have "
+            "answers to validation rows must be scored, but data.validation is missing, or the evaluation tasks have "
             "rows of their own. Give data.validation and tasks without data, or use tune_on: loss."
         )
     return None
@@ -269,7 +322,7 @@ def recipe_of(study: Study, key: RunKey) -> Recipe:
 
 
 def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
-    """`key=value` of submitit, as in `slurm_partition=gpu`; digits are a number. Raises EchoConfigError."""
+    """submitit's options from texts such as `slurm_partition=gpu`; digits become a number. Raises EchoConfigError."""
     options: dict[str, Any] = {}
     for text in texts:
         key, is_given, value = text.partition("=")
@@ -277,20 +330,3 @@ def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
             raise EchoConfigError(f"--slurm {text}: write it as key=value, for example --slurm timeout_min=60.")
         options[key.strip()] = int(value) if re.fullmatch("[0-9]{1,18}", value) else value
     return options
-
-
-def tuning_keys(study: Study) -> list[RunKey]:
-    """The runs that choose learning rates, seed by seed; none if there is nothing to choose."""
-    if not study.tunes:
-        return []
-    return [
-        RunKey("tuning", arm, rate, seed)
-        for seed in study.tuning_seeds
-        for arm in study.arms
-        for rate in study.rates(arm)
-    ]
-
-
-def confirmation_keys(study: Study, chosen: dict[str, float]) -> list[RunKey]:
-    """The runs that count, seed by seed, so that a study that was cut short has whole seeds."""
-    return [RunKey("confirmation", arm, chosen[arm], seed) for seed in study.seeds for arm in study.arms]

@@ -1,16 +1,15 @@
-"""One run of a study: train, score, measure forgetting, and keep it all as one record.
+"""One run of a study: train, score, measure forgetting, and write it all as one record.
 
-A run needs no other run and can be done anywhere the study's folder is. Killed, it goes on from its newest checkpoint;
-finished, its record stands and it is not run again. A lock keeps two processes from working on the same one.
+A run does not depend on other runs; it can be done on any machine that sees the study's folder. If it is interrupted,
+it resumes from its newest checkpoint. Once its record is written, it is not repeated. A lock keeps two processes from
+doing the same run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import json
-import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from peft import PeftModel
 
 from echo_lora.adapter.export import save_verified
 from echo_lora.environment import commit
-from echo_lora.errors import EchoCheckpointError, EchoDataError, EchoTrainingError
+from echo_lora.errors import EchoDataError, EchoTrainingError
 from echo_lora.evaluate import score
 from echo_lora.method.model import EchoModel
 from echo_lora.models import load_tokenizer
@@ -29,65 +28,35 @@ from echo_lora.recipe.build import require_packages
 from echo_lora.recipe.rows import evaluation_rows
 from echo_lora.recipe.train import train
 from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
-from echo_lora.study.records import problem_of_run, write_archive
+from echo_lora.study.records import record_path, write_record
 from echo_lora.training.checkpoint import clear_checkpoints, has_complete_checkpoint
 
-RECORD = "record.json.gz"
-
-COMMIT = commit()  # of the code that this process has imported: the tree may move on before its last run ends
+COMMIT = commit()  # of the code that this process imported: the working tree may change before its last run
 
 WINDOW = 512  # tokens of general text that the model reads at a time
 
 
 def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
-    """Do one run and write its record; False if another process is at it and `wait` is not set.
+    """Do one run and write its record; False if another process is doing it and `wait` is not set.
 
-    Raises an EchoError; what was complete is kept.
+    Raises an EchoError; checkpoints are kept.
     """
-    folder = Path(study.output) / key.folder
-    if has_record(study, key):
+    path = record_path(study.output, key)
+    if path.is_file():
         return True
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")  # the system frees it when the process ends, however it ends
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name("lock"))  # the system releases it when the process ends, however it ends
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         return False
     try:
-        if not has_record(study, key):
-            write_record(study, key, _record(study, key, folder))
-            clear_checkpoints(folder / "checkpoints")
+        if not path.is_file():
+            write_record(path, _record(study, key, path.parent))
+            clear_checkpoints(path.with_name("checkpoints"))
     finally:
         lock.release()
     return True
-
-
-def write_record(study: Study, key: RunKey, record: dict[str, Any]) -> None:
-    """Keep the record of a run. Raises EchoCheckpointError if the disk refuses."""
-    write_archive(_path(study, key), json.dumps(record, ensure_ascii=False))
-
-
-def has_record(study: Study, key: RunKey) -> bool:
-    """Whether the run has been done."""
-    return _path(study, key).is_file()
-
-
-def read_record(study: Study, key: RunKey) -> dict[str, Any] | None:
-    """The record of a run, None if it has not been done. Raises EchoCheckpointError for a damaged one."""
-    path = _path(study, key)
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(gzip.decompress(path.read_bytes()))
-        if (problem := problem_of_run(record)) is not None:
-            raise ValueError(problem)
-        return record
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise EchoCheckpointError(f"{path} can't be read: {error}. Remove it to have this run done again.") from error
-
-
-def _path(study: Study, key: RunKey) -> Path:
-    return Path(study.output) / key.folder / RECORD
 
 
 def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
@@ -98,10 +67,10 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
     if not resume:
         clear_checkpoints(checkpoints)
     part = "validation" if key.stage == "tuning" else study.score_on
-    # tuning by loss needs no generated answer
+    # tuning on the loss needs no answers
     answers = key.stage == "confirmation" or study.tune_on == "accuracy"
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-    tasks = evaluation_rows(recipe, tokenizer, part) if answers else []  # before training: they may be wrong
+    tasks = evaluation_rows(recipe, tokenizer, part) if answers else []  # before training, since they may be invalid
     ids = [] if study.general is None else general_ids(tokenizer, study.general)
     try:
         result, model, _ = train(recipe, checkpoints, resume=resume)
@@ -124,7 +93,7 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
                 results = score(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size, progress=False)
             scores += [{"part": part, "echo": echo, "seconds": r.seconds, "result": r.to_dict()} for r in results]
     made = dataclasses.asdict(result)
-    del made["output"], made["final"]  # the folder may be moved; the last values end the history
+    del made["output"], made["final"]  # the folder may be moved; the last values are in the history
     return {
         **dataclasses.asdict(key),
         **made,
@@ -134,7 +103,7 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
             json.dumps([[task.name, rows] for task, rows in tasks], sort_keys=True).encode()
         ).hexdigest(),
         "scores": scores,
-        "general": forgetting(model, ids) if ids else None,
+        "general": measure_forgetting(model, ids) if ids else None,
     }
 
 
@@ -143,14 +112,16 @@ def general_ids(tokenizer: Any, text: GeneralText) -> list[int]:
     words = Path(text.file).read_text(encoding="utf-8")
     ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][: text.tokens]
     if len(ids) < text.tokens:
-        raise EchoDataError(f"{text.file} has {len(ids)} tokens, fewer than general.tokens = {text.tokens}. Lower it.")
+        raise EchoDataError(
+            f"{text.file} has {len(ids)} tokens, fewer than general.tokens = {text.tokens}. Lower general.tokens."
+        )
     return ids
 
 
-def forgetting(model: PeftModel, ids: list[int]) -> dict[str, float]:
-    """Mean nats per token of a general text, of the base and with the adapter: {"before", "after", "tokens"}.
+def measure_forgetting(model: PeftModel, ids: list[int]) -> dict[str, float]:
+    """Loss on a general text, in nats per token, without and with the adapter: {"before", "after", "tokens"}.
 
-    The text is read in windows of 512 tokens, the first token of each is not predicted.
+    The text is read in windows of 512 tokens; the first token of each is not predicted.
     """
     was_training = model.training
     model.eval()

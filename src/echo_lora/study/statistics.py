@@ -1,34 +1,34 @@
-"""Is one arm better than another? Verdicts, intervals and power for paired predictions.
+"""Is one arm better than another? Verdicts and intervals for paired answers.
 
 The data. Both arms answer the same questions after training from the same seeds. D[s, q] in {-1, 0, 1} is "the arm is
-right" minus "the baseline is right" at seed s and question q, and the effect is the mean of D over seeds and questions,
-then over tasks, each task with the same weight. Every seed answers the same questions: seeds and questions are
-crossed, not nested. A question that suits the arm does so at every seed, and that luck doesn't shrink with more seeds.
+right" minus "the baseline is right" at seed s and question q. The effect is the mean of D over seeds and questions,
+then over tasks with equal weights. Seeds and questions are crossed, not nested: every seed answers the same questions,
+so a question that suits the arm does so at every seed, and this chance does not shrink with more seeds.
 
 The interval. Two-level paired bootstrap: seeds are resampled, the same for all tasks, then questions within each task,
 the same for all seeds (Owen 2007, "The pigeonhole bootstrap", Annals of Applied Statistics 1:386). Resampling
-questions anew in every seed would treat them as S·Q different ones and give intervals that are too narrow. With few
-seeds the plain percentiles are wrong in two ways, so the draws give the shape, and three corrections its width:
+questions separately in every seed would treat them as S·Q different ones and give intervals that are too narrow. With
+few seeds plain percentiles are wrong too, so the draws give the shape of the interval, and three corrections its width:
 
-    variance     the draws understate what seeds add by (S - 1)/S and count the rest (interaction and chance, E) up to
-                 three times. They are rescaled to the variance of the mean in the two-way random model
-                 V = A + max(B - E, 0), where A, B are the variance between means of seeds, of questions, over their
-                 number, and E = MS_rest/(S·Q). E is also the least that A can be expected to be, so A = max(A, E) [O].
+    variance     the draws understate the variance between seeds by (S - 1)/S and count the rest (interaction and
+                 chance, E) up to three times. They are rescaled to the variance of the mean in the two-way random
+                 model, V = A + max(B - E, 0), where A, B are the variance between means of seeds, of questions, over
+                 their number, and E = MS_rest/(S·Q). A is expected to be at least E, so A = max(A, E) [O].
     quantiles    each draw's deviation is divided by sqrt(χ²_df/df), which gives it the tails of t instead of the
                  normal's: the expanded percentile interval of Hesterberg (2015, "What teachers should know about the
-                 bootstrap", The American Statistician 69:371), for two factors. df = (S - 1)·(V/A)²: S - 1 where
-                 seeds are the only noise, more where questions are most of it (Hillis 2007, Statistics in Medicine
-                 26:596, for readers and cases, which are crossed in the same way); never above the questions' own.
-    rare ones    where hardly a question tells the arms apart, their spread can't be known. V is at least 2/Q²: two
+                 bootstrap", The American Statistician 69:371), for two factors. df = (S - 1)·(V/A)²: S - 1 if seeds
+                 are the only noise, more if questions are most of it (Hillis 2007, Statistics in Medicine 26:596, for
+                 readers and cases, which are crossed in the same way); at most that of the questions.
+    few events   if the arms differ on hardly any question, their spread can't be estimated. V is at least 2/Q²: two
                  imagined questions, one for each arm, which is about the rule of three (no event in Q allows 3/Q).
-                 The draws then have no shape to give, and t alone is used; as it is where so high a confidence is
-                 asked for that fewer than 5 draws lie beyond an end.
+                 The draws then have no shape, and t alone is used. So it is if the confidence is so high that fewer
+                 than 5 draws lie beyond an end.
 
-Under the null, with 3, 5 and 10 seeds, a standard deviation of 0, 1 and 2 points between seeds and answers to a
-question that correlate between seeds by 0 to 0.8, `better` or `worse` came in 0 to 6 % of studies, `better` in up to 3;
-with 5 seeds and 3 points 6.6 %, `better` 3.4 % (1,000 studies, ±0.7): where seeds are most but not all of the noise, df
-comes out a little high. tests/test_statistics.py holds the bounds. With t at S - 1 instead, the interval
-of 5 seeds would be up to 1.4 times as wide where questions are the noise: an effect would need twice the questions.
+Under the null, with 3, 5 and 10 seeds, a standard deviation of 0, 1 and 2 points between seeds, and a correlation of 0
+to 0.8 between seeds' answers to a question, 0 to 6 % of studies gave `better` or `worse`, up to 3 % `better`. With 5
+seeds and 3 points it was 6.6 %, `better` 3.4 % (1,000 studies, ±0.7): df is a little high if seeds are most but not all
+of the noise. tests/test_statistics.py holds the bounds. With t at S - 1 instead, the interval of 5 seeds would be up to
+1.4 times as wide if questions are the noise: an effect would need twice the questions.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.errors import EchoDataError
 
 Verdict = Literal["better", "worse", "no difference shown", "not worse", "too few data"]
 
 VERDICTS: tuple[Verdict, ...] = ("better", "worse", "no difference shown", "not worse", "too few data")
 
-# Two tell next to nothing about how much seeds differ: with 500 questions their intervals reach 3 to 21 points to each
-# side in null studies, those of three 3 to 6. [O]
+# Two seeds say almost nothing about how much seeds differ: with 500 questions, the half-widths of their intervals in
+# null studies are 3 to 21 points, those of three seeds 3 to 6. [O]
 LEAST_SEEDS = 3
 
-# Draws beyond an end of the interval, on average; fewer can't place it. With 10,000 draws: confidence 0.999. [O]
+# Draws beyond an end of the interval, on average; with fewer the end is uncertain. 10,000 draws allow 0.999. [O]
 LEAST_BEYOND = 5
 
-# Uniform numbers that are held at a time.
+# Random numbers in memory at a time.
 CHUNK = 4_000_000
 
 Correct = Mapping[str, np.ndarray]
@@ -61,7 +61,7 @@ Correct = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Effect:
-    """A difference in accuracy, arm minus baseline, as a share: 0.01 is one point; its interval and two-sided p."""
+    """A difference in accuracy, arm minus baseline, as a share (0.01 is one point), its interval and two-sided p."""
 
     estimate: float
     low: float
@@ -73,50 +73,35 @@ class Effect:
 class TaskEffect(Effect):
     """The effect on one task; per-seed values are in the order of the seeds.
 
-    p_holm: p_value adjusted over all tasks (Holm). p_mcnemar: exact McNemar test within each seed, which knows of
-    questions only. only_arm, only_baseline: questions that just this one had right.
+    p_holm: p_value adjusted for the number of tasks (Holm). p_mcnemar: exact McNemar test within each seed, which
+    accounts for questions only. only_arm, only_baseline: numbers of questions that only this one answered correctly.
     """
 
     p_holm: float
     p_mcnemar: tuple[float, ...]
     only_arm: tuple[int, ...]
     only_baseline: tuple[int, ...]
-    arm_accuracies: tuple[float, ...]
-    baseline_accuracies: tuple[float, ...]
     questions: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against another. Made by `compare`.
+    """One arm against another. Made by `compare_arms`.
 
-    overall: unweighted mean over tasks; the verdict rests on it alone. The accuracies are means over tasks, per seed.
-    is_not_worse: whether the arm is shown to be not worse by more than the margin, whatever the verdict; None without a
-    margin.
+    overall: unweighted mean over tasks, the only basis of the verdict. is_not_worse: whether the arm is shown to be not
+    worse by more than the margin, whatever the verdict; None without a margin.
     """
 
-    arm: str
-    baseline: str
     verdict: Verdict
     overall: Effect
     tasks: dict[str, TaskEffect]
-    seeds: int
-    smallest_effect: float
-    margin: float | None
     is_not_worse: bool | None
-    confidence: float
-    arm_accuracies: tuple[float, ...]
-    baseline_accuracies: tuple[float, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 # ------------------------------------------------------------------ the verdict
 
 
-def compare(
+def compare_arms(
     arm: str,
     baseline: str,
     correct_arm: Correct,
@@ -128,64 +113,51 @@ def compare(
     draws: int = 10_000,
     confidence: float = 0.95,
 ) -> Comparison:
-    """Whether an arm is better than the baseline: the module's docstring says how it is reckoned.
+    """Whether an arm is better than the baseline: see the module's docstring, and `verdict_of` for the rule.
 
     correct_arm, correct_baseline: by task, bool (S, Q) whether the answer was right; row s is the same seed and column
     q the same question in both, and every task has the same S seeds. smallest_effect: smallest difference of
-    interest, as a share. The rule, fixed:
-
-        better, worse         the interval of the overall effect lies above, below 0
-        no difference shown   it holds 0, and lies inside ±smallest_effect
-        not worse             it holds 0, and lies above -margin; only where there is a margin
-        too few data          anything else; always with fewer than 3 seeds
-
-    An effect that is `better` may still be smaller than the smallest one of interest. `not worse` is a test of
-    non-inferiority at (1 - confidence)/2, one-sided (CONSORT: Piaggio et al. 2012, JAMA 308:2594). The same arguments
-    give the same numbers; no p of the bootstrap is below 2/(draws + 1). With one seed every interval is [-1, 1]. Raises
-    EchoDataError if the arrays don't pair, EchoConfigError for a smallest_effect, margin, confidence or number of draws
-    that means nothing.
+    interest, as a share. The same arguments give the same numbers. No p of the bootstrap is below 2/(draws + 1). With
+    one seed every interval is [-1, 1]. Raises EchoDataError if the arrays don't pair.
     """
-    check_numbers(smallest_effect, margin, confidence)
-    if draws < 100:
-        raise EchoConfigError(f"draws = {draws} are too few for percentiles. Use at least 100; 10000 is the default.")
-    first, second = paired_differences(arm, baseline, correct_arm, correct_baseline)
+    first, second = paired_answers(arm, baseline, correct_arm, correct_baseline)
     differences = {task: first[task].astype(np.int8) - second[task].astype(np.int8) for task in first}  # (S, Q) each
-    rng = np.random.default_rng(seed)
-    deviations = _resample(list(differences.values()), draws, rng)  # (tasks, draws)
+    deviations = _resample(list(differences.values()), draws, np.random.default_rng(seed))  # (tasks, draws)
     overall = _effect(list(differences.values()), deviations.mean(axis=0), confidence, seed)
-    effects = {
-        task: _effect([difference], deviations[i], confidence, seed)
-        for i, (task, difference) in enumerate(differences.items())
-    }
-    holm = _holm([effect.p_value for effect in effects.values()])
-    tasks = {
-        task: _task_effect(effect, float(p), first[task], second[task])
-        for (task, effect), p in zip(effects.items(), holm, strict=True)
-    }
+    effects = [
+        _effect([difference], deviations[i], confidence, seed) for i, difference in enumerate(differences.values())
+    ]
+    holm = _holm([effect.p_value for effect in effects])
     seeds = len(next(iter(differences.values())))
     return Comparison(
-        arm=arm,
-        baseline=baseline,
         verdict=verdict_of(overall.low, overall.high, smallest_effect, margin, seeds),
         overall=overall,
-        tasks=tasks,
-        seeds=seeds,
-        smallest_effect=smallest_effect,
-        margin=margin,
+        tasks={
+            task: _task_effect(effect, float(p), first[task], second[task])
+            for task, effect, p in zip(differences, effects, holm, strict=True)
+        },
         is_not_worse=None if margin is None else seeds >= LEAST_SEEDS and overall.low > -margin,
-        confidence=confidence,
-        arm_accuracies=_mean_accuracies(first),
-        baseline_accuracies=_mean_accuracies(second),
     )
 
 
 def mcnemar_exact(only_arm: int, only_baseline: int) -> float:
-    """Two-sided p that the questions which tell two runs apart fall to either with probability ½ (McNemar, exact)."""
+    """Two-sided p of the exact McNemar test: each question that only one run got right is a fair coin."""
     total = only_arm + only_baseline
     return float(stats.binomtest(only_arm, total, 0.5).pvalue) if total else 1.0
 
 
 def verdict_of(low: float, high: float, smallest_effect: float, margin: float | None, seeds: int) -> Verdict:
+    """The first of these that applies:
+
+        too few data          with fewer than 3 seeds
+        better, worse         the interval of the overall effect lies above, below 0
+        no difference shown   it contains 0 and lies inside ±smallest_effect
+        not worse             it contains 0 and lies above -margin, if there is one
+        too few data          anything else
+
+    A `better` effect may still be smaller than the smallest one of interest. `not worse` is a one-sided test of
+    non-inferiority at (1 - confidence)/2 (CONSORT: Piaggio et al. 2012, JAMA 308:2594).
+    """
     if seeds < LEAST_SEEDS:
         return "too few data"
     if low > 0:
@@ -198,7 +170,7 @@ def verdict_of(low: float, high: float, smallest_effect: float, margin: float | 
 
 
 def _holm(p_values: Sequence[float]) -> np.ndarray:
-    """p values adjusted for their number. One alone is left as it is, and saves a second of import."""
+    """p values adjusted for their number. A single one stays as it is, without a second of import."""
     if len(p_values) == 1:
         return np.array(p_values)
     from statsmodels.stats.multitest import multipletests
@@ -215,14 +187,8 @@ def _task_effect(effect: Effect, p_holm: float, first: np.ndarray, second: np.nd
         p_mcnemar=tuple(mcnemar_exact(b, c) for b, c in zip(only_arm, only_baseline, strict=True)),
         only_arm=only_arm,
         only_baseline=only_baseline,
-        arm_accuracies=tuple(float(share) for share in first.mean(axis=1)),
-        baseline_accuracies=tuple(float(share) for share in second.mean(axis=1)),
         questions=first.shape[1],
     )
-
-
-def _mean_accuracies(correct: Correct) -> tuple[float, ...]:
-    return tuple(float(share) for share in np.mean([rows.mean(axis=1) for rows in correct.values()], axis=0))
 
 
 # ----------------------------------------------------------------- the interval
@@ -230,9 +196,9 @@ def _mean_accuracies(correct: Correct) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Moments:
-    """What the two-way random model says of the mean over tasks; each field has the leading axes of the data.
+    """The mean over tasks in the two-way random model; each field has the leading axes of the data.
 
-    has_shape: False where the least variance is used instead of the data's, and a bootstrap has no shape to give.
+    has_shape: False if the least variance is used instead of the data's, so that a bootstrap has no shape.
     """
 
     estimate: np.ndarray
@@ -254,7 +220,7 @@ def moments_of(differences: Sequence[np.ndarray]) -> Moments:
         by_question = difference.mean(axis=-2, dtype=np.float64)  # (..., Q)
         squares = np.square(difference, dtype=np.float64).mean(axis=(-2, -1)) - np.square(by_seed.mean(axis=-1))
         between_seeds, between_questions = by_seed.var(axis=-1), by_question.var(axis=-1)
-        chance = squares - between_seeds - between_questions  # of D, what neither seed nor question explains
+        chance = squares - between_seeds - between_questions  # of D, not explained by seed or question
         chance = np.maximum(chance, 0) / ((seeds - 1) * max(questions - 1, 1))
         per_seed = per_seed + by_seed / tasks
         rest = rest + chance / tasks**2
@@ -273,20 +239,20 @@ def moments_of(differences: Sequence[np.ndarray]) -> Moments:
 
 
 def interval_of(moments: Moments, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """The interval without a bootstrap: t with the moments' variance."""
+    """The interval of t with the moments' variance, without a bootstrap."""
     half = stats.t.ppf(0.5 + confidence / 2, moments.df) * np.sqrt(moments.variance)
     return np.maximum(moments.estimate - half, -1), np.minimum(moments.estimate + half, 1)
 
 
 def _resample(differences: Sequence[np.ndarray], draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of D in resampled seeds and questions, less the mean of D: float (tasks, draws)."""
+    """Means of D in resampled seeds and questions, minus the mean of D: float (tasks, draws)."""
     seeds = len(differences[0])
     seed_shares = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds  # (draws, S)
     found = np.empty((len(differences), draws))
     for i, difference in enumerate(differences):
         questions = difference.shape[1]
-        # Questions with the same column are one with a larger count: the same draws, in a fraction of the time. The
-        # order is that of first appearance, so that swapped arms mirror their draws.
+        # Equal columns are one question with a larger count: the same draws, much faster. They stay in the order of
+        # their first appearance, so that swapped arms have mirrored draws.
         columns, first, counts = np.unique(difference, axis=1, return_index=True, return_counts=True)
         order = np.argsort(first)
         columns, counts = columns[:, order].astype(np.float64), counts[order]  # (S, U), (U,)
@@ -300,9 +266,9 @@ def _resample(differences: Sequence[np.ndarray], draws: int, rng: np.random.Gene
 
 
 def _effect(differences: Sequence[np.ndarray], deviations: np.ndarray, confidence: float, seed: int) -> Effect:
-    """The effect whose resampled means, less their centre, are `deviations` (draws,).
+    """The effect whose resampled means, minus their centre, are `deviations` (draws,).
 
-    The tails are the same for every effect of a seed, so that a single task has the interval of the whole.
+    The tails are the same for every effect, so that a single task has the interval of the whole.
     """
     if len(differences[0]) < 2:
         return Effect(float(np.mean([difference.mean() for difference in differences])), -1.0, 1.0, 1.0)
@@ -323,58 +289,23 @@ def _effect(differences: Sequence[np.ndarray], deviations: np.ndarray, confidenc
 # ------------------------------------------------------------------------ checks
 
 
-def check_numbers(smallest_effect: float, margin: float | None, confidence: float) -> None:
-    for name, value in (("smallest_effect", smallest_effect), ("margin", margin)):
-        if value is not None and not 0 < value < 1:
-            raise EchoConfigError(f"{name} = {value} must be a share above 0; 0.01 is one point.")
-    if not 0.5 <= confidence < 1:
-        raise EchoConfigError(f"confidence = {confidence} must be from 0.5 to below 1; 0.95 is the default.")
-
-
-def sizes(questions: int | Sequence[int]) -> tuple[int, ...]:
-    return (int(questions),) if isinstance(questions, int | np.integer) else tuple(int(size) for size in questions)
-
-
-def paired_differences(
+def paired_answers(
     arm: str, baseline: str, correct_arm: Correct, correct_baseline: Correct
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Both arms' answers as bool (S, Q) by task, in the arm's order of tasks."""
     where = f"{arm} against {baseline}"
-    only = sorted(set(correct_arm) ^ set(correct_baseline))
-    if only:
+    if only := sorted(set(correct_arm) ^ set(correct_baseline)):
         raise EchoDataError(
             f"{where}: only one of them has the task {', '.join(only)}. Compare them on tasks that both answered."
         )
     if not correct_arm:
-        raise EchoDataError(f"{where}: there is no task. Give each arm's answers by task.")
-    first = {task: _answers(arm, task, values) for task, values in correct_arm.items()}
-    second = {task: _answers(baseline, task, correct_baseline[task]) for task in first}
-    seeds = {task: len(rows) for task, rows in first.items()}
+        raise EchoDataError(f"{where}: there is no task. Score both on at least one.")
+    first = {task: np.asarray(rows, dtype=np.bool_) for task, rows in correct_arm.items()}
+    second = {task: np.asarray(correct_baseline[task], dtype=np.bool_) for task in first}
     for task in first:
         if first[task].shape != second[task].shape:
             raise EchoDataError(
                 f"{where}, task {task}: {arm} has shape {first[task].shape} and {baseline} {second[task].shape} "
                 "(seeds, questions). Score both on the same questions, after runs of the same seeds."
             )
-        if seeds[task] != next(iter(seeds.values())):
-            raise EchoDataError(
-                f"{where}: tasks have different numbers of seeds: {seeds}. Score every run on all tasks."
-            )
     return first, second
-
-
-def _answers(arm: str, task: str, values: np.ndarray) -> np.ndarray:
-    try:
-        found = np.asarray(values)
-    except ValueError as error:
-        raise EchoDataError(
-            f"{arm}, task {task}: seeds have different numbers of questions. Score every run on the same questions."
-        ) from error
-    if found.ndim != 2 or 0 in found.shape:
-        raise EchoDataError(
-            f"{arm}, task {task}: answers of shape {found.shape}, but they must be (seeds, questions), at least one of "
-            "each. Give one row per seed."
-        )
-    if found.dtype != np.bool_ and not np.isin(found, (0, 1)).all():
-        raise EchoDataError(f"{arm}, task {task}: answers must be true or false, got {found.dtype}.")
-    return found.astype(np.bool_)

@@ -1,4 +1,8 @@
-"""Running a study's runs: worker processes on this machine, or jobs on a cluster."""
+"""Where runs are done: worker processes on this machine, or jobs on a cluster.
+
+submitit has a local executor too, but it starts all jobs at once, lets them outlive this process, hides the GPUs unless
+they are asked for, and ends a job after minutes unless told otherwise.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,16 +23,18 @@ from typing import Any, Literal
 from echo_lora.errors import EchoConfigError, EchoError
 from echo_lora.progress import progress_console
 from echo_lora.study.design import RunKey, Study
-from echo_lora.study.folder import gather
-from echo_lora.study.run import execute, has_record
+from echo_lora.study.records import record_path
+from echo_lora.study.run import execute
+
+HELD = "held"  # in the place of an error: another process is doing the run
 
 
 @dataclass(frozen=True)
 class Engine:
     """Where runs are done.
 
-    workers: processes on this machine. cluster: name of a cluster of submitit ("slurm"), which then gets the runs as
-    job arrays with these `options`; None: this machine.
+    workers: processes on this machine. cluster: submitit's name of a cluster ("slurm"), which gets the runs as job
+    arrays with these `options`; None: this machine.
     """
 
     workers: int = 1
@@ -38,13 +45,13 @@ class Engine:
 # -------------------------------------------------------------------- the runs
 
 
-def run_all(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Engine, ends: float | None) -> bool:
-    """Do the runs that have no record yet; False if time was up before that. Raises EchoError if some failed.
+def run_all(study: Study, keys: list[RunKey], engine: Engine, ends: float | None, gather: Callable[[], None]) -> bool:
+    """Do the runs without a record; False if time was up first. Raises EchoError if runs failed, after the others.
 
-    All records are gathered after each run, so that a report of what there is can be made at any time.
+    gather: collects all records; called after each run, so that a report can be written at any time.
     """
-    gather(study, about)
-    left = [key for key in keys if not has_record(study, key)]
+    gather()
+    left = [key for key in keys if not record_path(study.output, key).is_file()]
     if not left:
         return True
     console = progress_console()
@@ -56,12 +63,12 @@ def run_all(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Eng
         seconds = time.monotonic() - started
         state = "done" if error is None else "FAILED"
         console.print(f"{done}/{len(left)}  {key}  {state}  {seconds:.0f} s", markup=False)
-        gather(study, about)
+        gather()
         if error is not None:
             failed.append(f"{key}: {error}\n  log: {Path(study.output) / key.folder / 'log.txt'}")
     if failed:
         raise EchoError(
-            f"{len(failed)} of {len(left)} runs failed. Mend the cause and compare again.\n" + "\n".join(failed)
+            f"{len(failed)} of {len(left)} runs failed. Fix the cause and run compare again.\n" + "\n".join(failed)
         )
     return done == len(left)
 
@@ -69,7 +76,7 @@ def run_all(study: Study, about: dict[str, Any], keys: list[RunKey], engine: Eng
 def _on_this_machine(
     study: Study, keys: list[RunKey], engine: Engine, ends: float | None
 ) -> Iterator[tuple[RunKey, str | None]]:
-    """Runs in worker processes; each run that ended, and its error. A run that another process holds comes last."""
+    """Yields each run that ended, and its error. A run that another process is doing comes last."""
     own = os.environ.get("OMP_NUM_THREADS") or None
     threads = int(own or max(1, (os.cpu_count() or 1) // engine.workers))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
@@ -94,7 +101,7 @@ def _on_this_machine(
                     yield key, error
     except BrokenProcessPool as error:
         raise EchoError(
-            "a worker process was killed, perhaps for lack of memory. Lower --workers, then compare again: finished "
+            "a worker process was killed, perhaps for lack of memory. Lower --workers and run compare again: finished "
             "runs are kept."
         ) from error
     finally:
@@ -103,30 +110,25 @@ def _on_this_machine(
             del os.environ["OMP_NUM_THREADS"]
 
 
-HELD = "held"
-
-
 def _logged(study: Study, key: RunKey, wait_for_it: bool) -> str | None:
-    """`execute`, with all it prints in the run's log; None, its error, or HELD."""
+    """`execute` with its output in the run's log. Returns None, its error, or HELD."""
     folder = Path(study.output) / key.folder
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             return None if execute(study, key, wait=wait_for_it) else HELD
-        except Exception as error:  # one run must not end the others; compare reports it
-            import traceback
-
+        except Exception as error:  # must not end the other runs; run_all reports it
             traceback.print_exc()
             return str(error) or repr(error)
 
 
 def _start_worker(threads: int) -> None:
-    """A worker's settings. It ends when its parent is killed: it would wait for work for ever."""
+    """Set up a worker. It ends if its parent is killed: else it would wait for work forever."""
     import torch
 
     torch.set_num_threads(threads)
 
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # what is complete on disk stays so at any moment
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # files on disk are complete at any moment
     parent = parent_process()
     assert parent is not None
 
@@ -138,7 +140,7 @@ def _start_worker(threads: int) -> None:
 
 
 def _on_cluster(study: Study, keys: list[RunKey], engine: Engine) -> Iterator[tuple[RunKey, str | None]]:
-    """Runs as a job array of submitit; the study's folder must be one that all machines see."""
+    """Yields as above, from a job array of submitit; all machines must see the study's folder."""
     try:
         import submitit
     except ImportError as error:
@@ -150,10 +152,10 @@ def _on_cluster(study: Study, keys: list[RunKey], engine: Engine) -> Iterator[tu
     except (NameError, ValueError, TypeError) as error:
         raise EchoConfigError(f"submitit refuses the options {engine.options}: {error}") from error
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
-        raise EchoError(f"the runs could not be submitted: {error}. Mend it and compare again.") from error
+        raise EchoError(f"the runs could not be submitted: {error}. Fix this and run compare again.") from error
     for key, job in zip(keys, jobs, strict=True):
         try:
             found = job.result()
-            yield key, "another process is at it; compare again when it has ended" if found == HELD else found
+            yield key, "another process is doing it; run compare again when it has ended" if found == HELD else found
         except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
             yield key, f"its job failed: {error}"

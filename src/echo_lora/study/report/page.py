@@ -1,6 +1,6 @@
-"""The report of a study: one page that carries its figures inside, and its twin in Markdown, with the same numbers.
+"""The report of a study: one page with its figures inside, and the same numbers in Markdown.
 
-Both are made from one list of sections, so neither can say what the other does not.
+Both are made from one list of sections.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.files import write_file
-from echo_lora.study.records import STUDY_FILE, StudyRecords, read_study
-from echo_lora.study.report import curves as training
-from echo_lora.study.report import results as outcome
-from echo_lora.study.report.format import Section, Table, count_of, listed
+from echo_lora.study.folder import STUDY_FILE, StudyRecords, read_study
+from echo_lora.study.report import outcome, training
+from echo_lora.study.report.parts import PageSection, PageTable
+from echo_lora.study.report.texts import count_of, joined
 from echo_lora.study.report.verdict import (
     SIGN,
     Difference,
@@ -35,25 +35,24 @@ HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 
 
 @dataclass(frozen=True)
-class Report:
-    """All that the templates show."""
+class Page:
+    """What the templates show."""
 
     title: str
     question: str
-    verdict: str  # the word
+    verdict: str  # in a word
     sign: str
     sentence: str
     meaning: str
-    notices: list[str]  # what must not be missed: runs that are missing, arms that are not paired
-    sections: list[Section]
+    notices: list[str]  # warnings
+    sections: list[PageSection]
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.html and report.md into a study's folder; gives the path of the former.
+    """Write report.html and report.md into a study's folder; returns the path of the former.
 
-    A folder of several studies gets a report in each of theirs, and one of their verdicts. The same records give the
-    same bytes. Raises EchoConfigError or EchoDataError if the folder is not a study's (`read_study`),
-    EchoCheckpointError if the disk refuses.
+    In a folder of several studies, each gets its report, and the folder one of their verdicts. The same records give
+    the same bytes. Raises EchoConfigError or EchoDataError as `read_study`, EchoCheckpointError if writing fails.
     """
     sections = []
     for one in _studies_in(folder) or [Path(folder)]:
@@ -65,19 +64,19 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _studies_in(folder: str | Path) -> list[Path]:
-    """The folders of studies inside one that is none itself."""
+    """The folders of studies in a folder that is not a study's."""
     folder = Path(folder)
     if os.path.exists(folder / STUDY_FILE) or not os.path.isdir(folder):
         return []
     return sorted(path.parent for path in folder.glob(f"*/{STUDY_FILE}"))
 
 
-def _write(report: Report, folder: Path) -> Path:
+def _write(report: Page, folder: Path) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     for name in (MARKDOWN_FILE, HTML_FILE):
         if os.path.isdir(folder / name):
-            raise EchoCheckpointError(f"{folder / name} is a folder, in the place of the report. Move it away.")
+            raise EchoCheckpointError(f"{folder / name} is a folder, but the report has this name. Move the folder.")
     for name, is_html in ((MARKDOWN_FILE, False), (HTML_FILE, True)):
         environment = Environment(
             loader=PackageLoader("echo_lora"),
@@ -94,19 +93,19 @@ def _write(report: Report, folder: Path) -> Path:
 
 
 def summary_lines(folder: str | Path) -> list[str]:
-    """The verdicts in words: a line for each declared comparison, then whatever must not be missed about them.
+    """The verdicts in words: a line for each declared comparison, then the warnings.
 
-    Of a folder of several studies: those of each, under its title. Raises as `write_report`.
+    For a folder of several studies: those of each, below its title. Raises as `write_report`.
     """
     if folders := _studies_in(folder):
-        return [line for one in folders for line in (read_study(one).about["title"], *summary_lines(one))]
+        return [line for one in folders for line in (read_study(one).design.title, *summary_lines(one))]
     study = read_study(folder)
     declared = declared_differences(study)
     look = look_text(study, declared[0])
     return [*_verdicts(study, declared), *([look] if look else []), *notices(study, declared[0])]
 
 
-def _report(study: StudyRecords, declared: list[Difference]) -> Report:
+def _report(study: StudyRecords, declared: list[Difference]) -> Page:
     others = [difference_of(study, *pair) for pair in study.others]
     primary = declared[0]
     word = (
@@ -114,9 +113,9 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Report:
         if missing_runs(study, primary)
         else f"{primary.verdict[0].upper()}{primary.verdict[1:]}"
     )
-    return Report(
-        title=study.about["title"],
-        question=study.about.get("question", ""),
+    return Page(
+        title=study.design.title,
+        question=study.design.question,
         verdict=word,
         sign=SIGN[primary.verdict],
         sentence=sentence_of(study, primary),
@@ -142,81 +141,79 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Report:
     )
 
 
-def _section_of_several(study: StudyRecords, declared: list[Difference]) -> Section:
+def _section_of_several(study: StudyRecords, declared: list[Difference]) -> PageSection:
     name = study.folder.name
     look = look_text(study, declared[0])
-    text = [study.about.get("question", ""), *([look] if look else []), f"The whole report: {name}/{HTML_FILE}"]
-    return Section(name, study.about["title"], text, notices(study, declared[0]), items=_verdicts(study, declared))
+    text = [study.design.question, *([look] if look else []), f"Full report: {name}/{HTML_FILE}"]
+    return PageSection(name, study.design.title, text, notices(study, declared[0]), items=_verdicts(study, declared))
 
 
 def _verdicts(study: StudyRecords, declared: list[Difference]) -> list[str]:
     return [f"{one.verdict}: {sentence_of(study, one)} {not_worse_text(study, one)}".rstrip() for one in declared]
 
 
-def _report_of_several(sections: list[Section]) -> Report:
-    return Report(
+def _report_of_several(sections: list[PageSection]) -> Page:
+    return Page(
         title="Several studies",
         question="",
         verdict=f"{len(sections)} studies",
         sign="≡",
-        sentence="Each has a question, a verdict and a report of its own.",
+        sentence="Each has its own question, verdict and report.",
         meaning="",
         notices=[],
         sections=sections,
     )
 
 
-def _settings(study: StudyRecords) -> Section:
-    about = study.about
-    arms = []
-    for arm in study.arms:
-        own = about["arms"][arm]
-        chosen = (study.chosen or {}).get(arm)
-        arms.append(
-            [
-                study.label(arm),
-                arm,
-                own.get("role", "method") + (", baseline" if arm == study.baseline else ""),
-                _settings_text(own.get("overrides", {})) or "none",
-                listed(f"{rate:g}" for rate in about["learning_rates"].get(arm, [])),
-                "not yet" if chosen is None else f"{chosen:g}",
-            ]
-        )
-    general = [
-        ["command", about.get("command") or "unknown"],
-        ["begun", about.get("started") or "unknown"],
-        ["commit", about.get("commit") or "unknown"],
-        ["processor", about.get("processor") or "unknown"],
-        [
-            "devices of the runs",
-            listed(sorted({str(run.get("device", "unknown")) for run in study.runs})) or "none yet",
-        ],
-        ["tuning seeds", listed(about["tuning_seeds"]) or "none"],
-        ["confirmation seeds", listed(study.seeds)],
-        ["smallest effect of interest", count_of(100 * about["smallest_effect"], "percentage point")],
-        *([["margin", count_of(100 * margin, "percentage point")]] if (margin := about.get("margin")) else []),
-        *([["looks, in seeds", listed(study.looks)]] if study.looks else []),
-        ["comparisons, the primary first", listed(f"{a} − {b}" for a, b in study.pairs)],
-        *([f"version of {name}", str(number)] for name, number in about.get("versions", {}).items()),
-    ]
-    recipe = [[key, value] for key, value in _flat(about.get("recipe", {}))]
+def _settings(study: StudyRecords) -> PageSection:
     rows = sorted({line for run in study.runs if run["stage"] == "confirmation" for line in run.get("rows", [])})
     warnings = []
     if len({json.dumps(run["versions"], sort_keys=True) for run in study.runs if "versions" in run}) > 1:
         warnings.append("The runs were not all made with the same versions: they may not be comparable.")
     tables = [
-        Table(
-            "Arms: what each sets otherwise than the base recipe",
+        PageTable(
+            "Arms: how each differs from the base recipe",
             ["arm", "key", "role", "overrides", "learning rates tried", "chosen"],
-            arms,
+            [_arm_settings(study, arm) for arm in study.arms],
             is_text=True,
         ),
-        Table("The study", ["what", "value"], general, is_text=True),
+        PageTable("The study", ["what", "value"], _study_settings(study), is_text=True),
     ]
-    if recipe:
-        tables.append(Table("Base recipe, of the baseline's first run", ["key", "value"], recipe, is_text=True))
-    text = ["Everything that is needed to do the study again."]
-    return Section("settings", "Settings", text, warnings, tables=tables, items=[f"rows: {line}" for line in rows])
+    if recipe := [[key, value] for key, value in _flat(study.file.recipe)]:
+        tables.append(PageTable("Base recipe, of the baseline's first run", ["key", "value"], recipe, is_text=True))
+    text = ["Everything needed to repeat the study."]
+    return PageSection("settings", "Settings", text, warnings, tables=tables, items=[f"rows: {line}" for line in rows])
+
+
+def _arm_settings(study: StudyRecords, arm: str) -> list[str]:
+    own = study.design.arms[arm]
+    return [
+        study.label(arm),
+        arm,
+        own.role + (", baseline" if arm == study.design.baseline else ""),
+        _settings_text(own.set) or "none",
+        joined(f"{rate:g}" for rate in study.design.rates(arm)),
+        f"{study.chosen[arm]:g}" if arm in study.chosen else "not yet",
+    ]
+
+
+def _study_settings(study: StudyRecords) -> list[list[str]]:
+    file, design = study.file, study.design
+    devices = sorted({str(run.get("device", "unknown")) for run in study.runs})
+    return [
+        ["command", file.command or "unknown"],
+        ["started", file.started or "unknown"],
+        ["commit", file.commit or "unknown"],
+        ["processor", file.processor or "unknown"],
+        ["devices of the runs", joined(devices) or "none yet"],
+        ["tuning seeds", joined(design.tuning_seeds if design.tunes else []) or "none"],
+        ["confirmation seeds", joined(design.seeds)],
+        ["smallest effect of interest", count_of(100 * design.smallest_effect, "percentage point")],
+        *([["margin", count_of(100 * design.margin, "percentage point")]] if design.margin else []),
+        *([["looks, in seeds", joined(study.looks)]] if study.looks else []),
+        ["comparisons, the primary first", joined(f"{a} − {b}" for a, b in design.pairs)],
+        *([f"version of {name}", number] for name, number in file.versions.items()),
+    ]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -232,7 +229,7 @@ def _settings_text(values: Mapping[str, Any]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text as a part of Markdown: what has a meaning there is escaped, and it keeps to one line."""
+    """Text in one line of Markdown: special characters are escaped."""
     for mark in ("\\", "|", "*", "`", "<", "["):
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())

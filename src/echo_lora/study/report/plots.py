@@ -1,8 +1,9 @@
-"""Small figures as SVG text: axes, lines, bands, intervals and labels, in a panel that a phone can show in full width.
+"""Small figures as SVG text: axes, lines, bands, intervals and labels, in panels that fit a phone.
 
-A panel is 360 units wide with text of 12, so it stays legible at the width of a phone; wider pages set panels side by
-side. What tells series apart is their marker, their dashes and a label at their end; colour only helps. Text has the
-page's font and colour.
+A panel is 360 units wide with text of size 12, so it is legible at the width of a phone; wider pages put panels side by
+side. Series differ in their marker, their dashes and the label at their end, and only additionally in colour. Text has
+the page's font and colour. Why not matplotlib: its panels are several times as large, depend on its release, repeat ids
+within a page, and have neither the page's font nor descriptions for screen readers.
 """
 
 from __future__ import annotations
@@ -15,13 +16,11 @@ from typing import Literal
 
 WIDTH = 360
 
-TOP, BOTTOM, LEFT, RIGHT = 46, 40, 46, 14  # room for title and unit, for the x axis, for the y axis
+TOP, BOTTOM, LEFT, RIGHT = 46, 40, 46, 14  # space for title and unit, for the x axis, for the y axis
 
-ROW = 38  # height of a row of intervals: its label above, its interval below
+TOP_OF_ROWS, ROW = 30, 38  # a row of intervals has its label above and its interval below
 
-LETTER = 6.1  # width of an average letter of 11.5 units
-
-LINE = 14  # height of a label
+LETTER, LINE = 6.1, 14  # width of an average letter of 11.5 units, height of a label
 
 Marker = Literal["circle", "square", "triangle", "diamond", "cross", "plus"]
 
@@ -30,7 +29,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Style:
-    """How a series looks; each part alone tells it from the others."""
+    """How a series looks."""
 
     marker: Marker
     dash: str  # stroke-dasharray, "" for a solid line
@@ -52,13 +51,13 @@ STYLES = (
 
 
 def style_of(index: int) -> Style:
-    """The style of the arm at this place; the first is the baseline's."""
+    """The style of an arm by its index; the first is the baseline."""
     return STYLES[0] if index == 0 else STYLES[1 + (index - 1) % (len(STYLES) - 1)]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values and where its ticks are."""
+    """A range of values, and its ticks."""
 
     low: float
     high: float
@@ -73,8 +72,8 @@ class Axis:
         return (value - low) / (high - low)
 
 
-def axis(values: Iterable[float], *, include: Iterable[float] = (), count: int = 5, percent: bool = False) -> Axis:
-    """A linear axis around the finite ones among the values, with round ticks."""
+def axis(values: Iterable[float], *, include: Iterable[float] = (), count: int = 5) -> Axis:
+    """A linear axis around the finite values, with round ticks."""
     found = [value for value in (*values, *include) if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(found), max(found)
     if high - low < 1e-12:
@@ -83,10 +82,9 @@ def axis(values: Iterable[float], *, include: Iterable[float] = (), count: int =
     pad = (high - low) * 0.06
     low, high = low - pad, high + pad
     step = _round_step((high - low) / count)
-    digits = max(0, -math.floor(math.log10(step * (100 if percent else 1)) + 1e-9))
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ticks = [(n * step, _number(n * step * (100 if percent else 1), digits)) for n in numbers]
-    return Axis(low, high, ticks)
+    return Axis(low, high, [(n * step, _number(n * step, digits)) for n in numbers])
 
 
 def log_axis(values: Iterable[float]) -> Axis:
@@ -112,7 +110,7 @@ def _n(value: float) -> str:
 
 
 class Panel:
-    """One figure with two axes. `svg` gives its text."""
+    """One figure with two axes."""
 
     def __init__(
         self,
@@ -127,7 +125,7 @@ class Panel:
         height: int = 250,
         labels: Sequence[str] = (),
     ) -> None:
-        """name: an id that no other panel of the page has. labels: those that will stand at the ends of lines."""
+        """name: unique in the page. labels: those that the ends of lines will have."""
         self.name, self.title, self.description, self.x, self.y = name, title, description, x, y
         self.height = height
         self.left = LEFT
@@ -166,13 +164,13 @@ class Panel:
         return self.height - BOTTOM - self.y.at(value) * (self.height - BOTTOM - TOP)
 
     def text(self, x: float, y: float, text: str, *, anchor: str = "start", kind: str = "") -> None:
-        """Words at a place in units of the panel."""
+        """Text at a position in units of the panel."""
         kinds = f' class="{kind}"' if kind else ""
         end = "" if anchor == "start" else f' text-anchor="{anchor}"'
         self.parts.append(f'<text x="{_n(x)}" y="{_n(y)}"{end}{kinds}>{escape(text)}</text>')
 
     def line(self, points: Sequence[Point], style: Style, label: str = "", *, markers: bool = True) -> None:
-        """A line with a marker at each point, or at its last only; its label stands at its end."""
+        """A line with a marker at each point, or at the last only, and a label at its end."""
         places = [(self._x(x), self._y(y)) for x, y in points if math.isfinite(y)]
         if not places:
             return
@@ -199,14 +197,12 @@ class Panel:
             'stroke-width="1.6"/>'
         )
 
-    def level(self, y: float, text: str = "") -> None:
+    def level(self, y: float) -> None:
         """A horizontal line across the panel."""
         self.parts.append(f'<path class="zero" d="M{self.left} {_n(self._y(y))}H{_n(self.right)}"/>')
-        if text:
-            self.text(self.left + 4, self._y(y) - 5, text, kind="small")
 
     def _end_labels(self) -> list[str]:
-        """The labels of the lines beside the panel, each with its marker, moved apart where they would overlap."""
+        """The labels at the ends of lines, each with its marker, moved apart where they would overlap."""
         found = sorted(self.ends, key=lambda end: end[1])
         places = _apart([y for _, y, _, _ in found], LINE, TOP, self.height - BOTTOM)
         column = self.right + 14
@@ -219,7 +215,7 @@ class Panel:
         return parts
 
     def svg(self) -> str:
-        """The panel as an element that can stand in a page, with its title and description for those who listen."""
+        """The panel as an element of a page, with title and description for screen readers."""
         return "\n".join(
             [
                 f'<svg class="panel" viewBox="0 0 {WIDTH} {self.height}" role="img" '
@@ -235,16 +231,14 @@ class Panel:
 
 
 class Rows(Panel):
-    """A panel of rows on one x axis: each has a label above it at the left and its numbers at the right."""
+    """A panel of rows on one x axis, each with its label above at the left and its numbers at the right."""
 
     def __init__(
         self, name: str, title: str, description: str, x: Axis, count: int, *, x_label: str = "", ends: str = ""
     ) -> None:
-        """count: number of rows. ends: text for the right end of the x axis, where x_label is that of the left."""
-        self.top = 30
-        self.is_two_sided = bool(ends)
+        """count: number of rows. ends: text at the right end of the x axis; x_label is then at the left."""
         self._ends = ends
-        height = self.top + ROW * count + 6 + BOTTOM
+        height = TOP_OF_ROWS + ROW * count + 6 + BOTTOM
         super().__init__(name, title, description, x, Axis(0, 1, ()), x_label=x_label, height=height)
         self.row = 0
 
@@ -252,7 +246,7 @@ class Rows(Panel):
         self.left, self.right = 14, WIDTH - 14
         bottom = self.height - BOTTOM
         for value, _ in self.x.ticks:
-            self.parts.append(f'<path class="grid" d="M{_n(self._x(value))} {self.top}V{bottom}"/>')
+            self.parts.append(f'<path class="grid" d="M{_n(self._x(value))} {TOP_OF_ROWS}V{bottom}"/>')
         self._x_ticks(bottom)
         if self._ends:
             self.text(4, self.height - 5, x_label)
@@ -260,17 +254,16 @@ class Rows(Panel):
         else:
             self.text(WIDTH / 2, self.height - 5, x_label, anchor="middle")
 
-    def rule(self, x: float, kind: str = "zero") -> None:
+    def rule(self, x: float) -> None:
         """A vertical line across all rows."""
-        at = _n(self._x(x))
-        self.parts.append(f'<path class="{kind}" d="M{at} {self.top}V{self.height - BOTTOM}"/>')
+        self.parts.append(f'<path class="zero" d="M{_n(self._x(x))} {TOP_OF_ROWS}V{self.height - BOTTOM}"/>')
 
     def shade(self, low: float, high: float) -> None:
         """Mark a range of x."""
         a, b = self._x(max(low, self.x.low)), self._x(min(high, self.x.high))
         self.parts.append(
-            f'<rect class="shade" x="{_n(a)}" y="{self.top}" width="{_n(b - a)}" '
-            f'height="{self.height - BOTTOM - self.top}"/>'
+            f'<rect class="shade" x="{_n(a)}" y="{TOP_OF_ROWS}" width="{_n(b - a)}" '
+            f'height="{self.height - BOTTOM - TOP_OF_ROWS}"/>'
         )
 
     def add(
@@ -285,8 +278,8 @@ class Rows(Panel):
         is_strong: bool = False,
         last: Style | None = None,
     ) -> None:
-        """The next row: markers, and an interval or a tick at the mean. last: another style for the last marker."""
-        y = self.top + ROW * self.row + 27
+        """Add a row: markers, and an interval or a tick at the mean. last: another style for the last marker."""
+        y = TOP_OF_ROWS + ROW * self.row + 27
         self.row += 1
         kind = "strong" if is_strong else ""
         self.text(6, y - 11, label, kind=kind)
@@ -306,8 +299,8 @@ class Rows(Panel):
 
 
 def _apart(targets: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places near the sorted targets, `gap` apart, between low and high as far as there is room."""
-    groups: list[list[float]] = []  # each the targets of labels that touch
+    """Positions near the sorted targets, at least `gap` apart, between low and high if there is room."""
+    groups: list[list[float]] = []  # targets of labels that touch
 
     def first(group: list[float]) -> float:
         middle = sum(group) / len(group)

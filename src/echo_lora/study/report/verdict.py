@@ -9,19 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_lora.errors import EchoDataError
+from echo_lora.study.design import RunKey
+from echo_lora.study.folder import StudyRecords
 from echo_lora.study.looks import confidence_at
-from echo_lora.study.records import Record, RunName, StudyRecords, correct_by_task, results
-from echo_lora.study.report.format import count_of, is_known, listed, percent_text, points_text, range_text
-from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare
+from echo_lora.study.records import START, Pairing, Record, correct_by_task, results
+from echo_lora.study.report.texts import count_of, is_known, joined, percent_text, points_text, range_text
+from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare_arms
 
-DULL = 0.98  # share of a run's answers
+DULL = 0.98  # share of a run's answers that are the same, or right, or wrong
 
 SIGN = {"better": "▲", "worse": "▼", "no difference shown": "◇", "not worse": "△", "too few data": "?"}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One arm minus another, over the seeds that both have; without such a seed there is nothing to compare."""
+    """One arm minus another, over the seeds that both have. comparison: None without such a seed."""
 
     arm: str
     baseline: str
@@ -34,7 +36,7 @@ class Difference:
 
     @property
     def is_not_worse(self) -> bool:
-        """Whether it is shown that the arm is not worse by more than the study's margin."""
+        """Whether the arm is shown to be not worse by more than the margin."""
         return bool(self.comparison and self.comparison.is_not_worse)
 
     @property
@@ -47,8 +49,8 @@ class Difference:
 
 
 def declared_differences(study: StudyRecords) -> list[Difference]:
-    """The comparisons that the study declared, the primary one first."""
-    return [difference_of(study, *pair) for pair in study.pairs]
+    """The declared comparisons, the primary one first."""
+    return [difference_of(study, *pair) for pair in study.design.pairs]
 
 
 def difference_of(study: StudyRecords, arm: str, baseline: str) -> Difference:
@@ -58,29 +60,29 @@ def difference_of(study: StudyRecords, arm: str, baseline: str) -> Difference:
     found = None
     if seeds:
         correct = [_correct(study, [of_arm[seed] for seed in seeds]) for of_arm in runs]
-        found = compare(
+        found = compare_arms(
             arm,
             baseline,
             *correct,
-            smallest_effect=study.about["smallest_effect"],
-            margin=study.about.get("margin"),
+            smallest_effect=study.design.smallest_effect,
+            margin=study.design.margin,
             confidence=confidence_of(study),
         )
     return Difference(arm, baseline, seeds, found)
 
 
 def confidence_of(study: StudyRecords) -> float:
-    """Of all intervals: that which belongs to the last look that was reached."""
+    """The confidence of all intervals: that of the last complete look."""
     return confidence_at(study.looks, study.look) if study.look else 0.95
 
 
 def is_decided(study: StudyRecords, primary: Difference) -> bool:
-    """Whether a study that declares looks may end at this one: its primary comparison says something."""
+    """Whether a study with looks may end at the last complete one."""
     return study.look > 0 and primary.verdict != "too few data"
 
 
-def missing_runs(study: StudyRecords, primary: Difference) -> list[RunName]:
-    """The runs of the design that are still to be done: a study that is decided needs no more seeds."""
+def missing_runs(study: StudyRecords, primary: Difference) -> list[RunKey]:
+    """The runs that are still needed: a decided study needs no more seeds."""
     return [run for run in study.missing if run.stage == "tuning" or not is_decided(study, primary)]
 
 
@@ -91,16 +93,21 @@ def _correct(study: StudyRecords, runs: list[Record]) -> dict[str, np.ndarray]:
         if len(rows) != len(runs) or len({len(row) for row in rows}) > 1:
             raise EchoDataError(
                 f"{study.folder}: the confirmation runs of arm {runs[0]['arm']} did not all answer the same questions "
-                f"of task {task}: {', '.join(str(len(row)) for row in rows)} answers in {len(runs)} runs. Do the odd "
-                "one again."
+                f"of task {task}: {', '.join(str(len(row)) for row in rows)} answers in {len(runs)} runs. "
+                "Repeat the run that differs."
             )
     return {task: np.array(rows, dtype=bool) for task, rows in found.items()}
 
 
+def compared_text(study: StudyRecords, difference: Difference) -> str:
+    """The name of a difference, as in "Echo-LoRA − LoRA"."""
+    return f"{study.label(difference.arm)} − {study.label(difference.baseline)}"
+
+
 def sentence_of(study: StudyRecords, difference: Difference) -> str:
-    """What was found, in numbers."""
-    names = f"{study.label(difference.arm)} − {study.label(difference.baseline)}"
-    smallest = f"smallest effect of interest {count_of(100 * study.about['smallest_effect'], 'point')}"
+    """The result in numbers."""
+    names = compared_text(study, difference)
+    smallest = f"smallest effect of interest {count_of(100 * study.design.smallest_effect, 'point')}"
     effect = difference.overall
     if effect is None:
         what = "no look has been reached" if study.looks else "no seed has a confirmation run of both"
@@ -119,8 +126,8 @@ def interval_name(study: StudyRecords) -> str:
 
 
 def not_worse_text(study: StudyRecords, difference: Difference) -> str:
-    """Whether the arm is shown to be not worse by more than the margin; nothing where there is no margin."""
-    margin = study.about.get("margin")
+    """Whether the arm is shown to be not worse by more than the margin; empty without a margin."""
+    margin = study.design.margin
     if margin is None:
         return ""
     arm, other = study.label(difference.arm), study.label(difference.baseline)
@@ -133,17 +140,17 @@ def not_worse_text(study: StudyRecords, difference: Difference) -> str:
 
 
 def look_text(study: StudyRecords, primary: Difference) -> str:
-    """Which look this is, and why one may look; nothing where the study declares no looks."""
+    """Which look this is; empty without looks."""
     looks, look = study.looks, study.look
     if not looks:
         return ""
-    rest = "" if look == len(looks) else f"Runs of later seeds do not count before all arms have {looks[look]} seeds."
+    rest = "" if look == len(looks) else f"Runs of later seeds do not count until all arms have {looks[look]} seeds."
     if not look:
         return f"None of the {count_of(len(looks), 'look')} that the study declared has been reached. {rest}"
     text = (
         f"Look {look} of {len(looks)}: {looks[look - 1]} of {looks[-1]} seeds. Intervals have a nominal confidence of "
-        f"{percent_text(confidence_of(study))}. The result may be looked at now: the looks were fixed before the first "
-        "run, and share out an error of 5 % among them (alpha spending of O'Brien-Fleming type)."
+        f"{percent_text(confidence_of(study))}. The study may be decided now: its looks were fixed before the first "
+        "run and divide an error of 5 % among them (alpha spending, O'Brien-Fleming type)."
     )
     if is_decided(study, primary):
         return f"{text} The primary comparison is decided" + (": no more seeds are needed." if rest else ".")
@@ -151,62 +158,60 @@ def look_text(study: StudyRecords, primary: Difference) -> str:
 
 
 def meaning_of(study: StudyRecords, difference: Difference) -> str:
-    """What the verdict's word means here, for someone who reads it for the first time."""
-    smallest = study.about["smallest_effect"]
+    """What the verdict means, for a first reader."""
+    smallest = study.design.smallest_effect
     size = count_of(100 * smallest, "point")
     arm, other = study.label(difference.arm), study.label(difference.baseline)
     effect = difference.overall
     if effect is None:
-        return "“Too few data” means that nothing can be said: the runs that count have not been done."
+        return "“Too few data” means that no conclusion is possible: there is nothing to compare yet."
     if len(difference.seeds) < LEAST_SEEDS:
         return (
-            f"“Too few data” means that nothing can be said: with fewer than {LEAST_SEEDS} seeds nobody knows how much "
-            "the result depends on the seed."
+            f"“Too few data” means that no conclusion is possible: with fewer than {LEAST_SEEDS} seeds it is unknown "
+            "how much the result depends on the seed."
         )
     if difference.verdict in ("better", "worse"):
         side = "above" if difference.verdict == "better" else "below"
         text = (
-            f"“{difference.verdict.capitalize()}” means that the whole interval lies {side} 0: luck with seeds and "
-            f"questions alone would hardly make {arm} differ that much from {other}."
+            f"“{difference.verdict.capitalize()}” means that the whole interval lies {side} 0: chance in seeds "
+            f"and questions alone is unlikely to make {arm} differ this much from {other}."
         )
         if min(abs(effect.low), abs(effect.high)) < smallest:
-            text += f" The true difference may still be under {size}, the smallest that matters here."
+            text += f" The true difference may still be smaller than {size}, the smallest that matters here."
         return text
     if difference.verdict == "no difference shown":
         return (
-            f"“No difference shown” means that the interval holds 0 and lies within ±{size}: if there is a difference, "
-            "it is too small to matter here."
+            f"“No difference shown” means that the interval contains 0 and lies within ±{size}: a difference, if any, "
+            "is too small to matter here."
         )
     if difference.verdict == "not worse":
-        margin = count_of(100 * study.about["margin"], "point")
+        margin = count_of(100 * (study.design.margin or 0), "point")
         return (
-            f"“Not worse” means that the interval holds 0 and lies above −{margin}, the margin that was declared "
-            "before the study began; it does not say whether there is a difference."
+            f"“Not worse” means that the interval contains 0 and lies above −{margin}, the margin that was declared "
+            "before the study began. It does not say whether there is a difference."
         )
     return (
-        f"“Too few data” means that the interval holds 0 and reaches beyond ±{size}: the study can show neither a "
-        "difference that matters nor that there is none."
+        f"“Too few data” means that the interval contains 0 and reaches beyond ±{size}: the study shows neither a "
+        "difference nor that any difference is too small to matter."
     )
 
 
 def power_lines(study: StudyRecords) -> list[str]:
-    """The estimate that was made before the runs that count."""
-    found = study.about.get("power") or {}
-    if "power" not in found:
+    """The estimate from before the confirmation runs."""
+    found = study.file.power
+    if found is None:
         return []
-    effect = count_of(100 * found.get("effect", study.about["smallest_effect"]), "point")
-    text = (
-        "Before its confirmation runs began, the study was estimated to notice a true difference of "
-        f"{effect} in {found['power']:.0%} of cases"
-    )
-    if "smallest_detectable" in found:
-        least = found["smallest_detectable"]
-        text += (
-            "; no difference would be noticed in 80 %"
+    least = found.smallest_detectable
+    return [
+        "Before its confirmation runs, the study was estimated to detect a true difference of "
+        f"{count_of(100 * found.effect, 'point')} in {found.power:.0%} of cases; "
+        + (
+            "no difference would be detected in 80 %"
             if least is None
-            else f"; in 80 % of cases it would notice one of {count_of(round(100 * least, 2), 'point')}"
+            else f"in 80 % of cases it would detect one of {count_of(round(100 * least, 2), 'point')}"
         )
-    return [f"{text}. What was taken for the noise: {found.get('source', 'unknown')}."]
+        + f". Source of the noise: {found.source}."
+    ]
 
 
 def state_text(study: StudyRecords, primary: Difference) -> str:
@@ -222,26 +227,26 @@ def state_text(study: StudyRecords, primary: Difference) -> str:
         tuning_text = f"{len(missing)} confirmation"
     return (
         f"This study is not complete: {tuning_text} runs of {len(study.expected)} in all are missing. "
-        "Take no decision on these numbers."
+        "Do not base decisions on these numbers."
     )
 
 
 def notices(study: StudyRecords, primary: Difference) -> list[str]:
-    """What must not be missed: runs that are missing, arms that are not paired, rows that were used before."""
+    """Warnings: missing runs, unpaired arms, rows that were used to choose settings."""
     found = [state] if (state := state_text(study, primary)) else []
-    if study.part == "validation":
+    if study.design.score_on == "validation":
         found.append(
-            "The runs that count were scored on validation rows: this is a search for settings, and what it finds is "
-            "to be confirmed on test rows."
+            "The confirmation runs were scored on validation rows: this is a search for settings, whose result "
+            "is still to be confirmed on test rows."
         )
     commits = sorted({str(run["commit"]) for run in study.runs if "commit" in run})
     if len(commits) > 1:
-        found.append(f"The runs were made by different commits ({listed(commits)}): they may not be comparable.")
+        found.append(f"The runs were made by different commits ({joined(commits)}): they may not be comparable.")
     return found + dull_tasks(study) + check_pairing(study)[1]
 
 
 def dull_tasks(study: StudyRecords) -> list[str]:
-    """Tasks on which no method could differ: every run answers nearly all alike, or is right, or wrong, in all. [O]"""
+    """Warnings of tasks where arms can't differ: in all runs nearly all answers are the same, right or wrong. [O]"""
     dull: dict[str, list[bool]] = {}
     for arm in study.arms:
         for run in study.confirmation(arm).values():
@@ -258,47 +263,42 @@ def dull_tasks(study: StudyRecords) -> list[str]:
     ]
 
 
-def missing_lines(missing: list[RunName]) -> list[str]:
-    """The missing runs of an arm, those that lack the same seeds in one line."""
+def missing_lines(missing: list[RunKey]) -> list[str]:
+    """The missing runs; those of an arm with the same missing seeds share a line."""
     seeds: dict[tuple[str, str, str], list[int]] = {}
     for run in missing:
         rate = "" if run.learning_rate is None else f"{run.learning_rate:g}"
         seeds.setdefault((run.stage, run.arm, rate), []).append(run.seed)
     rates: dict[tuple[str, str, str], list[str]] = {}
     for (stage, arm, rate), found in seeds.items():
-        rates.setdefault((stage, arm, listed(found)), []).append(rate)
+        rates.setdefault((stage, arm, joined(found)), []).append(rate)
     lines = []
     for (stage, arm, seed_text), found_rates in rates.items():
-        rate_text = f", learning rate{'s' * (len(found_rates) > 1)} {listed(found_rates)}" if found_rates[0] else ""
+        rate_text = f", learning rate{'s' * (len(found_rates) > 1)} {joined(found_rates)}" if found_rates[0] else ""
         lines.append(f"missing: {stage} of {arm}{rate_text}, seed{'s' * (',' in seed_text)} {seed_text}")
     return lines
 
 
 def check_pairing(study: StudyRecords) -> tuple[list[str], list[str]]:
-    """Whether arms with adapters of one kind started from the same weights: the statement, or the warnings."""
-    found: dict[str, dict[str, list[Record]]] = {}
-    for run in study.runs:
-        recipe = run.get("recipe", {})
-        shape = [run["stage"], run["seed"], recipe.get("model"), recipe.get("method"), recipe.get("lora")]
-        if sha := run.get("initial_adapter_sha256"):
-            found.setdefault(json.dumps(shape, sort_keys=True), {}).setdefault(sha, []).append(run)
+    """Whether runs are paired: the statement, and the warnings."""
+    pairing = Pairing(study.runs)
     warnings = []
-    for weights in found.values():
-        if len(weights) > 1:
-            groups = [
-                f"{'; '.join(sorted({study.label(run['arm']) for run in runs}))} ({sha[:12]}…)"
-                for sha, runs in weights.items()
-            ]
-            run = next(iter(weights.values()))[0]
-            warnings.append(
-                f"Not paired: in {run['stage']} seed {run['seed']} the arms did not start from the same adapter: "
-                f"{' against '.join(groups)}. Differences between them are not those of the method alone."
-            )
-    compared = sum(len({run["arm"] for runs in weights.values() for run in runs}) > 1 for weights in found.values())
-    if warnings:
+    for what, by_value in pairing.broken:
+        groups = [
+            f"{'; '.join(sorted({study.label(key.arm) for key in keys}))} ({value[:12]}{'…' * (len(value) > 12)})"
+            for value, keys in by_value.items()
+        ]
+        one = next(iter(by_value.values()))[0]
+        where = f"in {one.stage} seed {one.seed} " if what == START else ""
+        warnings.append(
+            f"Not paired: {where}the arms did not {what}: {' and '.join(groups)}. Differences between them are not due "
+            "to the method alone."
+        )
+    starts = {group: by_value for (what, group), by_value in pairing.groups.items() if what == START}
+    if any(len(by_value) > 1 for by_value in starts.values()):
         return ["Within a seed, arms did not all start from the same adapter: see the warning above."], warnings
-    if not compared:
-        return [], []
-    kinds = {json.dumps(json.loads(shape)[2:]) for shape in found}
+    if all(len({key.arm for keys in by_value.values() for key in keys}) == 1 for by_value in starts.values()):
+        return [], warnings
+    kinds = {json.dumps(json.loads(group)[1:]) for group in starts}
     each = "Within each seed, all arms" if len(kinds) == 1 else "Within each seed, all arms with adapters of one kind"
-    return [f"{each} started from the same adapter: their sha256 before training is equal (checked)."], []
+    return [f"{each} started from the same adapter: their sha256 before training is equal (checked)."], warnings

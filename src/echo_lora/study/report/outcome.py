@@ -1,0 +1,412 @@
+"""The sections of a report on results: differences, accuracies, controls, cost, forgetting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from echo_lora.study.folder import StudyRecords
+from echo_lora.study.records import mean_of, results
+from echo_lora.study.report.parts import Figure, PageSection, PageTable, arm_style
+from echo_lora.study.report.plots import Rows, Style, axis
+from echo_lora.study.report.texts import (
+    count_of,
+    counts_text,
+    ends_of,
+    mean_and_range,
+    number_text,
+    p_text,
+    percent,
+    points_text,
+    range_text,
+    with_range,
+)
+from echo_lora.study.report.verdict import (
+    Difference,
+    check_pairing,
+    compared_text,
+    confidence_of,
+    interval_name,
+    look_text,
+    missing_lines,
+    missing_runs,
+    power_lines,
+)
+from echo_lora.study.statistics import Effect, TaskEffect
+
+OVERALL = "mean of the tasks"
+
+
+def completeness(study: StudyRecords, primary: Difference) -> PageSection:
+    """What is done and what is missing; whether the arms are paired."""
+    expected, missing = study.expected, missing_runs(study, primary)
+    text = [
+        f"{len(expected) - len(study.missing)} of {len(expected)} runs of the design are done."
+        + ("" if missing else " The study is complete."),
+        *filter(None, [look_text(study, primary)]),
+        *check_pairing(study)[0],
+        *power_lines(study),
+    ]
+    return PageSection("complete", "Is the study complete?", text, items=missing_lines(missing))
+
+
+def comparisons(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> PageSection:
+    """A line for every comparison; those that were not planned come last."""
+    rows = []
+    margin = study.design.margin
+    for compared in [*declared, *others]:
+        effect = compared.overall
+        name = compared_text(study, compared)
+        rows.append(
+            [
+                name if compared in declared else f"{name} (not planned)",
+                points_text(effect.estimate) if effect else "",
+                range_text(effect) if effect else "",
+                compared.verdict,
+                *([] if margin is None else ["shown" if compared.is_not_worse else "not shown"]),
+                p_text(effect.p_value) if effect else "",
+            ]
+        )
+    together = ", at all looks together" if study.looks else ""
+    text = [
+        "Each line is one arm minus another over all tasks, in percentage points of correct answers. In 95 of 100 such "
+        f"studies the interval contains the true difference{together}; it accounts for chance in both seeds and "
+        "questions. The first line is the primary comparison, declared before the study began."
+    ]
+    if study.look:
+        text.append(
+            f"p is for this look alone: it must be compared with {1 - confidence_of(study):.2g}, not with 0.05."
+        )
+    if others:
+        text.append("Comparisons that were not planned are for orientation only.")
+    head = ["comparison", "difference", interval_name(study), "verdict", "p"]
+    if margin is not None:
+        head.insert(-1, f"not worse by more than {count_of(100 * margin, 'point')}")
+    return PageSection("comparisons", "All comparisons", text, tables=[PageTable("Differences in points", head, rows)])
+
+
+def by_task(study: StudyRecords, declared: list[Difference]) -> PageSection:
+    """A forest plot of every declared comparison."""
+    title = "Differences by task"
+    shown = [compared for compared in declared if compared.overall]
+    if not shown:
+        return PageSection(
+            "tasks", title, ["Nothing to show yet: no seed has a confirmation run of both arms that counts."]
+        )
+    effects = [effect for compared in shown for effect in _effects(compared).values()]
+    panels, rows = [], []
+    for i, compared in enumerate(shown):
+        name, arm, other = compared_text(study, compared), study.label(compared.arm), study.label(compared.baseline)
+        panel = _difference_panel(
+            study,
+            f"forest-{i}",
+            name,
+            f"Difference of {arm} minus {other} in percentage points with {interval_name(study)}, by task and overall.",
+            effects,
+            1 + len(compared.tasks),
+            (other, arm),
+        )
+        for task, effect in _effects(compared).items():
+            is_overall = effect is compared.overall
+            style = Style("diamond", "", "#111111") if is_overall else arm_style(study, compared.arm)
+            points = [100 * effect.estimate]
+            panel.add(task, with_range(effect), points, style, interval=ends_of(effect), is_strong=is_overall)
+            holm = p_text(effect.p_holm) if isinstance(effect, TaskEffect) else ""
+            numbers = [points_text(effect.estimate), range_text(effect), p_text(effect.p_value), holm]
+            rows.append([name, task, *numbers])
+        panels.append(panel.svg())
+    caption = (
+        "A mark right of the line at 0 means that the first arm answered more questions correctly; the bar is its "
+        "interval. The grey strip marks differences too small to matter here (under "
+        f"{count_of(100 * study.design.smallest_effect, 'point')})."
+    )
+    text = []
+    if any(len(compared.tasks) > 1 for compared in shown):
+        text = ["p (Holm) is adjusted for the number of tasks: among many, one may look good by chance."]
+    head = ["comparison", "task", "difference", interval_name(study), "p", "p (Holm)"]
+    figure = Figure(caption, panels, PageTable("Differences by task", head, rows))
+    return PageSection("tasks", title, text, figures=[figure])
+
+
+def _effects(compared: Difference) -> dict[str, Effect]:
+    """By task, and overall; empty without an overall effect."""
+    return {**compared.tasks, "overall": compared.overall} if compared.overall else {}
+
+
+def accuracy_of_runs(study: StudyRecords) -> PageSection:
+    """A dot for every run, by task and arm."""
+    title = "Accuracy of each run"
+    tasks = study.tasks
+    if not tasks:
+        return PageSection("accuracy", title, ["Nothing to show yet: there is no confirmation run that counts."])
+    panels, rows = [], []
+    for i, task in enumerate([*tasks, *([OVERALL] if len(tasks) > 1 else [])]):
+        found = {arm: _accuracies(study, arm, task) for arm in study.arms}
+        panels.append(
+            _dots(
+                study,
+                f"accuracy-{i}",
+                task,
+                f"Accuracy on {task} of every arm, one mark per seed and a line at their mean.",
+                {arm: list(values.values()) for arm, values in found.items()},
+                percent,
+                x_label="correct answers, %",
+                scale=100,
+            )
+        )
+        for arm, values in found.items():
+            cells = [percent(values.get(seed, math.nan)) for seed in study.counted_seeds]
+            rows.append([study.label(arm), task, percent(mean_of(values.values())), *cells])
+    caption = "Each mark is one trained adapter, one for each seed; the vertical line is an arm's mean over seeds."
+    head = ["arm", "task", "mean", *(f"seed {seed}" for seed in study.counted_seeds)]
+    figure = Figure(caption, panels, PageTable(f"Correct answers on {study.design.score_on} questions", head, rows))
+    return PageSection("accuracy", title, figures=[figure])
+
+
+def controls(study: StudyRecords, declared: list[Difference], others: list[Difference]) -> PageSection:
+    """All arms against the baseline, methods and controls side by side."""
+    title = "Controls"
+    design = study.design
+    if all(design.arms[arm].role != "control" for arm in study.arms[1:]):
+        return PageSection("controls", title, ["This study has no control arms."])
+    effects = {c.arm: c.overall for c in [*declared, *others] if c.baseline == design.baseline and c.overall}
+    if not effects:
+        text = ["Nothing to show yet: no seed has a confirmation run of both arms that counts."]
+        return PageSection("controls", title, text)
+    baseline = study.label(design.baseline)
+    panel = _difference_panel(
+        study,
+        "controls",
+        f"Every arm − {baseline}",
+        f"Overall difference of every arm minus {baseline} in percentage points with {interval_name(study)}.",
+        effects.values(),
+        len(effects),
+        (baseline, "the arm"),
+    )
+    rows = []
+    for arm in (arm for arm in study.arms if arm in effects):
+        effect, role, style = effects[arm], design.arms[arm].role, arm_style(study, arm)
+        name, points = f"{study.label(arm)}, {role}", [100 * effect.estimate]
+        panel.add(name, with_range(effect), points, style, interval=ends_of(effect), is_strong=role == "method")
+        mean = mean_of(_accuracies(study, arm, OVERALL).values())
+        rows.append([study.label(arm), role, percent(mean), points_text(effect.estimate), range_text(effect)])
+    caption = (
+        "A control leaves out one ingredient of the method or replaces it with something useless. If a control does as "
+        "well as the method, that ingredient is not what helps."
+    )
+    head = ["arm", "role", "accuracy", f"difference to {baseline}", interval_name(study)]
+    figure = Figure(caption, [panel.svg()], PageTable("Methods and controls side by side", head, rows))
+    return PageSection("controls", title, figures=[figure])
+
+
+def cost(study: StudyRecords) -> PageSection:
+    """Time, memory and parameters."""
+    title = "Cost"
+    baseline, of_baseline = study.label(study.design.baseline), study.confirmation(study.design.baseline)
+    rows, ratios = [], {}
+    for arm in study.arms:
+        runs = [run for run in study.confirmation(arm).values() if _seconds(run)]
+        if not runs:
+            continue
+        over = [_seconds(run) / base for run in runs if (base := _seconds(of_baseline.get(run["seed"], {})))]
+        if over:
+            ratios[arm] = over
+        rows.append(
+            [
+                study.label(arm),
+                f"{mean_of(_seconds(run) for run in runs):.0f}",
+                mean_and_range(over, ".2f"),
+                " ".join(sorted({str(run.get("steps", "")) for run in runs})),
+                f"{max(run.get('peak_memory', 0) for run in runs) / 1e9:.2f}",
+                counts_text(run.get("deployed_parameters") for run in runs),
+                counts_text(run.get("echo_parameters") for run in runs),
+            ]
+        )
+    if not rows:
+        return PageSection("cost", title, ["Nothing to show yet: there is no confirmation run that counts."])
+    text = [
+        "Seconds are of training without evaluation, in runs that were not interrupted. They are approximate if runs "
+        "shared a machine."
+    ]
+    devices = sorted({str(run.get("device", "unknown")) for run in study.runs})
+    warnings = []
+    if len(devices) > 1:
+        warnings.append(f"Runs were done on different devices ({', '.join(devices)}): their times can't be compared.")
+    head = ["arm", "seconds", f"over {baseline}", "steps", "peak GB", "parameters deployed", "of the echo, discarded"]
+    figures = [_cost_figure(study, baseline, ratios)] if len(ratios) > 1 else []
+    return PageSection("cost", title, text, warnings, figures, [PageTable("Training of one run", head, rows)])
+
+
+def _cost_figure(study: StudyRecords, baseline: str, ratios: dict[str, list[float]]) -> Figure:
+    panel = _dots(
+        study,
+        "cost",
+        f"Training time over that of {baseline}",
+        f"Training seconds of each run divided by those of {baseline} in the same seed.",
+        ratios,
+        "{:.2f}".format,
+        x_label="times as long",
+        rule=1,
+    )
+    caption = f"Training time relative to {baseline} in the same seed; right of the line at 1 is slower."
+    return Figure(caption, [panel], None)
+
+
+def _seconds(run: Mapping[str, Any]) -> float:
+    """Of training without evaluations; 0 if unknown, as after a resume."""
+    if run.get("resumed_at") or not run.get("seconds"):
+        return 0.0
+    return run["seconds"] - sum(entry.get("eval_runtime", 0.0) for entry in run["history"])
+
+
+def forgetting(study: StudyRecords) -> PageSection:
+    """The loss on text unrelated to the task."""
+    title = "Forgetting"
+    changes: dict[str, list[float]] = {}
+    rows = []
+    tokens = None
+    for arm in study.arms:
+        measured = [run["general"] for run in study.confirmation(arm).values() if run.get("general")]
+        if measured:
+            tokens = measured[0].get("tokens")
+            changes[arm] = [found["after"] - found["before"] for found in measured]
+            before, after = (number_text(mean_of(found[key] for found in measured)) for key in ("before", "after"))
+            rows.append([study.label(arm), before, after, mean_and_range(changes[arm], "+.3f")])
+    if not changes:
+        return PageSection("forgetting", title, ["Not measured: the study names no general text, or has no run yet."])
+    panel = _dots(
+        study,
+        "forgetting",
+        "Change of the loss on general text",
+        "Loss on held-out general text with the adapter minus that of the base model, one mark per seed.",
+        changes,
+        lambda mean: mean_and_range([mean], "+.3f"),
+        x_label="nats per token",
+        rule=0,
+    )
+    caption = (
+        "What the model forgot in training: marks right of the line at 0 mean that text unrelated to the task became "
+        "less likely."
+    )
+    text = [f"Measured on {tokens:,} tokens of text that no run was trained on."] if tokens else []
+    head = ["arm", "base model", "with the adapter", "change (range over seeds)"]
+    figure = Figure(caption, [panel], PageTable("Loss on general text, nats per token", head, rows))
+    return PageSection("forgetting", title, text, figures=[figure])
+
+
+def unreadable(study: StudyRecords) -> PageSection:
+    """Outputs in which no answer was found."""
+    title = "Unreadable answers"
+    rows = []
+    for arm in study.arms:
+        for task in study.tasks:
+            shares = [
+                result["unreadable"]
+                for run in study.confirmation(arm).values()
+                for result in results(run)
+                if result["task"] == task and "unreadable" in result
+            ]
+            if shares:
+                rows.append([study.label(arm), task, percent(mean_of(shares)), percent(max(shares))])
+    if not rows:
+        return PageSection("unreadable", title, ["Nothing to show yet: there is no confirmation run that counts."])
+    text = [
+        "Share of outputs in which no answer was found; these count as wrong. Arms that differ here may differ in "
+        "format rather than in knowledge."
+    ]
+    table = PageTable(
+        f"Unreadable answers on {study.design.score_on} questions", ["arm", "task", "mean", "highest of a seed"], rows
+    )
+    return PageSection("unreadable", title, text, tables=[table])
+
+
+def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> PageSection:
+    """McNemar's test within each seed."""
+    title = "Each seed by itself"
+    rows = []
+    for difference in declared:
+        for name, task in difference.tasks.items():
+            cells = dict.fromkeys(study.counted_seeds, "–")
+            for seed, first, second, p in zip(
+                difference.seeds, task.only_arm, task.only_baseline, task.p_mcnemar, strict=True
+            ):
+                cells[seed] = f"{first} : {second}, p {p_text(p)}"
+            rows.append([compared_text(study, difference), name, *cells.values()])
+    if not rows:
+        return PageSection(
+            "seeds", title, ["Nothing to show yet: no seed has a confirmation run of both arms that counts."]
+        )
+    text = [
+        "Both adapters of a seed answered the same questions. 12 : 7 means that only the first was right on 12 of "
+        "them, and only the second on 7. McNemar's exact p is the probability that a fair coin divides these questions "
+        "at least as unevenly. It does not account for chance in the seed, so a small p in one seed proves little: "
+        "check whether all seeds agree."
+    ]
+    head = ["comparison", "task", *(f"seed {seed}" for seed in study.counted_seeds)]
+    return PageSection(
+        "seeds",
+        title,
+        text,
+        tables=[PageTable("Questions that only one arm answered correctly, and McNemar's p", head, rows)],
+    )
+
+
+def _accuracies(study: StudyRecords, arm: str, task: str) -> dict[int, float]:
+    """By seed; of one task, or the mean of all."""
+    found: dict[int, float] = {}
+    for seed, run in study.confirmation(arm).items():
+        values = {result["task"]: result["accuracy"] for result in results(run)}
+        if task == OVERALL and values:
+            found[seed] = mean_of(values.values())
+        elif task in values:
+            found[seed] = values[task]
+    return found
+
+
+# ---------------------------------------------------------------- the figures
+
+
+def _difference_panel(
+    study: StudyRecords,
+    name: str,
+    title: str,
+    description: str,
+    effects: Iterable[Effect],
+    count: int,
+    sides: tuple[str, str],
+) -> Rows:
+    """A panel for `count` differences in points. effects: those on its axis. sides: which arm is better left, right."""
+    smallest = 100 * study.design.smallest_effect
+    values = [value for effect in effects for value in (*(ends_of(effect) or ()), 100 * effect.estimate)]
+    x = axis(values, include=(0, smallest, -smallest), count=6)
+    worse, better = sides
+    panel = Rows(name, title, description, x, count, x_label=f"← {worse} better", ends=f"{better} better →")
+    panel.shade(-smallest, smallest)
+    panel.rule(0)
+    return panel
+
+
+def _dots(
+    study: StudyRecords,
+    name: str,
+    title: str,
+    description: str,
+    values: Mapping[str, Sequence[float]],
+    shown: Callable[[float], str],
+    *,
+    x_label: str,
+    rule: float | None = None,
+    scale: float = 1,
+) -> str:
+    """A row for every arm: a mark for each of its values, a line at their mean, and the mean as text."""
+    everything = [scale * value for found in values.values() for value in found]
+    x = axis(everything, include=() if rule is None else (rule,))
+    panel = Rows(name, title, description, x, len(values), x_label=x_label)
+    if rule is not None:
+        panel.rule(rule)
+    for arm, found in values.items():
+        mean = mean_of(found)
+        points = [scale * value for value in found]
+        panel.add(study.label(arm), shown(mean), points, arm_style(study, arm), mean=scale * mean)
+    return panel.svg()

@@ -1,0 +1,63 @@
+"""What a page is made of: sections, figures, tables, and how an arm looks in them."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+
+from echo_lora.study.folder import StudyRecords
+from echo_lora.study.report.plots import Style, style_of, swatch
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """Texts in rows."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    is_text: bool = False  # long texts, which may wrap
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [
+            not self.is_text and any(row[i] for row in self.rows) and all(_is_number(row[i]) for row in self.rows)
+            for i in range(len(self.head))
+        ]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels of SVG, what they show in plain words, and their numbers."""
+
+    caption: str
+    panels: list[str]
+    table: PageTable | None
+    legend: list[tuple[str, str]] = field(default_factory=list)  # swatch and label
+
+
+@dataclass(frozen=True)
+class PageSection:
+    """A heading and what is below it; `warnings` are highlighted."""
+
+    name: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[PageTable] = field(default_factory=list)
+    items: list[str] = field(default_factory=list)
+
+
+def arm_style(study: StudyRecords, arm: str) -> Style:
+    """How an arm looks in every figure."""
+    return style_of(study.arms.index(arm))
+
+
+def legend(study: StudyRecords, arms: Container[str]) -> list[tuple[str, str]]:
+    return [(swatch(arm_style(study, arm)), study.label(arm)) for arm in study.arms if arm in arms]
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell[0] in "+−<–" or cell[0].isdigit()
