@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from echo_lora import EchoConfig, EchoModel, get_echo_model
-from echo_lora.method.injection import decoder_layers
+from echo_lora.method.targets import decoder_layers
 
 VOCAB = 64
 SLIDING, FULL, LINEAR, CONV = "sliding_attention", "full_attention", "linear_attention", "conv"

@@ -25,7 +25,7 @@ ROOT = SOURCE.parent.parent
 ROOMS = {
     "": ["errors", "text", "files", "environment", "progress"],
     "method": [
-        *("config", "routing", "echo", "alignment", "checkpointing", "injection", "prefix", "neftune", "lm_head"),
+        *("config", "routing", "echo", "alignment", "checkpointing", "targets", "injection", "prefix", "neftune", "lm_head"),
         *("losses", "step", "sharing", "refusals", "trial", "variants", "kept_echo", "model"),
     ],
     "base": ["packaged", "models"],

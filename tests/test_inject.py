@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from architectures import _LLAMA_LIKE, LAYERS, VOCAB, WIDTH, collate, lora_config, tiny_base
 from echo_lora import EchoConfig, get_echo_model
 from echo_lora.errors import EchoModelError
-from echo_lora.method.injection import decoder_layers
+from echo_lora.method.targets import decoder_layers
 from test_oracle import assert_equals_oracle, mixed_rows
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}

@@ -16,8 +16,9 @@ from echo_lora import EchoConfig, get_echo_model
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.method import sharing
 from echo_lora.method.alignment import align_rows, boundary_positions, injection_mask
-from echo_lora.method.injection import Injection, decoder_layers
+from echo_lora.method.injection import Injection
 from echo_lora.method.prefix import PrefixRecorder
+from echo_lora.method.targets import decoder_layers
 
 
 def rows_of(*shapes, seed=0):

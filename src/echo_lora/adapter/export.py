@@ -34,7 +34,7 @@ from echo_lora.adapter.files import (
 )
 from echo_lora.errors import EchoCheckpointError, EchoModelError
 from echo_lora.files import new_folder
-from echo_lora.method.injection import decoder_layers
+from echo_lora.method.targets import decoder_layers
 from echo_lora.method.trial import evaluating
 from echo_lora.method.variants import SUBTRACTED, changes_base
 from echo_lora.models import load_base_model

@@ -23,7 +23,7 @@ from echo_lora.method.alignment import AlignedRows, align_rows
 from echo_lora.method.checkpointing import Checkpointing, Freezing, is_compiled
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.echo import EchoNetworks
-from echo_lora.method.injection import Injector, decoder_layers, listed, target_modules, unmatched_targets
+from echo_lora.method.injection import Injector
 from echo_lora.method.kept_echo import KeptEchoMixin
 from echo_lora.method.lm_head import Head
 from echo_lora.method.neftune import with_one_noise
@@ -31,6 +31,7 @@ from echo_lora.method.prefix import PrefixSharing, fitting
 from echo_lora.method.routing import default_clock, distillation_weight, is_routed
 from echo_lora.method.sharing import angles_depend_on_length
 from echo_lora.method.step import EchoOutput, router_aux_loss_coef, training_step
+from echo_lora.method.targets import decoder_layers, listed, target_modules, unmatched_targets
 from echo_lora.method.trial import Abilities
 from echo_lora.method.variants import as_drawn, changes_base
 

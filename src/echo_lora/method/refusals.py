@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from echo_lora.errors import EchoDataError, EchoModelError
-from echo_lora.method.injection import outermost_lists
+from echo_lora.method.targets import outermost_lists
 
 WORKING = "docs/architectures.md lists the models that work."
 

@@ -17,8 +17,8 @@ from trl import SFTConfig
 from echo_lora.data.check import refuse_unfit_tokens
 from echo_lora.data.prepared import PreparedData
 from echo_lora.errors import EchoConfigError, EchoError, EchoModelError, nearest
-from echo_lora.method.injection import unmatched_targets
 from echo_lora.method.model import EchoModel, get_echo_model
+from echo_lora.method.targets import unmatched_targets
 from echo_lora.models import empty_model, has_position_table, load_base_model, load_config, load_tokenizer
 from echo_lora.recipe.rows import check_rows, prepare_split
 from echo_lora.recipe.schema import Recipe

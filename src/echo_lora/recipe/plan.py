@@ -20,10 +20,10 @@ from echo_lora.data.preview import Segment, preview_segments
 from echo_lora.environment import gigabytes, peak_memory
 from echo_lora.errors import EchoModelError
 from echo_lora.method.config import EchoConfig
-from echo_lora.method.injection import decoder_layers, listed
 from echo_lora.method.losses import CHUNK_ELEMENTS
 from echo_lora.method.model import EchoModel
 from echo_lora.method.routing import routing_probability
+from echo_lora.method.targets import decoder_layers, listed
 from echo_lora.models import empty_model
 from echo_lora.progress import stage
 from echo_lora.recipe.build import add_adapter, parameter_counts, prepare, require_packages

@@ -46,15 +46,7 @@ from echo_lora.recipe.build import (
     require_packages,
     training_arguments,
 )
-from echo_lora.recipe.record import (
-    RUN_FILE,
-    STARTED,
-    RunResult,
-    claim_folder,
-    plot_losses,
-    resume_hint,
-    tidy_folder,
-)
+from echo_lora.recipe.record import RUN_FILE, STARTED, RunResult, claim_folder, plot_losses, resume_hint, tidy_folder
 from echo_lora.recipe.rows import join
 from echo_lora.recipe.schema import Recipe
 from echo_lora.training.checkpoint import last_complete_checkpoint, step_of
