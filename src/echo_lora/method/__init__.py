@@ -5,6 +5,7 @@
     | all of it in one place, in order                           | step.training_step                         |
     | β      boundary: last token before the first answer token  | alignment.boundary_positions               |
     | 1      h^s, source states at β, in the echo-off pass       | step.reading                               |
+    |        stopgrad(h^s)                                       | step.reading, `detach`                     |
     | 2      z = norm(mean of stopgrad(h^s))                     | echo.echo_representation                   |
     |        norm: LayerNorm, or `standardize`                   | echo.Standardize                           |
     |        controls in place of z (zero, noise, shuffled)      | echo.apply_control                         |
@@ -13,13 +14,18 @@
     | 4      injection of a_t δ_m at module m                    | injection.Injector, its hooks              |
     |        a_t, the positions that receive δ                   | alignment.injection_mask                   |
     | 5      r_k ~ Bernoulli(p_k), whether step k is routed      | routing.is_routed, routing_probability     |
+    |        the draw of a step; r_k = 0 is a plain LoRA step    | model.EchoModel.forward                    |
     | 6      echo-on pass, on the shared prefix                  | step.training_step, prefix.PrefixRecorder  |
-    | 7      CE(off) + r_k · (CE(on) + μ · distillation)         | losses.chunk_terms                         |
+    | 7      w·(CE(off) + r_k·(CE(on) + μ·dist.)) + CE(prompt)   | losses.chunk_terms, losses.loss_terms      |
+    |        divided by the supervised tokens of the step        | step.training_step                         |
     |        distillation = τ² · KL(teacher ‖ student)           | losses.distillation                        |
-    |        the same in chunks, with its gradient               | losses.loss_terms                          |
+    | 8      a plain adapter is saved, without the echo          | model.EchoModel.__init__, at `self.echo`   |
 
 `config.EchoConfig` names every choice; `model.EchoModel` makes a PEFT model of it. The rest makes the step exact and
 cheap on real models: prefix (shared keys and values), alignment (padding), lm_head (logits at supervised positions),
 checkpointing, neftune, sharing and trial (may the prefix be shared?), refusals (what is not supported), variants, and
-kept_echo (generating with the echo on). Nothing here knows about recipes, files or trainers.
+targets (which modules carry the echo), and kept_echo (generating with the echo on). Nothing here imports recipes, files
+or trainers.
+
+Who made a choice: [P] the paper's abstract, [R] the only public third-party attempt, [O] this project.
 """

@@ -1,4 +1,4 @@
-"""Generating with the echo kept on: an upper bound for the distillation, not a way to deploy a model.         [O]
+"""Generating with the echo kept on: what the distillation could reach at best, not a way to deploy a model.         [O]
 
 The echo of a prompt is read at its last token, the boundary (equations 1 to 3), which then runs a second time on the
 cached prefix, with the echo injected (equation 4), as does every generated token.

@@ -71,7 +71,7 @@ class Head:
         states: list[Tensor] = []
 
         def intercept(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            states.append(args[0])  # (B, A, d)
+            states.append(args[0])  # (B, K, d)
             return (args[0][:, :1].detach() if replacement is None else replacement, *args[1:])
 
         handle = self.linear.register_forward_pre_hook(intercept)

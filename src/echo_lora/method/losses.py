@@ -41,7 +41,7 @@ class Terms(ModelOutput):
     The names of the fields are the names in the step's output, in logs, plots and model cards.
     """
 
-    loss: Tensor | None = None  # w · (CE(off) + CE(on) + μ · distillation) + CE(prompt)
+    loss: Tensor | None = None  # w · (CE(off) + r · (CE(on) + μ · distillation)) + CE(prompt)
     ce_off: Tensor | None = None
     ce_on: Tensor | None = None
     distillation: Tensor | None = None
@@ -163,7 +163,7 @@ def is_better(log_teacher_NV: Tensor, log_student_NV: Tensor, targets_N: Tensor)
 def distillation(*, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:
     """τ² · Σ_N KL(teacher ‖ student) at temperature τ; (N, V) logits in, a float32 scalar out.
 
-    τ² keeps the gradient's size independent of τ.
+    τ² keeps the gradient's size roughly independent of τ.
     """
     # (N, V), stop-gradient: the student moves towards the teacher, not the teacher towards the student
     teacher = F.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)

@@ -3,14 +3,15 @@
     off      the ordinary forward pass; source layers are read at the boundary β        (equation 1)
     z, δ     echo representation, then projection and gate                              (equations 2, 3)
     on       the forward pass again, with δ injected                                    (equations 4, 6)
-    loss     w · (CE(off) + CE(on) + μ · distillation) [+ CE(off) at prompt tokens]     (equation 7)
+    loss     w · (CE(off) + r · (CE(on) + μ · distillation)) + CE(prompt)               (equation 7)
 
-Routing (equation 5) decides which steps have an echo-on pass; without one, this is a plain LoRA step.
+Routing (equation 5) decides which steps have an echo-on pass; with r = 0 this is a plain LoRA step. w is the weight of
+answers beside prompts that are trained on, and CE(prompt) the echo-off pass's cross-entropy of those.
 
 Why the second pass is nearly free [O]: nothing is injected before the boundary, and the states of a causal model don't
 depend on later tokens, so before the boundary both passes are identical. The echo-on pass runs on the last A columns
 only and attends to the keys and values of the echo-off pass. These stay in the autograd graph, so losses and gradients
-are exactly those of a second full pass. Where that does not hold (`why_full`), the second pass runs in full.
+are exactly those of a second full pass; with dropout, of one that has the same masks on the prefix. Where that does not hold (`why_full`), the second pass runs in full.
 
     P-1 columns           A columns
     ┌────────────────────┬─┬───────────────┐
@@ -18,11 +19,12 @@ are exactly those of a second full pass. Where that does not hold (`why_full`), 
     │ prompt of row 1    │β│ answer … · ·  │   on:  the last A columns, starting at β
     └────────────────────┴─┴───────────────┘
 Column c predicts the token of column c+1; the last token of a row predicts nothing and is not run. `alignment.py` moves
-the padding so that all boundaries are in column P-1. Where a long prompt next to a long answer would make that wider
-than two full passes, all rows start in one column instead, and the echo-on pass starts at the first boundary.
+the padding so that all boundaries are in column P-1. If both passes would run fewer columns with all rows starting in
+one column, as with a long prompt next to a long answer, that layout is used: the echo-on pass starts at the first
+boundary, P is the shortest prompt, and A is what follows.
 
 Legend: `B` rows, `T` tokens in a row, `P` prompt, `A` answer, `d` hidden width, `V` vocabulary, `L` decoder layers.
-Here also `N` supervised answer positions of all rows, `M` positions that predict trained prompt tokens, and `K` columns
+Also used here: `N` supervised answer positions of all rows, `M` positions that predict trained prompt tokens, and `K` columns
 whose final states are kept: A, or T if prompts are trained on. Without `head` the states are logits: read V for d.
 """
 
