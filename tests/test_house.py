@@ -25,8 +25,8 @@ ROOT = SOURCE.parent.parent
 ROOMS = {
     "": ["errors", "text", "files", "environment", "progress"],
     "method": [
-        *("config", "routing", "echo", "alignment", "checkpointing", "targets", "injection", "prefix", "neftune", "lm_head"),
-        *("losses", "step", "sharing", "refusals", "trial", "variants", "kept_echo", "model"),
+        *("config", "routing", "echo", "alignment", "checkpointing", "targets", "injection", "prefix", "neftune"),
+        *("lm_head", "losses", "step", "sharing", "refusals", "trial", "variants", "kept_echo", "model"),
     ],
     "base": ["packaged", "models"],
     "data": ["sources", "generated", "forms", "template", "tokenize", "check", "preview", "prepared"],

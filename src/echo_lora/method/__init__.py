@@ -19,7 +19,7 @@
     | 7      w·(CE(off) + r_k·(CE(on) + μ·dist.)) + CE(prompt)   | losses.chunk_terms, losses.loss_terms      |
     |        divided by the supervised tokens of the step        | step.training_step                         |
     |        distillation = τ² · KL(teacher ‖ student)           | losses.distillation                        |
-    | 8      a plain adapter is saved, without the echo          | model.EchoModel.__init__, at `self.echo`   |
+    | 8      a plain adapter is saved, without the echo          | model.EchoModel                            |
 
 `config.EchoConfig` names every choice; `model.EchoModel` makes a PEFT model of it. The rest makes the step exact and
 cheap on real models: prefix (shared keys and values), alignment (padding), lm_head (logits at supervised positions),

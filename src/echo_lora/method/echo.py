@@ -5,10 +5,10 @@
     g   = sigmoid(U2 tanh(U1 z) + c)                                                   gate
     δ_m = λ_m · (g ⊙ e)                                                                one per target module m
 
-W2 and U2 start at zero, W1 and U1 do not. The echo starts at zero and learns: at site `output` W2 has a gradient from the
-first routed step, W1, λ, U2 and c from the second, U1 from the third; at `lora_input` each one step later, because B
-starts at zero, and with `standardize` too, because z is zero in the first step. (If W1 and W2 both start at zero, as in
-[R], neither ever gets one.) No branch has biases before its gate: where z is zero, so is the echo.
+W2 and U2 start at zero, W1 and U1 do not. The echo starts at zero and learns: at site `output` W2 has a gradient from
+the first routed step, W1, λ, U2 and c from the second, U1 from the third; at `lora_input` each one step later, because
+B starts at zero, and with `standardize` too, because z is zero in the first step. (If W1 and W2 both start at zero, as
+in [R], neither ever gets one.) No branch has biases before its gate: where z is zero, so is the echo.
 
 Shapes: `B` rows, `d` hidden width of the model, `width` features of the target module.
 """
@@ -29,8 +29,8 @@ from echo_lora.method.config import EchoConfig
 def echo_representation(hidden: list[Tensor], standardize: Standardize | None = None) -> Tensor:
     """z of equation 2: the mean of the source layers' boundary states, normalised without affine parameters.
 
-    hidden: h^s, one (B, d) tensor per source layer, any float dtype; detached by `step.reading`, unless `source_gradient`.
-    standardize: None for LayerNorm over each row [R]. Returns (B, d) float32.
+    hidden: h^s, one (B, d) tensor per source layer, any float dtype; detached by `step.reading`, unless
+    `source_gradient`. standardize: None for LayerNorm over each row [R]. Returns (B, d) float32.
     """
     mean = torch.stack([h.to(hidden[0].device, torch.float32) for h in hidden]).mean(0)  # (layers, B, d) → (B, d)
     return F.layer_norm(mean, mean.shape[-1:]) if standardize is None else standardize(mean)  # (B, d)
@@ -170,8 +170,8 @@ class EchoNetworks(nn.Module):
     """One EchoBranch per target module. Trained with the adapter, never saved with it.
 
     widths: the number of features of each target module, by its full name in the base model. The initial weights are
-    drawn from torch's global generator without advancing it, so what is drawn later, such as dropout, is the same with and
-    without the echo.
+    drawn from torch's global generator without advancing it, so what is drawn later, such as dropout, is the same with
+    and without the echo.
     """
 
     def __init__(self, hidden_size: int, widths: dict[str, int], config: EchoConfig) -> None:

@@ -3,8 +3,9 @@
     lora_input:  y = W0 x + s·B A (dropout(x) + a_t δ_m)          a forward pre-hook on `lora_A[adapter]`
     output:      y = (module output) + a_t δ_m                    a forward hook on the LoRA module
 
-DoRA scales the sum, y = (m / ‖W0 + s·B A‖) · (W0 x + s·B A (x + a_t δ_m)); its norm is computed from the weights, without
-δ, which is why `_is_weight_probe` leaves such a call alone.
+DoRA scales the sum, y = (m / ‖W0 + s·B A‖) · (W0 x + s·B A (x + a_t δ_m)); its norm is computed from the weights,
+without δ, which is why `_is_weight_probe` leaves such a call alone.
+
 a_t is 1 at the positions of `alignment.injection_mask`; `_add` computes x + a_t δ_m. LoRA, DoRA, rsLoRA and quantised
 bases all run `lora_A[adapter]`, so one hook fits all. The hooks stay registered and do nothing outside `injecting`.
 

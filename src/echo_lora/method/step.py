@@ -11,7 +11,8 @@ answers beside prompts that are trained on, and CE(prompt) the echo-off pass's c
 Why the second pass is nearly free [O]: nothing is injected before the boundary, and the states of a causal model don't
 depend on later tokens, so before the boundary both passes are identical. The echo-on pass runs on the last A columns
 only and attends to the keys and values of the echo-off pass. These stay in the autograd graph, so losses and gradients
-are exactly those of a second full pass; with dropout, of one that has the same masks on the prefix. Where that does not hold (`why_full`), the second pass runs in full.
+are exactly those of a second full pass; with dropout, of one that has the same masks on the prefix. Where that does not
+hold (`sharing.why_full`), the second pass runs in full.
 
     P-1 columns           A columns
     ┌────────────────────┬─┬───────────────┐
@@ -24,8 +25,9 @@ one column, as with a long prompt next to a long answer, that layout is used: th
 boundary, P is the shortest prompt, and A is what follows.
 
 Legend: `B` rows, `T` tokens in a row, `P` prompt, `A` answer, `d` hidden width, `V` vocabulary, `L` decoder layers.
-Also used here: `N` supervised answer positions of all rows, `M` positions that predict trained prompt tokens, and `K` columns
-whose final states are kept: A, or T if prompts are trained on. Without `head` the states are logits: read V for d.
+Also used here: `N` supervised answer positions of all rows, `M` positions that predict trained prompt tokens, and `K`
+columns whose final states are kept: A, or T if prompts are trained on. Without `head` the states are logits: read V for
+d.
 """
 
 from __future__ import annotations
