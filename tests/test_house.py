@@ -45,6 +45,7 @@ ROOMS = {
             "report.parts",
             "report.texts",
             "report.verdict",
+            "report.side_effects",
             "report.outcome",
             "report.training",
             "report.page",

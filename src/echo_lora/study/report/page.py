@@ -15,7 +15,7 @@ from typing import Any
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.files import write_file
 from echo_lora.study.folder import STUDY_FILE, StudyRecords, read_study
-from echo_lora.study.report import outcome, training
+from echo_lora.study.report import outcome, side_effects, training
 from echo_lora.study.report.parts import PageSection, PageTable
 from echo_lora.study.report.texts import count_of, joined
 from echo_lora.study.report.verdict import (
@@ -132,9 +132,9 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Page:
             training.teaching(study),
             training.echo_strength(study),
             training.ceiling(study),
-            outcome.cost(study),
-            outcome.forgetting(study),
-            outcome.unreadable(study),
+            side_effects.cost(study),
+            side_effects.forgetting(study),
+            side_effects.unreadable(study),
             outcome.seed_by_seed(study, declared),
             _settings(study),
         ],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from echo_lora.study.folder import StudyRecords
-from echo_lora.study.report.plots import Style, style_of, swatch
+from echo_lora.study.records import mean_of
+from echo_lora.study.report.plots import Rows, Style, axis, style_of, swatch
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,28 @@ def legend(study: StudyRecords, arms: Container[str]) -> list[tuple[str, str]]:
 
 def _is_number(cell: str) -> bool:
     return not cell or cell[0] in "+−<–" or cell[0].isdigit()
+
+
+def dots(
+    study: StudyRecords,
+    name: str,
+    title: str,
+    description: str,
+    values: Mapping[str, Sequence[float]],
+    shown: Callable[[float], str],
+    *,
+    x_label: str,
+    rule: float | None = None,
+    scale: float = 1,
+) -> str:
+    """A row for every arm: a mark for each of its values, a line at their mean, and the mean as text."""
+    everything = [scale * value for found in values.values() for value in found]
+    x = axis(everything, include=() if rule is None else (rule,))
+    panel = Rows(name, title, description, x, len(values), x_label=x_label)
+    if rule is not None:
+        panel.rule(rule)
+    for arm, found in values.items():
+        mean = mean_of(found)
+        points = [scale * value for value in found]
+        panel.add(study.label(arm), shown(mean), points, arm_style(study, arm), mean=scale * mean)
+    return panel.svg()
