@@ -23,7 +23,7 @@ from echo_lora.evaluate import TaskResult, score
 from echo_lora.evaluate.harness import require_permission
 from echo_lora.evaluate.programs import describe_sandbox
 from echo_lora.evaluate.tasks import check_rows
-from echo_lora.files import refuse_locked, write_file
+from echo_lora.files import refuse_locked, write_text
 from echo_lora.models import load_tokenizer
 from echo_lora.progress import progress_console, stage
 from echo_lora.recipe.build import load_base
@@ -159,4 +159,4 @@ def write_scores(recipe: Recipe, scores: list[Scores], path: str | Path) -> None
     """Write recipe, versions and scores, with every prediction, as JSON. Raises EchoCheckpointError if it can't."""
     record = {"recipe": recipe.to_dict(), "versions": versions(), "models": [one.to_dict() for one in scores]}
     text = json.dumps(record, indent=2, ensure_ascii=False)
-    write_file(Path(path), lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(Path(path), text)

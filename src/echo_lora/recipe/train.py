@@ -33,7 +33,7 @@ from echo_lora.adapter.files import adapter_hash
 from echo_lora.data.prepared import PreparedData
 from echo_lora.environment import MemoryWatch, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt
-from echo_lora.files import locked, write_file
+from echo_lora.files import locked, write_file, write_text
 from echo_lora.method import losses
 from echo_lora.models import canonical
 from echo_lora.progress import progress_console, stage
@@ -85,14 +85,14 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
 def _run(recipe: Recipe, output: Path, checkpoints: Path, resume: bool) -> RunResult:
     if not resume:
         started = json.dumps(recipe.to_dict(), indent=2)
-        write_file(checkpoints / STARTED, lambda path: path.write_text(started, encoding="utf-8"))
+        write_text(checkpoints / STARTED, started)
     result, model, tokenizer = train(recipe, checkpoints, resume=resume)
     with stage("Saving the adapter and reading it back"):
         card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
         save_verified(model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True)
         write_file(output / "loss.png", lambda path: plot_losses(result.history, path))
         record = json.dumps(dataclasses.asdict(result), indent=2)
-        write_file(output / RUN_FILE, lambda path: path.write_text(record, encoding="utf-8"))
+        write_text(output / RUN_FILE, record)
     return result
 
 

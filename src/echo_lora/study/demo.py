@@ -19,7 +19,7 @@ from echo_lora.adapter.files import ADAPTER_FILE
 from echo_lora.environment import gigabytes
 from echo_lora.errors import EchoError, EchoInterrupt
 from echo_lora.evaluate import TaskResult
-from echo_lora.files import write_file
+from echo_lora.files import write_text
 from echo_lora.recipe.load import load_recipe
 from echo_lora.recipe.record import RUN_FILE, RunResult
 from echo_lora.recipe.scoring import score_recipe
@@ -93,7 +93,7 @@ def _run_demo(output: Path) -> list[ModelScore]:
             scored.append(ModelScore("base", scores[0].results, None))
         scored.append(ModelScore(name, scores[-1].results, run))
     record = [{"model": one.name, "results": [r.to_dict() for r in one.results]} for one in scored]
-    write_file(output / "scores.json", lambda path: path.write_text(json.dumps(record, indent=2), encoding="utf-8"))
+    write_text(output / "scores.json", json.dumps(record, indent=2))
     return scored
 
 

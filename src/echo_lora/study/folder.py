@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, first_problem
-from echo_lora.files import write_file
+from echo_lora.files import write_file, write_text
 from echo_lora.study.design import Design, RunKey, Study
 from echo_lora.study.power import PowerEstimate
 from echo_lora.study.records import (
@@ -83,7 +83,7 @@ class StudyFile(OurFile):
     def write(self, folder: str | Path) -> None:
         """Write it into a study's folder. Raises EchoCheckpointError if that fails."""
         text = json.dumps(self.model_dump(mode="json", exclude_unset=True), indent=2, ensure_ascii=False) + "\n"
-        write_file(Path(folder) / STUDY_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(Path(folder) / STUDY_FILE, text)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from echo_lora.adapter.files import CONFIG_FILE, TOKENIZER_FILES, whole
 from echo_lora.errors import EchoCheckpointError
-from echo_lora.files import remove_empty, remove_files, use_umask, write_file
+from echo_lora.files import remove_empty, remove_files, use_umask, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def seal_checkpoint(
         "files": {name: file_hash(folder / name) for name in names},
     }
     text = json.dumps(seal, indent=2)
-    write_file(folder / SEAL, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / SEAL, text)
     _record(folder).unlink()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_lora.errors import EchoCheckpointError
-from echo_lora.files import write_file
+from echo_lora.files import write_text
 from echo_lora.study.folder import STUDY_FILE, StudyRecords, read_study
 from echo_lora.study.report import outcome, side_effects, training
 from echo_lora.study.report.parts import PageSection, PageTable
@@ -88,7 +88,7 @@ def _write(report: Page, folder: Path) -> Path:
         )
         environment.filters["md"] = _markdown
         text = environment.get_template(f"{name}.jinja").render(report=report)
-        write_file(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        write_text(folder / name, text)
     return folder / HTML_FILE
 
 
