@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "echo_lora"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- diagram -->\n", "<!-- end of diagram -->"
 BASIS = {"errors", "text", "files", "environment", "progress"}  # imported by nearly all: one box, no arrows
-TOGETHER = {"terminal": "cli", "packaged": "models"}
+TOGETHER = {"terminal": "commands", "cli": "commands", "__main__": "commands", "packaged": "models"}
 
 
 def room_of(module: str) -> str:
