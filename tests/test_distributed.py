@@ -27,9 +27,11 @@ from safetensors.torch import load_file
 
 import echo_lora
 from echo_lora.errors import EchoCheckpointError, EchoConfigError
+from echo_lora.recipe.record import RunResult
 from echo_lora.training.checkpoint import fill
 from echo_lora.training.support import refuse_parallelism
 from test_trainer import echo_model, trainer_of
+from tiny_recipe import tiny_recipe
 
 SCRIPT = Path(__file__).parent / "distributed_run.py"
 CONFIGS = Path(echo_lora.__file__).parent / "accelerate"
@@ -326,3 +328,81 @@ def test_deepspeed(tmp_path, monkeypatch, reference, stage):
         done = launch(tmp_path / "run", str(config), **gloo, **settings)
         assert done.returncode != 0
         assert re.search(r"EchoConfigError: .*stage=3", done.stderr)
+
+
+# --------------------------------------------------------------------- recipes
+
+
+def launch_recipe(folder: Path, plan: str, *args: str, script: str | None = None) -> subprocess.CompletedProcess:
+    """`echo-lora ARGS` in `folder`, in two processes with a shipped configuration, or in one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    entry = ["-m", "echo_lora"] if script is None else [script]
+    if plan == "one":
+        command = [sys.executable, *entry, *args]
+    else:
+        options = ["--config_file", str(CONFIGS / f"{plan}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *options, *entry, *args]
+    return subprocess.run(command, cwd=folder, env=environment, timeout=300, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("echo", [True, False], ids=["echo", "plain"])
+@pytest.mark.parametrize("plan", ["ddp", "fsdp2"])
+def test_a_recipe_on_two_processes_gives_the_adapter_of_one(tmp_path, plan, echo):
+    training = {"steps": 4, "batch_size": 3, "learning_rate": 0.1, "log_every": 1, "optimizer": "sgd", "save_every": 2}
+    tiny_recipe(tmp_path, training=training | {"gradient_accumulation": 2}, output="one", echo=echo)
+    done = launch_recipe(tmp_path, "one", "train", "recipe.yaml")
+    assert done.returncode == 0, done.stderr[-5000:]
+    tiny_recipe(tmp_path, training=training, output="two", echo=echo)
+    script = None if plan == "ddp" else str(Path(__file__).parent / "distributed_recipe.py")
+    done = launch_recipe(tmp_path, plan, "train", "recipe.yaml", script=script)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.count("score it") == 1  # only the first process prints
+    assert done.stderr.count("Loading ") == 1
+    runs = [RunResult.read(tmp_path / name) for name in ("one", "two")]
+    assert [run.processes for run in runs] == [1, 2]
+    assert runs[0].initial_adapter_sha256 == runs[1].initial_adapter_sha256
+    assert runs[0].deployed_parameters == runs[1].deployed_parameters
+    one, two = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert value.norm() > 0
+        assert (two[name] - value).norm() <= TOLERANCE * value.norm(), name
+    for a, b in zip(runs[0].history, runs[1].history, strict=True):
+        for name in set(LOGGED) & set(a):
+            assert b[name] == pytest.approx(a[name], rel=TOLERANCE, abs=1e-8), (a["step"], name)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # no lock is left
+
+
+@pytest.mark.slow
+def test_a_recipe_resumes_on_two_processes(tmp_path):
+    training = {"steps": 4, "batch_size": 3, "learning_rate": 0.1, "log_every": 1, "optimizer": "sgd", "save_every": 2}
+    tiny_recipe(tmp_path, training=training, output="run")
+    assert launch_recipe(tmp_path, "ddp", "train", "recipe.yaml").returncode == 0
+    whole = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    (tmp_path / "run" / "run.json").unlink()
+    done = launch_recipe(tmp_path, "ddp", "train", "recipe.yaml", "--resume")
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert RunResult.read(tmp_path / "run").resumed_at == 2
+    resumed = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+@pytest.mark.slow
+def test_an_error_is_reported_once_and_ends_both_processes(tmp_path):
+    tiny_recipe(tmp_path, output="run", data={"train": "train.jsonl", "max_length": 3})
+    done = launch_recipe(tmp_path, "ddp", "train", "recipe.yaml")
+    assert done.returncode != 0
+    assert done.stderr.count("keeps no answer token") == 1
+    assert "SIGTERM" not in done.stderr  # the second ended by itself
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_only_train_runs_in_several_processes(tmp_path):
+    done = launch_recipe(tmp_path, "ddp", "plan", "recipe.yaml")
+    assert done.returncode != 0
+    assert done.stderr.count("echo-lora plan runs in one process, but was launched in 2.") == 1

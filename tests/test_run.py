@@ -695,10 +695,12 @@ def test_an_interruption_names_step_checkpoint_and_how_to_resume(tmp_path, monke
         assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EchoConfigError, match="one process"):
+@pytest.mark.parametrize(("value", "expected"), [("2", "RANK is not set"), ("two", "'two' is not a number")])
+def test_a_world_size_without_a_launcher_is_refused(tmp_path, monkeypatch, value, expected):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(EchoConfigError, match=expected):
         run(loaded(tmp_path))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_record_that_is_none_is_refused(tmp_path):

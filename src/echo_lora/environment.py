@@ -44,6 +44,29 @@ def installed(package: str) -> str | None:
         return None
 
 
+def process_count() -> int:
+    """Number of processes of this launch, from the variables that accelerate and torchrun set.
+
+    Raises EchoConfigError if WORLD_SIZE is above 1 without the variables that let processes find each other.
+    """
+    given = os.environ.get("WORLD_SIZE", "").strip() or "1"
+    if not given.isdecimal():
+        raise EchoConfigError(f"WORLD_SIZE = {given!r} is not a number of processes. Unset the variable.")
+    if int(given) <= 1:
+        return 1
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise EchoConfigError(
+            f"WORLD_SIZE = {given} asks for several processes, but {missing[0]} is not set. Launch them with "
+            f"`accelerate launch --num_processes {given} -m echo_lora train RECIPE`, or unset WORLD_SIZE."
+        )
+    return int(given)
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process of the launch, which shows progress and results."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def commit() -> str | None:
     """Commit of this package's source, with `-dirty` if files differ from it; None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]

@@ -43,6 +43,8 @@ def _shortened_line(line: str) -> str:
 class EchoError(Exception):
     """Base class of this package's errors. Shortens its message, which may carry values of any size."""
 
+    is_repeated = False  # raised here because of another process of the run, which reports it
+
     def __init__(self, message: str = "") -> None:
         super().__init__(shortened(message))
 

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from echo_lora.environment import is_main_process
+
 
 def progress_console() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    """Of several processes only the first shows anything."""
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_main_process())
 
 
 @contextmanager

@@ -53,8 +53,18 @@ class Group(TyperGroup):
             else:
                 reason = shortened(str(error) or "not enough memory")
                 message = f"Error: the system reports: {reason}. Free some space, or run again with --traceback."
-            typer.echo(message, err=True)
+            if _is_reported_here(error):
+                typer.echo(message, err=True)
             raise typer.Exit(status) from error
+
+
+def _is_reported_here(error: BaseException) -> bool:
+    """Of several processes, one reports an error: the one it is from, or the machine's first if it occurs in all."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return not getattr(error, "is_repeated", False)
+    torch = sys.modules.get("torch")
+    is_in_all = torch is None or not torch.distributed.is_initialized() or isinstance(error, KeyboardInterrupt)
+    return not is_in_all and not getattr(error, "is_repeated", False)
 
 
 def _set_traceback(ctx: typer.Context, value: bool) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from echo_lora.environment import require_writable
+from echo_lora.environment import is_main_process, require_writable
 from echo_lora.terminal import (
     MAX_COUNT,
     STYLES,
@@ -39,7 +39,8 @@ def train(
         from echo_lora.recipe.train import run
 
     result = run(loaded, resume=resume)
-    print_pairs(result.pairs())
+    if is_main_process():
+        print_pairs(result.pairs())
 
 
 @app.command(epilog="Example: echo-lora preview tiny --rows 2")

@@ -11,15 +11,20 @@
     |        controls in place of z (zero, noise, shuffled)      | echo.apply_control                         |
     | 3      e = W2 tanh(W1 z), g = sigmoid(U2 tanh(U1 z) + c),  | echo.EchoBranch.forward                    |
     |        δ_m = λ_m · (g ⊙ e)                                 |                                            |
-    | 4      injection of a_t δ_m at module m                    | injection.Injector, its hooks              |
+    | 4      injection of a_t δ_m at module m                    | injection.Injector, its hooks; `_add`      |
     |        a_t, the positions that receive δ                   | alignment.injection_mask                   |
     | 5      r_k ~ Bernoulli(p_k), whether step k is routed      | routing.is_routed, routing_probability     |
-    |        the draw of a step; r_k = 0 is a plain LoRA step    | model.EchoModel.forward                    |
+    |        asked once a step; r_k = 0 is a plain LoRA step     | model.EchoModel.forward                    |
     | 6      echo-on pass, on the shared prefix                  | step.training_step, prefix.PrefixRecorder  |
-    | 7      w·(CE(off) + r_k·(CE(on) + μ·dist.)) + CE(prompt)   | losses.chunk_terms, losses.loss_terms      |
+    | 7      CE(off) + r_k·(CE(on) + μ_k·distillation)           | losses.chunk_terms                         |
+    |        distillation = τ² · KL(teacher ‖ student); by       | losses.distillation                        |
+    |        default the echo-on pass teaches the echo-off pass  | losses.chunk_terms, `on_teaches`           |
+    |        its mask, and that of both CEs: answer positions    | step._loss_sums, `is_answer`               |
+    |        μ_k, the weight of the distillation at step k       | routing.distillation_weight                |
+    |        w · (all that) + CE(prompt)                         | losses.loss_terms                          |
     |        divided by the supervised tokens of the step        | step.training_step                         |
-    |        distillation = τ² · KL(teacher ‖ student)           | losses.distillation                        |
-    | 8      a plain adapter is saved, without the echo          | model.EchoModel                            |
+    | 8      PEFT saves names with `lora_`; the echo has none    | model.EchoModel.__init__, its `echo`       |
+    |        the echo is removed from the model                  | model.EchoModel.unload, merge_and_unload   |
 
 `config.EchoConfig` names every choice; `model.EchoModel` makes a PEFT model of it. The rest makes the step exact and
 cheap on real models: prefix (shared keys and values), alignment (padding), lm_head (logits at supervised positions),

@@ -121,5 +121,5 @@ def injection_mask(targets: Tensor, kind: str) -> Tensor:
     is_predictive = targets != -100  # (B, A)
     if kind == "predictive":
         return is_predictive
-    # a column holds the token that the column before predicts; the first boundary is never an answer token
+    # shifted right by one: a column's own token is what the column before predicts; column P-1 holds no answer token
     return torch.cat([torch.zeros_like(is_predictive[:, :1]), is_predictive[:, :-1]], dim=1)  # (B, A)

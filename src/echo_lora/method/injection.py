@@ -1,13 +1,14 @@
 """Injection: adding δ to the LoRA modules of the target layers.                       (equation 4)
 
+    output:      y = (module output) + a_t δ_m                    a forward hook on the LoRA module (default)
     lora_input:  y = W0 x + s·B A (dropout(x) + a_t δ_m)          a forward pre-hook on `lora_A[adapter]`
-    output:      y = (module output) + a_t δ_m                    a forward hook on the LoRA module
 
-DoRA scales the sum, y = (m / ‖W0 + s·B A‖) · (W0 x + s·B A (x + a_t δ_m)); its norm is computed from the weights,
-without δ, which is why `_is_weight_probe` leaves such a call alone.
+a_t is 1 at the positions of `alignment.injection_mask`; `_add` computes x + a_t δ_m. The hooks stay registered and do
+nothing outside `injecting`.
 
-a_t is 1 at the positions of `alignment.injection_mask`; `_add` computes x + a_t δ_m. LoRA, DoRA, rsLoRA and quantised
-bases all run `lora_A[adapter]`, so one hook fits all. The hooks stay registered and do nothing outside `injecting`.
+At `lora_input` one hook fits LoRA, DoRA, rsLoRA and quantised bases, which all run `lora_A[adapter]`. There DoRA also
+scales δ: y = (m / ‖W0 + s·B A‖) · (W0 x + s·B A (x + a_t δ_m)). Its norm is computed from the weights, without δ, which
+is why `_is_weight_probe` leaves such a call alone.
 
 With gradient checkpointing, layers run again during backward, when no pass is injecting any more:
 `Injector.checkpoint_contexts` makes each recomputation see what its forward saw.

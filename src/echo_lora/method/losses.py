@@ -2,8 +2,9 @@
 
     CE(off)        cross-entropy of the echo-off pass, the model that is deployed
     CE(on)         cross-entropy of the echo-on pass
-    distillation   τ² · KL(teacher ‖ student), with a stop-gradient on the teacher; at all positions, or only where the
-                   teacher gives the target a higher probability (`distillation_tokens`)                    [O]
+    distillation   τ² · KL(teacher ‖ student), with a stop-gradient on the teacher, which is the echo-on pass unless
+                   `distillation_direction` says otherwise; at all answer positions, or only where the teacher gives
+                   the target a higher probability (`distillation_tokens`)                                  [O]
     CE(prompt)     if prompts are trained on: cross-entropy of the echo-off pass at all other tokens        [O]
 
 Read `chunk_terms` for the equation and `distillation` for its KL term. Every term is a sum over tokens; the step
@@ -126,7 +127,10 @@ class _ChunkedTerms(torch.autograd.Function):
 
 
 def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) -> Terms:
-    """Equation 7 for a chunk of positions. logits_nV: [off] or [off, on], each (n, V)."""
+    """CE(off), or CE(off) + CE(on) + μ · distillation, for a chunk of positions. logits_nV: [off] or [off, on], (n, V).
+
+    `loss_terms` applies w and adds CE(prompt); `step.training_step` divides by the number of tokens.
+    """
     off = logits_nV[0].float()  # (n, V)
     log_off = F.log_softmax(off, dim=-1)  # (n, V)
     ce_off = F.nll_loss(log_off, targets_n, reduction="sum")  # scalar
@@ -139,11 +143,10 @@ def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) 
     on = logits_nV[1].float()  # (n, V)
     log_on = F.log_softmax(on, dim=-1)  # (n, V)
     ce_on = F.nll_loss(log_on, targets_n, reduction="sum")  # scalar
-    passes = [(on, log_on), (off, log_off)]
-    if config.distillation_direction == "off_to_on":
-        passes.reverse()
-    (teacher, log_teacher), (student, log_student) = passes
+    on_teaches = config.distillation_direction == "on_to_off"
+    teacher, student = (on, off) if on_teaches else (off, on)  # (n, V) each
     if config.distillation_tokens == "teacher_better":
+        log_teacher, log_student = (log_on, log_off) if on_teaches else (log_off, log_on)  # (n, V) each
         is_followed = is_better(log_teacher, log_student, targets_n)  # (n,)
         teacher, student = teacher[is_followed], student[is_followed]  # (≤ n, V) each
     kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)  # scalar

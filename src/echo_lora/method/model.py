@@ -107,7 +107,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         self._warned: set[str] = set()
 
         widths = Injector.widths(modules, echo_config.injection_site)
-        # not saved: PEFT writes tensors whose names have `lora_`, and these are named `echo.…`          (equation 8)
+        # discarded at the end: PEFT saves tensors whose names have `lora_`, and these are `echo.…`      (equation 8)
         self.echo = EchoNetworks(base.config.get_text_config().hidden_size, widths, echo_config)
         self.echo.to(next(iter(modules.values())).lora_A[adapter_name].weight.device)
         if base.is_activation_checkpointing:

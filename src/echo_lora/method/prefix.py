@@ -86,6 +86,7 @@ class _RecordingLayer(DynamicLayer):
         self.recorded: list[Tensor] | None = None  # keys and values, each (B, heads, P-1, width)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Record the first columns; return all of them unchanged."""
         if not self.is_over:
             prefix = [states[..., : self.columns, :] for states in (key_states, value_states)]
             # a view would keep the whole row's states alive, which checkpointing should free
@@ -108,6 +109,7 @@ class _PrefixLayer(DynamicLayer):
         self.keys, self.values, self.is_initialized = keys, values, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put the prefix before what is given; store nothing."""
         return cat([self.keys, key_states], dim=-2), cat([self.values, value_states], dim=-2)
 
     def get_seq_length(self) -> int:

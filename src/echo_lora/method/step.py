@@ -5,8 +5,9 @@
     on       the forward pass again, with δ injected                                    (equations 4, 6)
     loss     w · (CE(off) + r · (CE(on) + μ · distillation)) + CE(prompt)               (equation 7)
 
-Routing (equation 5) decides which steps have an echo-on pass; with r = 0 this is a plain LoRA step. w is the weight of
-answers beside prompts that are trained on, and CE(prompt) the echo-off pass's cross-entropy of those.
+Routing (equation 5) decides which steps have an echo-on pass; with r = 0 this is a plain LoRA step. μ is μ_k of
+`routing.distillation_weight`, which `EchoModel.echo_losses` puts into the configuration of the step. CE(prompt) is the
+echo-off pass's cross-entropy of prompts that are trained on, and w = answer_weight · (routed_loss_scale if r else 1).
 
 Why the second pass is nearly free [O]: nothing is injected before the boundary, and the states of a causal model don't
 depend on later tokens, so before the boundary both passes are identical. The echo-on pass runs on the last A columns
@@ -83,7 +84,7 @@ def training_step(
     echo_only: AbstractContextManager | None = None,
     router_aux_loss_coef: float = 0.0,
 ) -> EchoOutput:
-    """Both passes and all losses of one (micro-)batch. Longer than most functions, to show equations 1 to 7 in order.
+    """Both passes and all losses of one (micro-)batch. Longer than most functions, to show the equations in order.
 
     forward: the plain PEFT model. is_routed: r_k of equation 5; if false, this is a plain LoRA step with logits only at
     supervised positions. sharing: None runs the echo-on pass in full. head: None leaves the logits to the model, for
@@ -120,6 +121,7 @@ def training_step(
             mask = F.pad(mask, (rows.prefix_length, 0))  # (B, T): nothing is injected before the boundary
         with (
             echo_only or nullcontext(),
+            # the model gets the prefix below, for its mask and positions; its attention modules get it here, by hooks
             injector.injecting(Injection(deltas, mask)),
             sharing.using(prefix) if sharing is not None else nullcontext(),
         ):
@@ -149,7 +151,7 @@ def _loss_sums(
 ) -> tuple[Terms, int]:
     """Equation 7 as sums over tokens, and the number of supervised tokens. weight: of the answer losses."""
     A = rows.targets.shape[1]
-    is_answer = rows.targets != -100  # (B, A)
+    is_answer = rows.targets != -100  # (B, A): the mask of both cross-entropies and of the distillation
     targets_N = rows.targets[is_answer]  # (N,)
     off_Nd = off_BKd[:, -A:][is_answer]  # (N, d)
     on_Nd = None if on_BAd is None else on_BAd[is_answer]  # (N, d)

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
@@ -22,6 +23,7 @@ from echo_lora.method.targets import unmatched_targets
 from echo_lora.models import empty_model, has_position_table, load_base_model, load_config, load_tokenizer
 from echo_lora.recipe.rows import check_rows, prepare_split
 from echo_lora.recipe.schema import Recipe
+from echo_lora.training.checkpoint import fill
 
 # The recipe's names of the trainer's configuration keys that decide a run's result.
 RECIPE_KEYS = {
@@ -111,6 +113,18 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
             f"that way.{nearest(unmatched[0], sorted(ends))} Correct it, or leave it out."
         )
     return model
+
+
+def whole_model(recipe: Recipe, model: PeftModel, tensors: dict[str, Tensor]) -> PeftModel:
+    """The model itself, or, if FSDP has sharded it, the base loaded again with the adapter's tensors.
+
+    tensors: those of the adapter, whole. One process alone can't run a sharded model, as saving it verified needs.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model
+    whole = add_adapter(recipe.model_copy(update={"echo": False}), load_base(recipe))
+    fill(get_peft_model_state_dict(whole), tensors)
+    return whole
 
 
 def parameter_counts(model: PeftModel) -> tuple[int, int]:

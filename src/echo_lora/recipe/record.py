@@ -46,6 +46,7 @@ class RunResult:
     adapter_sha256: str
     final: dict[str, float]  # the last value of every metric
     history: list[dict[str, float]]
+    processes: int = 1  # each with batch_size rows per pass
 
     @property
     def adapter(self) -> Path:

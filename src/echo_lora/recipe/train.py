@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from echo_lora.adapter.card import model_card
 from echo_lora.adapter.export import save_verified
-from echo_lora.adapter.files import adapter_hash
+from echo_lora.adapter.files import adapter_hash, adapter_tensors
 from echo_lora.data.prepared import PreparedData
-from echo_lora.environment import MemoryWatch, versions
+from echo_lora.environment import MemoryWatch, process_count, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.files import locked, write_file, write_text
 from echo_lora.method import losses
@@ -45,11 +44,13 @@ from echo_lora.recipe.build import (
     recipe_key,
     require_packages,
     training_arguments,
+    whole_model,
 )
 from echo_lora.recipe.record import RUN_FILE, STARTED, RunResult, claim_folder, plot_losses, resume_hint, tidy_folder
 from echo_lora.recipe.rows import join
 from echo_lora.recipe.schema import Recipe
 from echo_lora.training.checkpoint import last_complete_checkpoint, step_of
+from echo_lora.training.processes import is_main, process_group, together
 from echo_lora.training.sft import EchoSFTTrainer
 
 SHOWN_METRICS = ("loss", *losses.SHOWN, "routing_p", "eval_loss", "learning_rate")
@@ -60,22 +61,27 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
 
     resume: continue from the newest complete checkpoint in the output folder; the recipe must be the same. After an
     EchoError, or an EchoInterrupt at Ctrl-C, only complete checkpoints remain; files that are not the run's own are
-    never touched.
+    never touched. In several processes, every one calls this; the first writes the output.
     """
-    if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
-        raise EchoConfigError(
-            f"a recipe trains in one process, but WORLD_SIZE = {os.environ['WORLD_SIZE']}. Use EchoSFTTrainer in a "
-            "script, or unset the variable."
-        )
     require_packages(recipe)
     recipe = recipe.model_copy(update={"model": canonical(recipe.model)})
     output = Path(recipe.output)
+    with process_group(), ExitStack() as stack:
+        with together():
+            if is_main():
+                stack.enter_context(_claimed(output, resume))
+        return _run(recipe, output, output / "checkpoints", resume)
+
+
+@contextmanager
+def _claimed(output: Path, resume: bool) -> Iterator[None]:
+    """The output folder, for this run alone. Afterwards only complete files remain."""
     checkpoints = output / "checkpoints"
     with locked(output):
         is_new = not output.exists()
         claim_folder(output, checkpoints, resume)
         try:
-            return _run(recipe, output, checkpoints, resume)
+            yield
         except KeyboardInterrupt as error:
             raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {resume_hint(checkpoints)}") from error
         finally:
@@ -83,17 +89,24 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
 
 
 def _run(recipe: Recipe, output: Path, checkpoints: Path, resume: bool) -> RunResult:
-    if not resume:
+    if not resume and is_main():
         started = json.dumps(recipe.to_dict(), indent=2)
         write_text(checkpoints / STARTED, started)
     result, model, tokenizer = train(recipe, checkpoints, resume=resume)
-    with stage("Saving the adapter and reading it back"):
-        card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
-        save_verified(model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True)
-        write_file(output / "loss.png", lambda path: plot_losses(result.history, path))
-        record = json.dumps(dataclasses.asdict(result), indent=2)
-        write_text(output / RUN_FILE, record)
+    tensors = adapter_tensors(model, model.active_adapters[0])  # in every process: each may hold a part
+    with stage("Saving the adapter and reading it back"), together():
+        if is_main():
+            _save(recipe, result, whole_model(recipe, model, tensors), tokenizer)
     return result
+
+
+def _save(recipe: Recipe, result: RunResult, model: PeftModel, tokenizer: Any) -> None:
+    output = Path(recipe.output)
+    card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
+    save_verified(model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True)
+    write_file(output / "loss.png", lambda path: plot_losses(result.history, path))
+    record = json.dumps(dataclasses.asdict(result), indent=2)
+    write_text(output / RUN_FILE, record)
 
 
 def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult, PeftModel, Any]:
@@ -101,9 +114,9 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
 
     Returns the result, the trained model, which still has its echo networks, and its tokenizer.
     """
-    with stage(f"Reading rows with the tokenizer of {recipe.model}"):
+    with stage(f"Reading rows with the tokenizer of {recipe.model}"), together():
         tokenizer, prepared = prepare(recipe)
-    with stage(f"Loading {recipe.model}"):
+    with stage(f"Loading {recipe.model}"), together():
         model = add_adapter(recipe, load_base(recipe))
     progress = _Progress()
     trainer = _trainer(recipe, model, tokenizer, prepared, checkpoints, progress)
@@ -128,6 +141,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         recipe=recipe.to_dict(),
         versions=versions(),
         device=str(model.device),
+        processes=process_count(),
         rows=[line for data in prepared["train"] for line in data.summary()],
         steps=trainer.state.global_step,
         resumed_at=0 if last is None else step_of(last) or 0,
