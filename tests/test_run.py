@@ -71,7 +71,7 @@ def test_the_output_folder_holds_the_adapter_and_its_record(tmp_path):
     recipe = loaded(tmp_path, "training.evaluate_every=2", f"data.validation={validation}")
     result = run(recipe)
     found = files(tmp_path / "run")
-    assert {"run.json", "loss.png"} <= found
+    assert {"run.json", "loss.png", "recipe.yaml"} <= found
     assert {f"adapter/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "README.md")} <= found
     assert {"adapter/tokenizer.json", "adapter/chat_template.jinja"} <= found
     assert not [name for name in found if "/." in name or name.startswith(".")]
@@ -206,7 +206,7 @@ def test_a_run_that_dies_keeps_its_checkpoints_and_resumes_to_the_same_adapter(t
         interrupt_at(dying, 4)
         with pytest.raises(EchoTrainingError):
             run(recipe)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "recipe.yaml"}
     with pytest.raises(EchoCheckpointError, match=r"--resume"):
         run(recipe)
     resumed = run(recipe, resume=True)
@@ -254,7 +254,7 @@ def test_a_full_disk_at_the_end_leaves_no_adapter_and_the_run_can_be_resumed(tmp
         disk.setattr(Path, "write_text", write_text)
         with pytest.raises(EchoCheckpointError, match="No space left on device"):
             run(recipe)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "recipe.yaml"}
     result = run(recipe, resume=True)
     assert result.resumed_at == 4
     assert (tmp_path / "run" / "run.json").is_file()
@@ -282,7 +282,7 @@ def test_files_of_others_outlive_a_run_that_dies_and_the_next_one(tmp_path, monk
         with pytest.raises(EchoTrainingError, match="died before the seal"):
             run(recipe)
     expected = {str(path.relative_to(tmp_path / "run")) for path in notes}
-    assert files(tmp_path / "run") == expected | {f"checkpoints/{STARTED}", "checkpoints/README.md"}
+    assert files(tmp_path / "run") == expected | {"recipe.yaml", f"checkpoints/{STARTED}", "checkpoints/README.md"}
     assert run(recipe).resumed_at == 0
     assert [path.read_text() for path in notes] == ["mine"] * 4
 
@@ -701,6 +701,22 @@ def test_a_world_size_without_a_launcher_is_refused(tmp_path, monkeypatch, value
     with pytest.raises(EchoConfigError, match=expected):
         run(loaded(tmp_path))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_the_recipe_in_the_output_folder_repeats_the_run(tmp_path, monkeypatch, echo):
+    monkeypatch.chdir(tmp_path)
+    tiny_recipe(tmp_path, output="run", echo=echo, training={"steps": 2, "learning_rate": 1e-2})
+    first = run(load_recipe("recipe.yaml", ["training.log_every=1", "trust_remote_code=true"]))
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "echo-lora train THIS_FILE --resume" in text
+    assert "trust_remote_code" not in text
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # its paths are absolute
+    again = run(load_recipe(tmp_path / "run" / "recipe.yaml", ["output=again"]))
+    assert again.adapter_sha256 == first.adapter_sha256
+    assert again.recipe | {"output": "run", "trust_remote_code": True} == first.recipe | {"data": again.recipe["data"]}
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").output == str(tmp_path / "run")
 
 
 def test_a_record_that_is_none_is_refused(tmp_path):

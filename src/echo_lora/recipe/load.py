@@ -36,7 +36,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = find_yaml(str(source), SHIPPED, "recipe")
     tree, document = parse_yaml(path)
     if not is_in(path, SHIPPED):
-        _rebase(document, path.parent)
+        rebase(document, path.parent)
     document.setdefault("output", f"runs/{path.stem}")
     return validated(Recipe, document, str(source), tree, overrides)
 
@@ -71,12 +71,24 @@ def validated(
         raise EchoConfigError(_explain(kind, error, document, source, tree, changed)) from None
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as a YAML file that `load_recipe` reads from any folder, with every value and absolute paths.
+
+    trust_remote_code is left out: whoever runs the file allows it in that call.
+    """
+    document = recipe.to_dict()
+    document.pop("trust_remote_code")
+    rebase(document, Path.cwd())
+    document["output"] = str(Path(recipe.output).absolute())
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+
+
 def shipped_recipes() -> list[str]:
     """Names of the shipped recipes, for `load_recipe`."""
     return names_in(SHIPPED)
 
 
-def _rebase(document: dict[str, Any], folder: Path) -> None:
+def rebase(document: dict[str, Any], folder: Path) -> None:
     """Make the document's relative paths of rows and of the model relative to the file's folder."""
 
     def rebased(value: Any) -> Any:

@@ -23,6 +23,7 @@ from echo_lora.training.checkpoint import (
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+RECIPE_FILE = "recipe.yaml"  # written first, with its defaults, so that the run can be resumed and repeated
 STARTED = "started.json"  # the recipe, in checkpoints/: marks the folder as a run's own
 
 
@@ -124,12 +125,19 @@ def tidy_folder(output: Path, checkpoints: Path, is_new: bool) -> None:
     Failing to remove something is only a warning: an error would hide the one that ended the run.
     """
     try:
-        for name in (output / "adapter", output / "loss.png", output / RUN_FILE, checkpoints / STARTED):
+        for name in (
+            output / "adapter",
+            output / "loss.png",
+            output / RUN_FILE,
+            output / RECIPE_FILE,
+            checkpoints / STARTED,
+        ):
             remove_leftovers(name)
         remove_unfinished(checkpoints)
         own = [STARTED, "README.md"]  # TRL writes the second
         if checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= set(own):
             remove_files(checkpoints, own)
+            remove_files(output, [RECIPE_FILE])
         if is_new:
             remove_empty(output)
     except OSError as error:

@@ -4,6 +4,7 @@
       adapter/       the plain PEFT adapter, tokenizer with chat template, model card
       checkpoints/   for `resume`
       loss.png       the losses over the steps
+      recipe.yaml    the recipe, with its defaults; `echo-lora train` takes it
       run.json       recipe, versions, seeds, metrics; written last, so it marks a finished run
 
 The adapter's initial weights depend only on `seeds.initialisation` and the adapter's shape: they are the same with and
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
+from echo_lora import __version__
 from echo_lora.adapter.card import model_card
 from echo_lora.adapter.export import save_verified
 from echo_lora.adapter.files import adapter_hash, adapter_tensors
@@ -46,12 +48,26 @@ from echo_lora.recipe.build import (
     training_arguments,
     whole_model,
 )
-from echo_lora.recipe.record import RUN_FILE, STARTED, RunResult, claim_folder, plot_losses, resume_hint, tidy_folder
+from echo_lora.recipe.load import recipe_text
+from echo_lora.recipe.record import (
+    RECIPE_FILE,
+    RUN_FILE,
+    STARTED,
+    RunResult,
+    claim_folder,
+    plot_losses,
+    resume_hint,
+    tidy_folder,
+)
 from echo_lora.recipe.rows import join
 from echo_lora.recipe.schema import Recipe
 from echo_lora.training.checkpoint import last_complete_checkpoint, step_of
 from echo_lora.training.processes import is_main, process_group, together
 from echo_lora.training.sft import EchoSFTTrainer
+
+_ABOUT_RECIPE = f"""# The recipe of this run, with the defaults of echo-lora {__version__}.
+# resume: echo-lora train THIS_FILE --resume
+# repeat: echo-lora train THIS_FILE --set output=ANOTHER_FOLDER"""
 
 SHOWN_METRICS = ("loss", *losses.SHOWN, "routing_p", "eval_loss", "learning_rate")
 
@@ -92,6 +108,7 @@ def _run(recipe: Recipe, output: Path, checkpoints: Path, resume: bool) -> RunRe
     if not resume and is_main():
         started = json.dumps(recipe.to_dict(), indent=2)
         write_text(checkpoints / STARTED, started)
+        write_text(output / RECIPE_FILE, f"{_ABOUT_RECIPE}\n{recipe_text(recipe)}")
     result, model, tokenizer = train(recipe, checkpoints, resume=resume)
     tensors = adapter_tensors(model, model.active_adapters[0])  # in every process: each may hold a part
     with stage("Saving the adapter and reading it back"), together():
