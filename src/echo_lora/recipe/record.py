@@ -137,7 +137,7 @@ def tidy_folder(output: Path, checkpoints: Path, is_new: bool) -> None:
         own = [STARTED, "README.md"]  # TRL writes the second
         if checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= set(own):
             remove_files(checkpoints, own)
-            remove_files(output, [RECIPE_FILE])
+            (output / RECIPE_FILE).unlink(missing_ok=True)
         if is_new:
             remove_empty(output)
     except OSError as error:
