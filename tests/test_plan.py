@@ -11,7 +11,8 @@ from echo_lora.errors import EchoConfigError, EchoDataError, EchoModelError
 from echo_lora.recipe import build
 from echo_lora.recipe.build import add_adapter
 from echo_lora.recipe.load import load_recipe
-from echo_lora.recipe.plan import _kept_bytes, plan, preview
+from echo_lora.recipe.plan import _kept_bytes, plan
+from echo_lora.recipe.prepare import preview
 from echo_lora.recipe.train import run
 from tiny import tiny_tokenizer
 from tiny_recipe import ROWS, tiny_recipe, write_rows

@@ -16,7 +16,8 @@ from echo_lora import cli
 from echo_lora.data.sources import ROW
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.recipe.load import load_recipe
-from echo_lora.recipe.plan import plan, preview
+from echo_lora.recipe.plan import plan
+from echo_lora.recipe.prepare import preview
 from echo_lora.recipe.rows import evaluation_rows, join, prepare_split, source_rows
 from echo_lora.recipe.scoring import resolve
 from echo_lora.recipe.train import run
@@ -150,7 +151,7 @@ def test_the_form_of_all_rows_is_checked_before_a_tokenizer_is_loaded(tmp_path, 
     def fails(*args, **kwargs):
         raise AssertionError("a tokenizer was loaded")
 
-    monkeypatch.setattr("echo_lora.recipe.build.load_tokenizer", fails)
+    monkeypatch.setattr("echo_lora.recipe.prepare.load_tokenizer", fails)
     recipe = loaded(tmp_path, data={"train": "train.jsonl", "validation": "held.jsonl"})
     write_rows(tmp_path / "held.jsonl", [*ROWS, {"prompt": "a", "completion": "b", "input": "lost"}])
     for command in (plan, preview, run):
@@ -251,7 +252,7 @@ def test_every_path_of_the_command_line_takes_a_tilde():
 READ = """
 import resource, sys
 from echo_lora.recipe.load import load_recipe
-from echo_lora.recipe.build import prepare
+from echo_lora.recipe.prepare import prepare
 from echo_lora.recipe.rows import join
 recipe = load_recipe(sys.argv[1])
 scale = 1024 if sys.platform != "darwin" else 1
