@@ -130,7 +130,7 @@ class Loaded:
             raise EchoDataError(self._reason(error)) from error
 
     def _reason(self, error: Exception) -> str:
-        if "split" in str(error).lower():
+        if str(error).startswith(("Bad split", "Unknown split")):
             return f"{self.name} has no split {self.split!r}: {str(error).rstrip('.')}. Set split to one that it has."
         if not self.is_hub:
             formats = ", ".join(FORMATS)
