@@ -9,6 +9,7 @@ import json
 import lzma
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -31,6 +32,7 @@ from tiny import tiny_tokenizer
 from tiny_recipe import tiny_recipe
 
 TOKENIZER = tiny_tokenizer()
+ROOT = Path(__file__).parent.parent
 
 PLAIN = [
     {"prompt": "What is the capital?", "completion": " Paris"},
@@ -242,6 +244,8 @@ def test_a_name_of_the_hub_is_passed_to_datasets(tmp_path, monkeypatch):
 
 def test_a_name_that_is_no_file_is_looked_for_on_the_hub(tmp_path):
     assert is_hub_name("owner/name", tmp_path)
+    with pytest.raises(EchoConfigError, match=r"'\.\./x' is no name of the hub; write it as owner/name"):
+        recipe_of(tmp_path, {"train": {"hub": "../x"}})
     (tmp_path / "owner").mkdir()
     for text in ("owner/name", "rows.jsonl", "data/rows.csv", "a/b/c", "./a/b", "data/*.json"):
         assert not is_hub_name(text, tmp_path), text
@@ -419,6 +423,35 @@ def test_preview_imports_no_trainer(tmp_path):
     before, after = done.stdout.splitlines()
     assert before == "[]"
     assert "trl" in after  # the check does see what plan imports
+
+
+def test_an_ignored_column_takes_no_part_in_a_format(tmp_path):
+    (tmp_path / "alpaca.json").write_text(json.dumps([ALPACA[0] | {"system": "Be brief."}]))
+    data = {"train": "alpaca.json", "chat": True, "ignore_columns": ["system", "input"]}
+    assert trained(recipe_of(tmp_path, data)) == [
+        ("<|im_start|>user\nAdd the numbers.<|im_end|>\n<|im_start|>assistant\n", "7<|im_end|>\n")
+    ]
+
+
+def test_the_examples_of_the_page_train_on_what_it_says(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## Formats")[2].partition("## Files")[0]
+    questions = [{"question": row["prompt"], "answer": row["completion"]} for row in PLAIN]
+    write_table(tmp_path / "questions.csv", questions)
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(ALPACA))
+    (tmp_path / "sharegpt.json").write_text(json.dumps(SHAREGPT))
+    tiny_recipe(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes(jsonl(OPENAI))
+    found = []
+    for text in re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+        recipe = load_recipe(tmp_path / "mine.yaml", [f"model={tmp_path / 'base'}"])
+        found.append((preview(recipe).summary[0].partition(": ")[2], trained(recipe)[-1][1]))
+    assert found == [
+        ("prompt_completion (columns prompt, completion)", " 007\nNone, NA<|im_end|>\n"),
+        ("messages (column messages)", "two<|im_end|>"),
+        ("alpaca (columns instruction, input, output)", "yes<|im_end|>\n"),
+        ("sharegpt (column conversations)", "one<|im_end|>two<|im_end|>"),
+    ]
 
 
 def test_every_new_key_is_in_the_table():

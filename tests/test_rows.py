@@ -31,7 +31,7 @@ def loaded(folder, *overrides, **changes):
 
 def questions(recipe, part):
     sources = getattr(recipe.data, part)
-    return [row["prompt"] for source in sources for row in source_rows(recipe, source, part)]
+    return [row["prompt"] for source in sources for rows in source_rows(recipe, source, part) for row in rows]
 
 
 TASK = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}

@@ -223,6 +223,14 @@ def test_a_resumed_stream_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     assert any("a stream" in line for line in json.loads((tmp_path / "whole" / "run.json").read_text())["rows"])
 
 
+def test_a_share_of_a_stream_is_never_trained_on(tmp_path):
+    recipe = recipe_of(tmp_path, STREAM | {"validation_share": 0.4})
+    _, stream, validation = prepare_stream(recipe)
+    held = set(prompts(join(validation)))
+    assert held
+    assert set(prompts(first(stream, 30))) == {row["prompt"] for row in ROWS} - held
+
+
 @pytest.mark.parametrize("change", ["rows", "data.shuffle_buffer=2"])
 def test_a_stream_of_other_rows_is_not_resumed(tmp_path, monkeypatch, change):
     training = {"steps": 6, "batch_size": 3, "save_every": 3}

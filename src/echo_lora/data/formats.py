@@ -14,7 +14,7 @@ stay in the row, where `check_forms` finds text that would be lost.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -84,17 +84,24 @@ class FormattedRows:
 
 
 def find_format(
-    rows: Iterable[Mapping[str, Any]], wanted: str = "auto", *, chat: bool = False, source: str = "the data"
+    rows: Iterable[Mapping[str, Any]],
+    wanted: str = "auto",
+    *,
+    chat: bool = False,
+    ignore: Collection[str] = (),
+    source: str = "the data",
 ) -> Format:
     """The format of rows, and what turns one into a form that can be trained on.
 
     wanted: a format, or `auto`, which decides from the columns of the first 100 rows. chat: strings will go through the
-    chat template, so Alpaca's layout is left out. Reads at most 100 rows. Raises EchoDataError if the rows don't have
+    chat template, so Alpaca's layout is left out. ignore: columns that are not used, and stay in the row. source: its
+    name in errors. Reads at most 100 rows. Raises EchoDataError if the rows don't have
     the columns of the wanted format; `convert` raises one that names the row.
     """
     seen: dict[str, Any] = {}  # the first value of every column
     for row in islice(rows, LOOKED_AT):
-        seen |= {column: value for column, value in row.items() if seen.get(column) in (None, "", [])}
+        kept = {column: value for column, value in row.items() if column not in ignore}
+        seen |= {column: value for column, value in kept.items() if seen.get(column) in (None, "", [])}
     found = _found(seen)
     name: Any = found if wanted == "auto" else wanted  # one of FormatName
     if name is None:
@@ -114,7 +121,13 @@ def find_format(
             f"If another column holds it, map that one: data.columns: {{{needed}: its name}}."
         )
     used = [column for column in (needed, *optional) if column in seen]
-    return Format(name, f"{name} (column{'s' * (len(used) > 1)} {', '.join(used)})", convert)
+    return Format(name, f"{name} (column{'s' * (len(used) > 1)} {', '.join(used)})", partial(_without, ignore, convert))
+
+
+def _without(ignore: Collection[str], convert: Callable[..., Row], row: Mapping[str, Any], where: str) -> Row:
+    """The converted row, whose ignored columns take no part in it."""
+    aside = {column: value for column, value in row.items() if column in ignore}
+    return aside | convert({column: value for column, value in row.items() if column not in ignore}, where)
 
 
 def _found(seen: Mapping[str, Any]) -> FormatName | None:

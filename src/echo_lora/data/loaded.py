@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import glob
 import io
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,12 @@ class Loaded:
 
     def _load(self) -> Any:
         from datasets import DatasetDict, load_dataset, load_from_disk
+        from datasets.exceptions import DatasetsError
 
+        if self.is_hub and os.path.isdir(self.name):  # `datasets` would take the folder
+            raise EchoDataError(
+                f"{self.name} is a folder here, not a data set of the hub. Write it as file: {self.name}."
+            )
         try:
             if not self.is_hub and is_saved_dataset(Path(self.name)):
                 found = load_from_disk(self.name)
@@ -126,10 +132,11 @@ class Loaded:
                 return found[self.split]
             options: dict[str, Any] = {"split": self.split, "streaming": self.stream or not self.is_hub}
             return load_dataset(self.name, self.config, revision=self.revision, **options)
-        except (*DAMAGED, ValueError) as error:
+        except (*DAMAGED, ValueError, DatasetsError) as error:
             raise EchoDataError(self._reason(error)) from error
 
-    def _reason(self, error: Exception) -> str:
+    def _reason(self, error: BaseException) -> str:
+        error = error.__cause__ or error  # `datasets` wraps what went wrong
         if str(error).startswith(("Bad split", "Unknown split")):
             return f"{self.name} has no split {self.split!r}: {str(error).rstrip('.')}. Set split to one that it has."
         if not self.is_hub:

@@ -36,7 +36,7 @@ def where_is(source: str, row: int) -> str:
 
 def is_hub_name(text: str, folder: Path) -> bool:
     """Whether a text is `owner/name` of the hub: it looks like one, and is no file, folder or pattern in `folder`."""
-    return bool(_HUB_NAME.fullmatch(text)) and ending(text) not in KNOWN and not (folder / text).parent.exists()
+    return bool(_HUB_NAME.fullmatch(text)) and ending(text) not in KNOWN and not os.path.exists((folder / text).parent)
 
 
 def files_of(path: str) -> list[str]:

@@ -23,7 +23,7 @@ from echo_lora.data.sources import ROW, RowFile, files_of, where_is
 from echo_lora.data.tokenize import end_token_ids, render_prompt
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.evaluate.tasks import EvalTask
-from echo_lora.recipe.schema import SPLITS, EvaluationTask, Recipe, Source
+from echo_lora.recipe.schema import SPLITS, DataSection, EvaluationTask, Recipe, Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,10 +58,7 @@ def _whole_source(recipe: Recipe, source: Source, split: str) -> list[FormattedR
     data = recipe.data
     if source.task is None:
         files = [RowFile(part, data.columns, source.part, data.limit) for part in _places(recipe, source, split)]
-        return [
-            FormattedRows(rows, find_format(rows, data.format, chat=data.chat, source=str(rows.path)), str(rows.path))
-            for rows in files
-        ]
+        return [_formatted(data, rows, str(rows.path)) for rows in files]
     sizes = dict.fromkeys(SPLITS, 1)  # every split has its place, so that adding one changes no other
     for name, other in _all_sources(recipe):
         if other.rows_key == source.rows_key:
@@ -70,6 +67,11 @@ def _whole_source(recipe: Recipe, source: Source, split: str) -> list[FormattedR
     splits = _generated(str(source.task), source.seed or 0, params, tuple(sizes.values()))
     rows = splits[split][: source.count][: recipe.data.limit]
     return [FormattedRows(rows, Format(None, "", lambda row, where: {**row}), source.name)]
+
+
+def _formatted(data: DataSection, rows: RowFile, source: str) -> FormattedRows:
+    found = find_format(rows, data.format, chat=data.chat, ignore=data.ignore_columns, source=source)
+    return FormattedRows(rows, found, source)
 
 
 def _places(recipe: Recipe, source: Source, split: str) -> Sequence[Path | Loaded]:

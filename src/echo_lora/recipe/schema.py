@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -131,6 +132,13 @@ class Source(Section):
         return self
 
     _home = field_validator("file")(lambda value: None if value is None else str(expanded(value)))
+
+    @field_validator("hub")
+    @classmethod
+    def _is_on_the_hub(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+            raise ValueError(f"{name!r} is no name of the hub; write it as owner/name, or use file for a path")
+        return name
 
     @property
     def name(self) -> str:
