@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from echo_lora.data.formats import ALPACA_SYSTEM, ALPACA_SYSTEM_WITH_INPUT, SPEA
 from echo_lora.data.loaded import Loaded
 from echo_lora.data.sources import RowFile, is_hub_name, read_rows
 from echo_lora.data.tokenize import IGNORED
-from echo_lora.errors import EchoDataError
+from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.recipe.load import load_recipe
 from echo_lora.recipe.prepare import prepare, preview
 from echo_lora.recipe.rows import evaluation_rows
