@@ -216,6 +216,15 @@ def keys_of_recipe(template: Path) -> dict[str, Key]:
         "data.train": replace(sources, late=[*sources.late, "base"]),
         "data.validation": replace(sources, sound=[*sources.sound[:2], "~"]),
         "data.test": replace(sources, sound=[*sources.sound, "~"], late=[]),
+        "data.validation_share": Key(
+            ["~", "0.5"],
+            ["0", "1", "-1", "2", "on", "''", "[]", "1:30"],
+            late=["1e-9", "0.999999"],
+            also=["data.validation=null"],
+        ),
+        "data.format": choice("auto", late=["messages", "alpaca", "sharegpt"], taste=["prompt_completion"]),
+        "data.stream": boolean(),
+        "data.shuffle_buffer": whole("1", "1000", absurd=("0",)),
         "data.columns": Key(
             ["{completion: prompt, prompt: completion}", "~"],
             ["3", "[]", "on", "{prompt: 3}", "{prompt: ~}", "{3: prompt}", "{prompt: [a]}", "{on: ~}"],
@@ -228,6 +237,11 @@ def keys_of_recipe(template: Path) -> dict[str, Key]:
         "data.on_overlength": choice("error", "drop", "truncate_prompt"),
         "data.limit": whole("1", "5", is_null=True, absurd=("0",)),
         "<source>.file": Key(["train.jsonl"], [*NO_TEXT, "~"]),
+        "<source>.hub": Key([], [*NO_TEXT, "../x", "/etc", "a/b/c"], late=["nobody/nothing", "on", "base"]),
+        "<source>.split": Key(["~"], [value for value in NO_TEXT if value != "' '"], late=["nothing", "on"]),
+        "<source>.config": Key(["~"], [value for value in NO_TEXT if value != "' '"], late=["nothing"]),
+        "<source>.revision": Key(["~"], [*NO_TEXT, "main"]),
+        "<source>.weight": Key(["1", "2", "0.5", "~"], ["0", "-1", "on", "''", "[]", "1e9", "1:30"]),
         "<source>.part": Key(["~"], [value for value in NO_TEXT if value != "' '"], late=["nothing", "on", "1:30"]),
         "<source>.task": Key([], [*NO_TEXT], late=["nothing", "on"]),
         "<source>.count": whole("5", absurd=("0",), late=["100000000"]),
@@ -260,6 +274,7 @@ def keys_of_recipe(template: Path) -> dict[str, Key]:
         "training.report_to": Key(["[]"], [*NO_LIST, "[nonsense]", "wandb", "all", "~"], late=["[mlflow]"]),
         "seeds.initialisation": whole("0", "7", "4294967295"),
         "seeds.data_order": whole("0", "7"),
+        "seeds.validation": whole("0", "7"),
         "seeds.routing": whole("0", "7"),
         "evaluation.tasks[].name": Key(
             ["a", "no", "2024-01-01", "A_b-1", "1_000"], [*NO_TEXT, "a b", "../a", "x" * 300]
@@ -294,7 +309,7 @@ def placed(key: str, text: str) -> tuple[str, str]:
     if key.startswith("<source>."):
         name = key.rpartition(".")[2]
         around = {
-            "part": "file: train.jsonl, ",
+            **dict.fromkeys(("part", "split", "config", "revision", "weight"), "file: train.jsonl, "),
             "task": "count: 3, ",
             "params": "task: chain_sum, count: 3, ",
             "count": "task: chain_sum, ",

@@ -114,7 +114,7 @@ def test_the_trl_script_of_the_readme_runs_as_printed(tmp_path):
 )
 def test_the_python_of_a_page_runs_from_top_to_bottom(tmp_path, name):
     found = blocks(name, "python")
-    assert len(found) == (2 if name == "api" else 1)
+    assert len(found) == (2 if name in ("api", "data") else 1)
     run_python("\n".join(found), tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_every_recipe_command_of_the_docs_names_what_is_there():
     assert seen >= 8
 
 
-@pytest.mark.parametrize(("name", "count"), [("recipes", 2), ("evaluation", 2)])
+@pytest.mark.parametrize(("name", "count"), [("recipes", 2), ("evaluation", 2), ("data", 9)])
 def test_the_recipes_of_a_page_load(tmp_path, name, count):
     found = blocks(name, "yaml")
     assert len(found) == count

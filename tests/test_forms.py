@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_lora.data import sources
+from echo_lora.data import json_file
 from echo_lora.data.forms import check_forms
 from echo_lora.data.prepared import prepare_rows
 from echo_lora.data.sources import ROW, RowFile, read_rows
@@ -615,7 +615,7 @@ def test_a_list_is_read_in_pieces_as_it_is_read_at_once(rows: list[dict[str, Any
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_CHUNK", 3)
+        patch.setattr(json_file, "_CHUNK", 3)
         path = Path(folder) / "rows.json"
         path.write_text(json.dumps(rows, indent=2 if indent else None, ensure_ascii=False), encoding="utf-8")
         assert list(RowFile(path)) == rows

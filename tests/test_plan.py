@@ -11,7 +11,8 @@ from echo_lora.errors import EchoConfigError, EchoDataError, EchoModelError
 from echo_lora.recipe import build
 from echo_lora.recipe.build import add_adapter
 from echo_lora.recipe.load import load_recipe
-from echo_lora.recipe.plan import _kept_bytes, plan, preview
+from echo_lora.recipe.plan import _kept_bytes, plan
+from echo_lora.recipe.prepare import preview
 from echo_lora.recipe.train import run
 from tiny import tiny_tokenizer
 from tiny_recipe import ROWS, tiny_recipe, write_rows
@@ -185,7 +186,8 @@ def test_a_preview_shows_the_first_rows_of_each_source_and_counts_all(tmp_path):
     for (_, segments), row in zip(shown.rows, ROWS[:2] * 2, strict=True):
         assert "".join(text for text, _ in segments) == row["prompt"] + row["completion"] + "</s>"
         assert [kind for _, kind in segments].count("boundary") == 1
-    assert "12 rows kept" in shown.summary[0]
+    assert shown.summary[0].endswith("train.jsonl: prompt_completion (columns prompt, completion)")
+    assert "12 rows kept" in shown.summary[1]
     assert any("3 rows kept" in line for line in shown.summary)
 
 

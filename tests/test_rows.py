@@ -12,14 +12,16 @@ from typing import get_args, get_type_hints
 import pytest
 from transformers import AutoConfig, GPT2Config, GPTJConfig, OPTConfig
 
-from echo_lora import cli
+from echo_lora.commands import adapters, data, recipes, studies
 from echo_lora.data.sources import ROW
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.recipe.load import load_recipe
-from echo_lora.recipe.plan import plan, preview
+from echo_lora.recipe.plan import plan
+from echo_lora.recipe.prepare import preview
 from echo_lora.recipe.rows import evaluation_rows, join, prepare_split, source_rows
 from echo_lora.recipe.scoring import resolve
 from echo_lora.recipe.train import run
+from echo_lora.terminal import path
 from tiny import tiny_tokenizer
 from tiny_recipe import ROWS, tiny_recipe, write_rows
 
@@ -30,7 +32,7 @@ def loaded(folder, *overrides, **changes):
 
 def questions(recipe, part):
     sources = getattr(recipe.data, part)
-    return [row["prompt"] for source in sources for row in source_rows(recipe, source, part)]
+    return [row["prompt"] for source in sources for rows in source_rows(recipe, source, part) for row in rows]
 
 
 TASK = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
@@ -150,7 +152,7 @@ def test_the_form_of_all_rows_is_checked_before_a_tokenizer_is_loaded(tmp_path, 
     def fails(*args, **kwargs):
         raise AssertionError("a tokenizer was loaded")
 
-    monkeypatch.setattr("echo_lora.recipe.build.load_tokenizer", fails)
+    monkeypatch.setattr("echo_lora.recipe.prepare.load_tokenizer", fails)
     recipe = loaded(tmp_path, data={"train": "train.jsonl", "validation": "held.jsonl"})
     write_rows(tmp_path / "held.jsonl", [*ROWS, {"prompt": "a", "completion": "b", "input": "lost"}])
     for command in (plan, preview, run):
@@ -238,11 +240,13 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
 
 def test_every_path_of_the_command_line_takes_a_tilde():
     found = 0
-    for command in [*cli.app.registered_commands, *cli.data_app.registered_commands]:
+    for command in [
+        command for group in (recipes, adapters, studies, data) for command in group.app.registered_commands
+    ]:
         for name, kind in get_type_hints(command.callback, include_extras=True).items():
             if "Path" in str(get_args(kind)[:1]):
                 found += 1
-                assert get_args(kind)[1].parser is cli.path, f"{command.callback.__name__}: {name}"
+                assert get_args(kind)[1].parser is path, f"{command.callback.__name__}: {name}"
     assert found == 10
 
 
@@ -251,7 +255,7 @@ def test_every_path_of_the_command_line_takes_a_tilde():
 READ = """
 import resource, sys
 from echo_lora.recipe.load import load_recipe
-from echo_lora.recipe.build import prepare
+from echo_lora.recipe.prepare import prepare
 from echo_lora.recipe.rows import join
 recipe = load_recipe(sys.argv[1])
 scale = 1024 if sys.platform != "darwin" else 1

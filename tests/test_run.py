@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from echo_lora.adapter.files import read_adapter, read_adapter_config
 from echo_lora.adapter.merge import merge
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoInterrupt, EchoModelError, EchoTrainingError
+from echo_lora.models import load_tokenizer
 from echo_lora.packaged import PACKAGED
 from echo_lora.recipe import build
 from echo_lora.recipe import train as run_module
@@ -79,7 +80,7 @@ def test_the_output_folder_holds_the_adapter_and_its_record(tmp_path):
 
     assert RunResult.read(tmp_path / "run") == result
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["recipe"]["seeds"] == {"initialisation": 0, "data_order": 0, "routing": 0}
+    assert record["recipe"]["seeds"] == {"initialisation": 0, "data_order": 0, "routing": 0, "validation": 0}
     assert {"torch", "transformers", "peft", "trl", "echo_lora", "python"} <= record["versions"].keys()
     assert record["steps"] == 4
     assert record["seconds"] > 0
@@ -488,7 +489,7 @@ def test_a_local_base_is_recorded_by_its_path_and_never_becomes_a_hub_name(tmp_p
     monkeypatch.chdir(tmp_path / "elsewhere")
     recipe, _ = resolve(str(tmp_path / "run"))
     adapter, message = tmp_path / "run" / "adapter", f"{base}: there is no such folder"
-    for ask in (lambda: build.load_tokenizer(recipe.model), lambda: merge(adapter, tmp_path / "merged")):
+    for ask in (lambda: load_tokenizer(recipe.model), lambda: merge(adapter, tmp_path / "merged")):
         with pytest.raises(EchoModelError) as caught:
             ask()
         assert message in str(caught.value)

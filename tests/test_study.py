@@ -171,7 +171,7 @@ def test_every_run_of_a_seed_has_the_seeds_and_the_rate_of_its_key(tmp_path):
     assert [key.seed for key in keys] == [1, 1, 1, 2, 2, 2]
     recipe = recipe_of(study, keys[1])
     assert (recipe.training.learning_rate, recipe.echo) == (3e-2, True)
-    assert recipe.seeds.model_dump() == {"initialisation": 1, "data_order": 1, "routing": 1}
+    assert recipe.seeds.model_dump() == {"initialisation": 1, "data_order": 1, "routing": 1, "validation": 0}
     assert not recipe_of(study, keys[0]).echo
 
 

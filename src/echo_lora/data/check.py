@@ -81,12 +81,7 @@ def refuse_unfit_tokens(
         is_long = positions is not None and longest > positions and not is_warned
         for place, row in enumerate(batch.to_pylist() if is_unknown or is_long else []):
             where, length = where_is(source, row_number(row, start + place)), len(row["input_ids"])
-            for token in row["input_ids"]:
-                if not 0 <= token < vocabulary:
-                    raise EchoDataError(
-                        f"{where} has the token id {token}, but the model's embedding has rows for 0 to "
-                        f"{vocabulary - 1}. Use the model's own tokenizer, or resize the embedding first."
-                    )
+            refuse_unknown_token(where, row["input_ids"], vocabulary)
             if is_warned or positions is None or length <= positions:
                 continue
             if has_table():
@@ -97,6 +92,16 @@ def refuse_unfit_tokens(
             _logger.warning("%s has %d tokens, more than the model's maximum of %d.", where, length, positions)
             is_warned = True
         start += len(batch)
+
+
+def refuse_unknown_token(where: str, ids: list[int], vocabulary: int) -> None:
+    """Raises EchoDataError for a token id that the model's embedding has no row for."""
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise EchoDataError(
+                f"{where} has the token id {token}, but the model's embedding has rows for 0 to {vocabulary - 1}. Use "
+                "the model's own tokenizer, or resize the embedding first."
+            )
 
 
 def check_tokenized_dataset(
@@ -195,19 +200,27 @@ class RowCheck:
             self.untrained.setdefault(what, []).append(row.row)
         return row
 
-    def finish(self) -> RowCounts:
+    def refuse_overlong(self) -> None:
+        """Raises EchoDataError if a row so far is too long, and neither dropped nor shortened."""
         if self.overlong is not None:
             raise EchoDataError(self._overlength_message())
+
+    def problems(self) -> dict[str, list[int]]:
+        """What people should hear of, with the numbers of its rows, of which there may be none."""
+        return {
+            "ends its answer without an end-of-sequence or end-of-turn token": self.endless,
+            "has one token for the end of its prompt and the start of its answer, after the boundary": self.merged,
+            **{f"has {what}: not trained on": rows for what, rows in self.untrained.items()},
+        }
+
+    def finish(self) -> RowCounts:
+        self.refuse_overlong()
         if not self.answer_lengths:
             raise EchoDataError(
                 f"{self.source}: no row is left: {len(self.dropped)} were dropped because they are longer than "
                 f"max_length = {self.max_length}. Raise max_length, or use other rows."
             )
-        for problem, rows in {
-            "ends its answer without an end-of-sequence or end-of-turn token": self.endless,
-            "has one token for the end of its prompt and the start of its answer, after the boundary": self.merged,
-            **{f"has {what}: not trained on": rows for what, rows in self.untrained.items()},
-        }.items():
+        for problem, rows in self.problems().items():
             if rows:
                 _logger.warning("%s %s (%d such rows).", where_is(self.source, rows[0]), problem, len(rows))
         return RowCounts(

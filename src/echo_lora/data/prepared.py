@@ -5,13 +5,14 @@ from __future__ import annotations
 import atexit
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_lora.data.check import Overlength, RowCheck, RowCounts, added_bos, as_tokenized_row, ranges_text
 from echo_lora.data.forms import check_forms, row_number
+from echo_lora.data.shares import repeats
 from echo_lora.data.sources import ROW, where_is
 from echo_lora.data.tokenize import ANSWER, IGNORED, TokenizedRow, end_token_ids, tokenize_row
 
@@ -46,6 +47,13 @@ class PreparedData:
     counts: RowCounts
     source: str
     train_on_prompt: bool = False
+    format: str = ""  # of the raw rows, and why
+    weight: float = 1.0
+
+    def weighted(self, weight: float, seed: Sequence[int]) -> PreparedData:
+        """The rows as often as one epoch has them: see `repeats`."""
+        dataset = self.dataset.select(repeats(len(self.dataset), weight, seed))
+        return replace(self, dataset=dataset, weight=weight)
 
     @property
     def rows(self) -> RowView:
@@ -54,11 +62,14 @@ class PreparedData:
     def summary(self, named: int | None = None) -> list[str]:
         """The counts as lines of plain text. named: the most dropped rows to list; None lists all."""
         c = self.counts
-        lines = [
+        lines = [f"{self.source}: {self.format}"] if self.format else []
+        lines += [
             f"{self.source}: {c.kept} rows kept, {c.dropped} dropped, {c.truncated} with a shortened prompt",
             f"prompt tokens: {c.prompt_tokens}",
             f"answer tokens: {c.answer_tokens}, {c.answer_tokens_total} in total",
         ]
+        if self.weight != 1:
+            lines.append(f"weight {self.weight:g}: {len(self.dataset)} rows an epoch")
         if self.train_on_prompt:
             lines.append(f"prompts are trained on too: {c.tokens_total - c.kept} tokens with a loss in total")
         if c.dropped_rows:
@@ -112,6 +123,15 @@ def prepare_rows(
     return PreparedData(writer.finish(), counts, source, train_on_prompt)
 
 
+def columns_of(row: TokenizedRow, train_on_prompt: bool) -> dict[str, Any]:
+    """A row as the trainer reads it."""
+    columns: dict[str, Any] = {"input_ids": row.input_ids, "labels": row.labels, ROW: row.row}
+    if train_on_prompt:
+        columns[ANSWER] = [int(label != IGNORED) for label in row.labels]
+        columns["labels"] = [IGNORED, *row.input_ids[1:]]
+    return columns
+
+
 class _Writer:
     """Collects rows as Arrow columns: in memory, or in a file once they exceed SPILL bytes."""
 
@@ -148,15 +168,9 @@ class _Writer:
         import pyarrow as pa
 
         rows, self.waiting = self.waiting, []
-        columns: dict[str, Any] = {
-            "input_ids": [row.input_ids for row in rows],
-            "labels": [row.labels for row in rows],
-            ROW: [row.row for row in rows],
-        }
-        if ANSWER in self.schema.names:
-            columns[ANSWER] = [[int(label != IGNORED) for label in row.labels] for row in rows]
-            columns["labels"] = [[IGNORED, *row.input_ids[1:]] for row in rows]
-        self.batches.append(pa.record_batch(columns, schema=self.schema))
+        columns = [columns_of(row, ANSWER in self.schema.names) for row in rows]
+        batch = {name: [row[name] for row in columns] for name in self.schema.names}
+        self.batches.append(pa.record_batch(batch, schema=self.schema))
         if self.file is None and sum(batch.nbytes for batch in self.batches) > self.SPILL:
             self.path = Path(tempfile.mkstemp(".arrow", dir=_scratch())[1])
             self.file = pa.ipc.new_stream(str(self.path), self.schema)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from echo_lora.data.sources import expanded
 from echo_lora.errors import EchoConfigError, nearest
-from echo_lora.recipe.schema import SPLITS, Recipe, Section
+from echo_lora.recipe.schema import SPLITS, Recipe, Section, source_of
 from echo_lora.recipe.yaml_file import DEEPEST, find_yaml, is_in, names_in, parse_yaml, parsed_yaml
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
@@ -95,8 +95,12 @@ def rebase(document: dict[str, Any], folder: Path) -> None:
         if isinstance(value, list):
             return [rebased(item) for item in value]
         if isinstance(value, dict):
-            return value | {"file": rebased(value["file"])} if isinstance(value.get("file"), str) else value
-        return str(folder / expanded(value)) if isinstance(value, str) and value.strip() else value
+            file = value.get("file")
+            return value | {"file": str(folder / expanded(file))} if isinstance(file, str) and file.strip() else value
+        if not isinstance(value, str) or not value.strip():
+            return value
+        source = source_of(value, folder)
+        return source if "hub" in source else str(folder / expanded(value))
 
     model, data, evaluation = (document.get(key) for key in ("model", "data", "evaluation"))
     if isinstance(model, str) and model.startswith("."):

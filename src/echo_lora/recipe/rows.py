@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from echo_lora.data.formats import Format, FormattedRows, find_format
 from echo_lora.data.forms import check_forms, is_learned, row_number, texts_of
 from echo_lora.data.generated import reasoning_gym_splits
+from echo_lora.data.loaded import Loaded
 from echo_lora.data.prepared import PreparedData, prepare_rows
-from echo_lora.data.sources import ROW, RowFile, where_is
+from echo_lora.data.shares import held_out
+from echo_lora.data.sources import ROW, RowFile, files_of, where_is
 from echo_lora.data.tokenize import end_token_ids, render_prompt
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.evaluate.tasks import EvalTask
-from echo_lora.recipe.schema import SPLITS, EvaluationTask, Recipe, Source
+from echo_lora.recipe.schema import SPLITS, DataSection, EvaluationTask, Recipe, Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,47 +33,100 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def source_rows(recipe: Recipe, source: Source, split: str) -> RowFile | list[Row]:
-    """The raw rows of one source of `data.train`, `data.validation` or `data.test`.
+def sources_of(recipe: Recipe, split: str) -> list[Source]:
+    """The sources of a split; with `data.validation_share`, validation rows are some of the training sources'."""
+    is_share = split == "validation" and recipe.data.validation_share is not None
+    return getattr(recipe.data, "train" if is_share else split) or []
+
+
+def source_rows(recipe: Recipe, source: Source, split: str) -> list[FormattedRows]:
+    """The rows of one source of `data.train`, `data.validation` or `data.test`: one part for each of its files.
 
     Splits of one task with equal seed and parameters share no question, and the test rows depend neither on the number
-    of training rows nor on other sources. Raises EchoDataError.
+    of training rows nor on other sources. With `data.validation_share` the training and validation rows of a source are
+    disjoint, and so are their prompts. Raises EchoDataError.
     """
-    if source.file is not None:
-        return RowFile(Path(source.file), recipe.data.columns, source.part, recipe.data.limit)
+    share, seed = recipe.data.validation_share, recipe.seeds.validation
+    if share is None or split == "test":
+        return _whole_source(recipe, source, split)
+    is_held_out = split == "validation"
+    parts = _whole_source(recipe, source, "train")
+    return [replace(part, keeps=lambda row: held_out(row, share, seed) == is_held_out) for part in parts]
+
+
+def _whole_source(recipe: Recipe, source: Source, split: str) -> list[FormattedRows]:
+    data = recipe.data
+    if source.task is None:
+        files = [RowFile(part, data.columns, source.part, data.limit) for part in _places(recipe, source, split)]
+        return [_formatted(data, rows, str(rows.path)) for rows in files]
     sizes = dict.fromkeys(SPLITS, 1)  # every split has its place, so that adding one changes no other
     for name, other in _all_sources(recipe):
         if other.rows_key == source.rows_key:
             sizes[name] = max(sizes[name], other.count or 1)
     params = json.dumps(source.params or {})
     splits = _generated(str(source.task), source.seed or 0, params, tuple(sizes.values()))
-    return splits[split][: source.count][: recipe.data.limit]
+    rows = splits[split][: source.count][: recipe.data.limit]
+    return [FormattedRows(rows, Format(None, "", lambda row, where: {**row}), source.name)]
 
 
-def check_rows(recipe: Recipe) -> None:
-    """Check the form of every training and validation row, without a tokenizer. Raises EchoDataError."""
-    for split in ("train", "validation"):
+def _formatted(data: DataSection, rows: RowFile, source: str) -> FormattedRows:
+    found = find_format(rows, data.format, chat=data.chat, ignore=data.ignore_columns, source=source)
+    return FormattedRows(rows, found, source)
+
+
+def _places(recipe: Recipe, source: Source, split: str) -> Sequence[Path | Loaded]:
+    """The files of a source, or its data set."""
+    split = source.split or split
+    if source.hub is not None:
+        stream = recipe.data.stream
+        return [Loaded(source.hub, split, source.config, source.revision, is_hub=True, stream=stream)]
+    files = files_of(str(source.file))
+    if len(files) == 1 and os.path.isdir(files[0]):
+        return [Loaded(files[0], split, source.config)]
+    if source.split is not None or source.config is not None:
+        raise EchoDataError(f"{source.file} is a file: it has no splits and no configs. Leave them out of its source.")
+    return [Path(name) for name in files]
+
+
+def check_rows(recipe: Recipe, splits: tuple[str, ...] = ("train", "validation")) -> None:
+    """Check the form of every row of these splits, without a tokenizer. Raises EchoDataError."""
+    for split in splits:
         for source in getattr(recipe.data, split) or []:
-            if source.file is not None:  # generated rows are valid
-                rows = source_rows(recipe, source, split)
-                check_forms(rows, source.file, recipe.data.ignore_columns, chat=recipe.data.chat)
+            if source.task is None:  # generated rows are valid
+                for part in _whole_source(recipe, source, split):
+                    check_forms(part, part.source, recipe.data.ignore_columns, chat=recipe.data.chat)
 
 
 def prepare_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str) -> list[PreparedData]:
-    """The tokenised and checked rows of each source of a split. Call `check_rows` first."""
-    return [
-        prepare_rows(
-            source_rows(recipe, source, split),
-            tokenizer,
-            max_length=recipe.data.max_length,
-            on_overlength=recipe.data.on_overlength,
-            chat=recipe.data.chat,
-            train_on_prompt=recipe.data.train_on_prompt,
-            source=source.file or source.name,
-            forms_are_checked=True,
+    """The tokenised and checked rows of each file of a split, as often as weights say. Call `check_rows` first.
+
+    Raises EchoDataError, also if `data.validation_share` leaves no row for the split.
+    """
+    prepared: list[PreparedData] = []
+    for place, source in enumerate(sources_of(recipe, split)):
+        for part in source_rows(recipe, source, split):
+            if part.keeps is not None and next(iter(part), None) is None:
+                continue  # the share leaves none of this file
+            data = prepare_rows(
+                part,
+                tokenizer,
+                max_length=recipe.data.max_length,
+                on_overlength=recipe.data.on_overlength,
+                chat=recipe.data.chat,
+                train_on_prompt=recipe.data.train_on_prompt,
+                source=part.source,
+                forms_are_checked=True,
+            )
+            data = replace(data, format=part.format.reason)
+            if source.weight is not None and split == "train":
+                data = data.weighted(source.weight, [recipe.seeds.data_order, place, len(prepared)])
+            prepared.append(data)
+    if not prepared and sources_of(recipe, split):
+        raise EchoDataError(
+            f"data.validation_share = {recipe.data.validation_share:g} leaves no row for {split} with seeds.validation "
+            f"= {recipe.seeds.validation}. Choose another share or seed, or more rows."
         )
-        for source in getattr(recipe.data, split) or []
-    ]
+    return prepared
 
 
 def join(prepared: list[PreparedData]) -> Dataset:
@@ -99,16 +157,16 @@ def evaluation_rows(
                 f"evaluation task {task.name!r} has its own test rows, so it can't be scored on data.{split}. Leave "
                 "out the task's data, or score the test rows."
             )
-        sources = task.data or getattr(recipe.data, split)
+        sources = task.data or sources_of(recipe, split)
         if not sources:
             raise EchoConfigError(f"evaluation task {task.name!r} has no rows. Set its data, or data.{split}.")
         rendered = []
         for source in sources:
-            where, rows = source.file or source.name, source_rows(recipe, source, split)
-            check_forms(rows, where, recipe.data.ignore_columns, chat=recipe.data.chat, is_scored=True)
-            for index, row in enumerate(rows):
-                place = where_is(where, row_number(row, index))
-                rendered.append(_scored(task, row, tokenizer, recipe.data.chat, place))
+            for part in source_rows(recipe, source, split):
+                check_forms(part, part.source, recipe.data.ignore_columns, chat=recipe.data.chat, is_scored=True)
+                for index, row in enumerate(part):
+                    place = where_is(part.source, row_number(row, index))
+                    rendered.append(_scored(task, row, tokenizer, recipe.data.chat, place))
         files = ", ".join(source.file or source.name for source in sources)
         stop = task.stop or (ends if task.kind != "choice" else [])
         scored.append((task.build(file=files, stop=stop), rendered))
@@ -128,13 +186,14 @@ def _generated(task: str, seed: int, params: str, sizes: tuple[int, ...]) -> dic
 
 
 def _default_tasks(recipe: Recipe, split: str) -> list[EvaluationTask]:
-    sources: list[Source] = getattr(recipe.data, split) or []
+    sources = sources_of(recipe, split)
     if not sources:
         raise EchoConfigError(f"the recipe has nothing to score. Set data.{split}, or evaluation.tasks with data.")
     names: list[str] = []
     for source in sources:
         name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(source.name).stem)
         names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    sources = [source.model_copy(update={"weight": None}) for source in sources]
     return [EvaluationTask(name=name, data=[source.model_dump()]) for name, source in zip(names, sources, strict=True)]
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from echo_lora.data.sources import expanded
+from echo_lora.data.formats import FormatName
+from echo_lora.data.sources import expanded, is_hub_name
 from echo_lora.evaluate.tasks import EvalTask
 from echo_lora.method.config import LARGEST_FACTOR, LARGEST_RANK, EchoConfig
 
@@ -82,10 +84,27 @@ EchoSection: Any = create_model("EchoSection", __base__=_EchoChecks, **_ECHO_FIE
 
 
 class Source(Section):
-    """Rows of a file, or rows that a reasoning-gym task generates. A string is short for {file: string}."""
+    """Rows of a file or of the hub, or rows that a reasoning-gym task generates. A string is a file, or a hub name."""
 
-    file: Name | None = _option(None, "JSON Lines, JSON list or Parquet; the path is relative to the recipe's folder")
-    part: Name | None = _option(None, "keep only the file's rows whose column `part` has this value")
+    file: Name | None = _option(
+        None,
+        "JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text, also compressed; a pattern (data/*.jsonl); or a folder; "
+        "the path is relative to the recipe's folder",
+    )
+    hub: Name | None = _option(None, "data set of the hub, as owner/name")
+    split: Name | None = _option(
+        None, "split of a data set of the hub or of a folder; default: train, validation or test, like the key"
+    )
+    revision: Name | None = _option(None, "branch, tag or commit of a data set of the hub; default: its newest")
+    config: Name | None = _option(None, "configuration of a data set of the hub or of a folder that has several")
+    weight: float | None = _option(
+        None,
+        "how often an epoch has the source's rows: 2 takes each twice, 0.5 a seeded half of them; only in data.train; "
+        "default: 1",
+        gt=0,
+        le=1000,
+    )
+    part: Name | None = _option(None, "keep only the rows whose column `part` has this value")
     task: Name | None = _option(None, "reasoning-gym task that generates the rows")
     count: int | None = _option(None, "number of rows to generate", ge=1, le=MOST_ROWS)
     params: dict[str, Any] | None = _option(None, "parameters of the task")
@@ -95,10 +114,17 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _file_or_task(self) -> Source:
-        if (self.file is None) == (self.task is None):
-            raise ValueError("set either file or task")
-        kind, others = ("file", ("count", "params", "seed")) if self.file else ("task", ("part",))
-        for name in others:
+        given = [name for name in ("file", "hub", "task") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("set one of file, hub and task")
+        kind = given[0]
+        generated = ("count", "params", "seed")
+        others = {
+            "file": ("revision", *generated),
+            "hub": generated,
+            "task": ("part", "split", "revision", "config"),
+        }
+        for name in others[kind]:
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} has no effect together with {kind}; leave it out")
         if self.task is not None and self.count is None:
@@ -107,30 +133,52 @@ class Source(Section):
 
     _home = field_validator("file")(lambda value: None if value is None else str(expanded(value)))
 
+    @field_validator("hub")
+    @classmethod
+    def _is_on_the_hub(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+            raise ValueError(f"{name!r} is no name of the hub; write it as owner/name, or use file for a path")
+        return name
+
     @property
     def name(self) -> str:
         """Its name in errors and results."""
-        return Path(self.file).name if self.file is not None else str(self.task)
+        return Path(self.file).name if self.file is not None else str(self.hub or self.task)
 
     @property
     def rows_key(self) -> str:
         """Equal for sources that draw from the same rows."""
-        return json.dumps([self.file, self.part, self.task, self.params or {}, self.seed or 0], sort_keys=True)
+        place = [self.file, self.hub, self.split, self.revision, self.config, self.part]
+        return json.dumps([*place, self.task, self.params or {}, self.seed or 0], sort_keys=True)
 
 
 def _as_list(value: Any) -> Any:
     """A single source or path becomes a list of one."""
     items = value if isinstance(value, list) else [value]
-    return [{"file": item} if isinstance(item, str) else item for item in items]
+    return [source_of(item, Path()) if isinstance(item, str) else item for item in items]
+
+
+def source_of(text: str, folder: Path) -> dict[str, str]:
+    """A source that is only a text: a file, or `owner/name` of the hub if there is nothing of that name in `folder`."""
+    return {"hub": text} if is_hub_name(text, folder) else {"file": text}
 
 
 Sources = Annotated[list[Source], Field(min_length=1)]
 
 
 class DataSection(Section):
-    train: Sources = Field(description="rows to train on: a file, a task, or a list of them")
+    train: Sources = Field(description="rows to train on: a file, a data set of the hub, a task, or a list of them")
     validation: Sources | None = _option(None, "rows for the losses of training.evaluate_every")
+    validation_share: float | None = _option(
+        None,
+        "hold out about this share of the training rows as data.validation, by prompt and seeds.validation",
+        gt=0,
+        lt=1,
+    )
     test: Sources | None = _option(None, "rows that the default evaluation scores")
+    format: Literal["auto", FormatName] = _option(
+        "auto", "format of the rows of files and of the hub; auto decides for each source from its columns, and says so"
+    )
     columns: dict[Name, Name] | None = _option(None, "maps our column names to the files', as in {prompt: question}")
     ignore_columns: list[Name] = _option(
         [], "columns of files whose text or weight may go unused; any other unused column of that kind is an error"
@@ -146,7 +194,13 @@ class DataSection(Section):
         "error", "what to do with a row longer than max_length; an answer is never cut"
     )
     limit: int | None = _option(
-        None, "number of rows to use from the start of each source, for a trial run", ge=1, le=MOST
+        None, "number of rows to use from the start of each source, or of each file of a pattern", ge=1, le=MOST
+    )
+    stream: bool = _option(
+        False, "read, tokenise and check training rows as they come, for data larger than memory; needs training.steps"
+    )
+    shuffle_buffer: int = _option(
+        1000, "rows that a stream holds and draws from, by seeds.data_order; higher mixes better", ge=1, le=MOST_ROWS
     )
 
     _one_or_many = field_validator(*SPLITS, mode="before")(lambda value: None if value is None else _as_list(value))
@@ -171,11 +225,23 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _agrees(self) -> DataSection:
         sources = [source for split in SPLITS for source in getattr(self, split) or []]
-        if self.columns is not None and all(source.file is None for source in sources):
+        if self.columns is not None and all(source.task is not None for source in sources):
             raise ValueError("columns maps the columns of files, but every source is a task; leave it out")
         if self.on_overlength != "error" and self.max_length is None:
             raise ValueError(f"on_overlength = {self.on_overlength} needs max_length, which is null; set max_length")
+        if self.validation_share is not None and self.validation is not None:
+            raise ValueError("validation and validation_share contradict; leave one of them out")
+        for split in SPLITS:
+            for source in getattr(self, split) or []:
+                if source.weight is not None and (split != "train" or self.stream):
+                    why = "a stream does not know how many rows it has" if split == "train" else "only train is mixed"
+                    raise ValueError(f"{split}: weight of {source.name} has no effect, since {why}; leave it out")
         return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are validation rows."""
+        return self.validation is not None or self.validation_share is not None
 
 
 # ---------------------------------------------------------------- the training
@@ -231,6 +297,7 @@ class SeedSection(Section):
     )
     data_order: int = _option(0, "seed of the shuffling of the rows", ge=0, le=LARGEST_SEED)
     routing: int = _option(0, "seed of the routing draws", ge=0, le=LARGEST_SEED)
+    validation: int = _option(0, "seed of data.validation_share", ge=0, le=LARGEST_SEED)
 
 
 # -------------------------------------------------------------- the evaluation
@@ -244,6 +311,13 @@ _TaskSection: Any = create_model("_TaskSection", __base__=Section, **_TASK_FIELD
 
 class EvaluationTask(_TaskSection):
     data: Sources | None = _option(None, "rows to score; default: data.test")
+
+    @field_validator("data")
+    @classmethod
+    def _unweighted(cls, sources: list[Source] | None) -> list[Source] | None:
+        if any(source.weight is not None for source in sources or []):
+            raise ValueError("weight has no effect on rows to score; leave it out")
+        return sources
 
     _one_or_many = field_validator("data", mode="before")(lambda value: None if value is None else _as_list(value))
 
@@ -298,8 +372,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _agrees(self) -> Recipe:
         training = self.training
-        if training.evaluate_every is not None and self.data.validation is None:
-            raise ValueError("training.evaluate_every needs rows to evaluate: set data.validation")
+        if training.evaluate_every is not None and not self.data.has_validation:
+            raise ValueError(
+                "training.evaluate_every needs rows to evaluate: set data.validation, or data.validation_share"
+            )
+        if self.data.stream and training.steps is None:
+            raise ValueError("data.stream needs training.steps: the number of rows is not known in advance")
         if training.answer_weight != 1 and not self.data.train_on_prompt:
             raise ValueError(
                 f"training.answer_weight = {training.answer_weight:g} weighs answers against prompts, but only answers "

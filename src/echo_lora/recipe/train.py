@@ -32,6 +32,7 @@ from echo_lora.adapter.card import model_card
 from echo_lora.adapter.export import save_verified
 from echo_lora.adapter.files import adapter_hash, adapter_tensors
 from echo_lora.data.prepared import PreparedData
+from echo_lora.data.stream import RowStream
 from echo_lora.environment import MemoryWatch, process_count, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.files import locked, write_file, write_text
@@ -42,13 +43,13 @@ from echo_lora.recipe.build import (
     add_adapter,
     load_base,
     parameter_counts,
-    prepare,
     recipe_key,
     require_packages,
     training_arguments,
     whole_model,
 )
 from echo_lora.recipe.load import recipe_text
+from echo_lora.recipe.prepare import prepare, prepare_stream
 from echo_lora.recipe.record import (
     RECIPE_FILE,
     RUN_FILE,
@@ -132,11 +133,13 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     Returns the result, the trained model, which still has its echo networks, and its tokenizer.
     """
     with stage(f"Reading rows with the tokenizer of {recipe.model}"), together():
-        tokenizer, prepared = prepare(recipe)
+        rows = _rows_of(recipe)
+    for line in rows.found:
+        progress_console().print(line, markup=False)
     with stage(f"Loading {recipe.model}"), together():
         model = add_adapter(recipe, load_base(recipe))
     progress = _Progress()
-    trainer = _trainer(recipe, model, tokenizer, prepared, checkpoints, progress)
+    trainer = _trainer(recipe, model, rows, checkpoints, progress)
     last = last_complete_checkpoint(checkpoints) if resume else None
     started, watch = time.perf_counter(), MemoryWatch()
     try:
@@ -159,7 +162,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         versions=versions(),
         device=str(model.device),
         processes=process_count(),
-        rows=[line for data in prepared["train"] for line in data.summary()],
+        rows=rows.summary(),
         steps=trainer.state.global_step,
         resumed_at=0 if last is None else step_of(last) or 0,
         seconds=seconds,
@@ -172,14 +175,50 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         final={name: value for entry in history for name, value in entry.items() if not name.startswith("train_")},
         history=history,
     )
-    return result, model, tokenizer
+    return result, model, rows.tokenizer
+
+
+@dataclasses.dataclass
+class _Rows:
+    """The rows of a run: training rows are a list or a stream."""
+
+    tokenizer: Any
+    train: list[PreparedData]
+    validation: list[PreparedData]
+    stream: RowStream | None = None
+
+    @property
+    def found(self) -> list[str]:
+        """The format of each file, and why, as lines of text."""
+        if self.stream is not None:
+            named = [(part.source, part.format.reason) for part in self.stream.parts]
+        else:
+            named = [(data.source, data.format) for data in self.train]
+        return [f"{source}: {reason}" for source, reason in named if reason]
+
+    def summary(self) -> list[str]:
+        if self.stream is not None:
+            return self.stream.summary()
+        return [line for data in self.train for line in data.summary()]
+
+
+def _rows_of(recipe: Recipe) -> _Rows:
+    if not recipe.data.stream:
+        tokenizer, prepared = prepare(recipe)
+        return _Rows(tokenizer, prepared["train"], prepared["validation"])
+    if process_count() > 1:
+        raise EchoConfigError(
+            "data.stream reads rows in one process: several would not train on those of one. Leave it out, or start "
+            "one process."
+        )
+    tokenizer, stream, validation = prepare_stream(recipe)
+    return _Rows(tokenizer, [], validation, stream)
 
 
 def _trainer(
     recipe: Recipe,
     model: PeftModel,
-    tokenizer: Any,
-    prepared: dict[str, list[PreparedData]],
+    rows: _Rows,
     checkpoints: Path,
     progress: _Progress,
 ) -> EchoSFTTrainer:
@@ -191,9 +230,9 @@ def _trainer(
         trainer = EchoSFTTrainer(
             model=model,
             args=arguments,
-            train_dataset=join(prepared["train"]),
-            eval_dataset=join(prepared["validation"]) if recipe.training.evaluate_every is not None else None,
-            processing_class=tokenizer,
+            train_dataset=join(rows.train) if rows.stream is None else rows.stream.dataset(),
+            eval_dataset=join(rows.validation) if recipe.training.evaluate_every is not None else None,
+            processing_class=rows.tokenizer,
             callbacks=[progress],
             answer_weight=recipe.training.answer_weight,
         )
@@ -205,6 +244,7 @@ def _trainer(
         ) from error
     trainer.remove_callback(PrinterCallback)
     trainer.name_of_key = recipe_key
+    trainer.row_stream = rows.stream
     return trainer
 
 

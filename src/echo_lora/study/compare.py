@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from echo_lora.environment import processor, versions
 from echo_lora.errors import EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.progress import progress_console
-from echo_lora.recipe.rows import source_rows
+from echo_lora.recipe.rows import source_rows, sources_of
 from echo_lora.recipe.schema import Recipe
 from echo_lora.study.design import Design, RunKey, Study, recipe_of
 from echo_lora.study.folder import STUDY_FILE, Archive, StudyFile, read_study, restorable
@@ -215,9 +215,10 @@ def count_questions(study: Study) -> tuple[int, ...]:
     """The number of questions of each task of the confirmation runs. Raises EchoDataError if rows can't be read."""
     recipe = _some_recipe(study)
     tasks = recipe.evaluation.tasks
-    sources = getattr(recipe.data, study.score_on) or []
+    sources = sources_of(recipe, study.score_on)
     groups = [task.data or sources for task in tasks] or [[source] for source in sources]
-    return tuple(sum(len(source_rows(recipe, source, study.score_on)) for source in group) for group in groups)
+    split = study.score_on
+    return tuple(sum(len(part) for source in group for part in source_rows(recipe, source, split)) for group in groups)
 
 
 def estimate_power(study: Study, chosen: dict[str, float]) -> PowerEstimate:

@@ -292,7 +292,7 @@ def _problem(study: Study, arm: Arm, recipe: Recipe) -> str | None:
     if study.score_on == "test" and not (recipe.data.test or (tasks and all(task.data for task in tasks))):
         return "there are no test rows to score. Give data.test, or data in every evaluation task."
     needs_validation = (study.tunes and study.tune_on == "accuracy") or study.score_on == "validation"
-    if needs_validation and (recipe.data.validation is None or any(task.data for task in tasks)):
+    if needs_validation and (not recipe.data.has_validation or any(task.data for task in tasks)):
         return (
             "answers to validation rows must be scored, but data.validation is missing, or the evaluation tasks have "
             "rows of their own. Give data.validation and tasks without data, or use tune_on: loss."

@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from echo_lora.adapter.export import verify_adapter
 from echo_lora.adapter.files import ADAPTER_FILE, adapter_tensors, compare_adapter, read_adapter, whole
+from echo_lora.data.stream import RowStream
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.files import use_umask
 from echo_lora.method.model import EchoModel
@@ -63,6 +64,7 @@ class CheckpointMixin(Trainer):
     train_dataset: Any
     answer_weight: float
     name_of_key: Callable[[str], str]
+    row_stream: RowStream | None = None  # where train_dataset comes from, if it is a recipe's stream
     initial_adapter_hash: str | None
     _given_optimizer: str | None
     _base: dict[str, Any]
@@ -174,8 +176,11 @@ class CheckpointMixin(Trainer):
         else:  # one process alone can't run a sharded model
             compare_adapter(adapter, tensors, trained=trained)
 
-    def configuration(self) -> dict[str, Any]:
-        """Everything that decides the result of this run; a resume must agree on all of it."""
+    def configuration(self, step: int | None = None) -> dict[str, Any]:
+        """Everything that decides the result of this run; a resume must agree on all of it.
+
+        step: up to which a stream's rows count; default: the current one.
+        """
         model = self.accelerator.unwrap_model(self.model)
         values = {f"training.{name}": getattr(self.args, name, None) for name in FINGERPRINT}
         values["training.batches"] = self._batches()
@@ -187,7 +192,7 @@ class CheckpointMixin(Trainer):
         if self._echo_model is not None:
             values |= {f"echo.{key}": value for key, value in self._echo_model.echo_config.to_dict().items()}
         values |= {f"base.{key}": value for key, value in self._base.items()}
-        values["data.sha256"] = self._data_hash
+        values["data.sha256"] = self._data_hash if self.row_stream is None else self._stream_hash(step)
         return values
 
     def _batches(self) -> str:
@@ -205,6 +210,12 @@ class CheckpointMixin(Trainer):
             return f"{processes * batch * accumulation} rows a step"
         sharing = f"{accumulation} x {batch} rows a step in each of {processes} processes"
         return f"{sharing}, DeepSpeed" if self.is_deepspeed_enabled else sharing  # its checkpoints fit no other setting
+
+    def _stream_hash(self, step: int | None) -> str:
+        assert self.row_stream is not None
+        return self.row_stream.sha256(
+            (self.state.global_step if step is None else step) * self.row_stream.rows_per_step
+        )
 
     @cached_property
     def _data_hash(self) -> str:
@@ -227,10 +238,11 @@ class CheckpointMixin(Trainer):
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
             seal = read_seal(folder)
-            compare_configuration(folder, seal["configuration"], self.configuration(), self.name_of_key)
+            state = self._saved_state(folder)
+            configuration = self.configuration(state.global_step)
+            compare_configuration(folder, seal["configuration"], configuration, self.name_of_key)
             self.initial_adapter_hash = seal["initial_adapter_sha256"]
             self._total_train_tokens = seal["num_tokens"]
-            state = self._saved_state(folder)
             # an older version saved none: sum from this step on
             self._sum_before = seal.get("loss_sum") or (0.0, state.global_step)
             if (ended := self._already_ended(folder, state)) is not None:

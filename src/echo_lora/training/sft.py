@@ -19,7 +19,8 @@ from trl.trainer.utils import create_model_from_path
 
 from echo_lora.data.check import added_bos, check_tokenized_dataset
 from echo_lora.data.forms import checked_row, row_number, unused_texts, without_effect
-from echo_lora.data.sources import KEPT_NAME, ROW, where_is, without_nulls
+from echo_lora.data.loaded import without_nulls
+from echo_lora.data.sources import KEPT_NAME, ROW, where_is
 from echo_lora.data.tokenize import ANSWER, IGNORED, end_token_ids, tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.method.config import EchoConfig
