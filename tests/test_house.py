@@ -32,7 +32,7 @@ ROOMS = {
     "data": ["sources", "generated", "forms", "template", "tokenize", "check", "preview", "prepared"],
     "evaluate": ["worker", "programs", "answers", "tasks", "lm", "harness"],
     "benchmarks": ["protocols", "folder", "hub", "importing"],
-    "adapter": ["files", "card", "export", "inspection", "merge"],
+    "adapter": ["files", "serving", "card", "export", "inspection", "merge"],
     "training": [
         *("metrics", "collator", "support", "optimizer", "checkpoint", "state", "callback", "resume", "trainer", "sft"),
     ],

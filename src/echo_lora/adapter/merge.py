@@ -96,14 +96,19 @@ def merge(
 
 
 def _merged(model: PeftModel, adapter: str | Path) -> PreTrainedModel:
+    config = model.peft_config["default"]
+    advice = "Load it with its base in peft.PeftModel.from_pretrained."
+    if getattr(config, "layer_replication", None):  # PEFT would merge into the shared weight once for each copy
+        raise EchoModelError(f"{adapter} can't be merged: with layer_replication, layers share their weights. {advice}")
     try:
         return model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # weights that are not finite
         raise EchoCheckpointError(f"{adapter} can't be merged: {error}. Don't use this adapter.") from error
-    except NotImplementedError as error:  # variants that act on some tokens only
-        raise EchoModelError(
-            f"{adapter} can't be merged: {error} Load it with its base in peft.PeftModel.from_pretrained."
-        ) from error
+    except RuntimeError as error:
+        # NotImplementedError: variants that act on some tokens only
+        if not isinstance(error, NotImplementedError) and not getattr(config, "lora_bias", False):
+            raise
+        raise EchoModelError(f"{adapter} can't be merged: {error} {advice}") from error
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path, *, require_same_name: bool = False) -> PeftModel:
