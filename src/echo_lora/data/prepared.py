@@ -46,6 +46,7 @@ class PreparedData:
     counts: RowCounts
     source: str
     train_on_prompt: bool = False
+    is_chat: bool = False  # whether prompts went through the chat template
 
     @property
     def rows(self) -> RowView:
@@ -102,14 +103,15 @@ def prepare_rows(
         rows = list(rows) if isinstance(rows, Iterator) else rows
         check_forms(rows, source, ignore_columns, chat=chat)
     check = RowCheck(max_length, on_overlength, end_token_ids(tokenizer), added_bos(tokenizer), source)
-    writer = _Writer(train_on_prompt)
+    writer, is_chat = _Writer(train_on_prompt), chat
     for index, row in enumerate(rows):
         number = row_number(row, index)
+        is_chat = is_chat or "messages" in row or isinstance(row.get("prompt"), list)
         tokenized = tokenize_row({**row, ROW: number}, tokenizer, chat, where=where_is(source, number))
         if (checked := check(tokenized)) is not None:
             writer.add(checked)
     counts = check.finish()
-    return PreparedData(writer.finish(), counts, source, train_on_prompt)
+    return PreparedData(writer.finish(), counts, source, train_on_prompt, is_chat)
 
 
 class _Writer:

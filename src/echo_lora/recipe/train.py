@@ -140,6 +140,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         adapter_sha256=adapter_hash(model, model.active_adapters[0]),
         final={name: value for entry in history for name, value in entry.items() if not name.startswith("train_")},
         history=history,
+        is_chat=any(data.is_chat for data in prepared["train"]),
     )
     return result, model, tokenizer
 
