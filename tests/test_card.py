@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, constants, metadata_load
 
-from echo_lora.adapter.card import model_card, read_card, with_scores
+from echo_lora.adapter.card import METRICS, merged_card, model_card, read_card, with_scores
 from echo_lora.adapter.merge import merge
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.evaluate import TaskResult
+from echo_lora.evaluate.tasks import METRIC
 from echo_lora.recipe.load import load_recipe
 from echo_lora.recipe.scoring import Scores, add_to_card, resolve
 from echo_lora.recipe.train import run
@@ -258,3 +259,35 @@ def test_a_card_that_can_not_be_read_is_named(tmp_path):
     path.write_text("---\nlicense: [\n---\n# Mine\n")
     with pytest.raises(EchoCheckpointError, match=r"README\.md is not a model card whose metadata can be read"):
         read_card(path)
+
+
+def test_every_metric_of_a_task_has_a_name_on_the_hub():
+    assert set(METRICS) == set(METRIC.values())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["---\nlicense: [\n---\n# Theirs\n", "---\nmodel-index: 3\n---\n# Theirs\n", "# Theirs\n"],
+    ids=["not YAML", "results of no form", "no metadata"],
+)
+def test_an_adapter_with_a_card_of_any_kind_can_be_merged(tmp_path, text):
+    done = run(load_recipe(tiny_recipe(tmp_path)))
+    (done.adapter / "README.md").write_text(text, encoding="utf-8")
+    merge(done.adapter, tmp_path / "merged")
+    merged = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert metadata(merged)["library_name"] == "transformers"
+    assert "Theirs" not in merged
+    assert "From the card" not in merged
+
+
+def test_a_merged_model_of_a_hub_base_names_it_and_keeps_what_the_adapter_s_card_states(tmp_path):
+    theirs = "---\nlicense: mit\nlanguage: de\ndatasets: [owner/rows]\n"
+    theirs += "tags: ['base_model:adapter:owner/name', lora, mine]\n---\n# Theirs\n"
+    (tmp_path / "README.md").write_text(theirs, encoding="utf-8")
+    numbers = {"dtype": "float32", "max_difference": 1e-6, "largest_logit": 30.0}
+    text = merged_card("runs/merged", "owner/name", tmp_path, has_chat_template=True, **numbers)
+    data = metadata(text)
+    assert (data["base_model"], data["license"], data["language"]) == ("owner/name", "mit", "de")
+    assert (data["datasets"], data["tags"]) == (["owner/rows"], ["mine"])
+    assert "apply_chat_template" in program(text)
+    assert "differ by at most 1e-06" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -20,6 +21,8 @@ from echo_lora.packaged import LICENSE
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 
@@ -88,18 +91,17 @@ def merged_card(
     largest_logit: float,
 ) -> str:
     """README.md of a merged model. What the adapter's card says of data, results, training and licence is kept."""
-    path = Path(adapter) / CARD_FILE
-    given = read_card(path) if path.is_file() else ModelCard(_card(ModelCardData(), ""))
+    given = _card_of(adapter)
     text, heading, rest = given.text.partition(f"{DATA}\n")
     stated: Any = given.data
-    own = set(TAGS) | {tag for tag in stated.tags or [] if tag.startswith("base_model:")}
+    tags = [str(tag) for tag in stated.tags or []]
     kept = {key: getattr(stated, key, None) for key in ("license", "license_name", "license_link", "language")}
     data = _metadata(
         base,
         library_name="transformers",
         model_name=Path(output).name,
         datasets=stated.datasets,
-        tags=[tag for tag in stated.tags or [] if tag not in own],
+        tags=[tag for tag in tags if tag not in TAGS and not tag.startswith("base_model:")],
         eval_results=stated.eval_results,
         **{key: value for key, value in kept.items() if value},
     )
@@ -163,6 +165,17 @@ def read_card(path: Path) -> ModelCard:
             f"{path} is not a model card whose metadata can be read: {error}. Correct the lines between the first two "
             "lines of ---, or remove the file."
         ) from error
+
+
+def _card_of(adapter: str | Path) -> ModelCard:
+    """The card in an adapter folder; an empty one where it is missing or, with a warning, can't be read."""
+    path = Path(adapter) / CARD_FILE
+    if path.is_file():
+        try:
+            return read_card(path)
+        except EchoCheckpointError as error:  # it says nothing of the weights
+            logger.warning("%s The merged model's card is written without it.", error)
+    return ModelCard(_card(ModelCardData(), ""))
 
 
 def _metadata(base: str, **fields: Any) -> ModelCardData:

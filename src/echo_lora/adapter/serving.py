@@ -87,7 +87,8 @@ TRAITS = (
 def who_takes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     """What can load an adapter, with how, and what can't, with why: lines for a terminal."""
     found = [trait for trait in TRAITS if trait.is_in(config, tensors)]
-    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    is_lora = config["peft_type"] == PeftType.LORA
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()]) if is_lora else 1
     allowed = next((value for value in VLLM_RANKS if value >= rank), None)
     takes, refuses = [], []
     for reader in READERS:

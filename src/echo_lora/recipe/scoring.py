@@ -166,11 +166,12 @@ def write_scores(recipe: Recipe, scores: list[Scores], path: str | Path) -> None
 def add_to_card(recipe: Recipe, adapter: Path, scores: list[Scores]) -> Path | None:
     """Add the scores to the model card in a run's adapter folder; everything else in it stays as it is.
 
-    Returns the card; None, without changing anything, if the adapter has none or if the recipe is not the run's own:
-    scores of other rows or settings don't describe the run. Raises EchoCheckpointError if the card can't be read.
+    Returns the card; None, without changing anything, if the adapter has none that can be written or if the recipe is
+    not the run's own: scores of other rows or settings don't describe the run. Raises EchoCheckpointError if the card
+    can't be read.
     """
     card, run = adapter / CARD_FILE, adapter.resolve().parent / RUN_FILE
-    if not card.is_file() or not run.is_file():
+    if not card.is_file() or not run.is_file() or not os.access(adapter, os.W_OK):
         return None
     own = {"model": canonical(recipe.model), "trust_remote_code": False}
     if recipe.model_copy(update=own) != recipe_of_run(run):
