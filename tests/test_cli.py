@@ -97,6 +97,9 @@ def test_train_then_eval_merge_and_doctor(tmp_path):
     assert [model["model"] for model in written["models"]] == ["base", "adapter"]
     assert len(written["models"][0]["results"][0]["predictions"]) == 4
     assert written["recipe"]["model"] == str(tmp_path / "base")
+    assert "model card" not in result.output  # scored by the file's recipe, which is not that of the run
+    assert f"Added to the model card {record.adapter / 'README.md'}" in invoke("eval", tmp_path / "run").output
+    assert "| test | adapter | Exact match |" in (record.adapter / "README.md").read_text(encoding="utf-8")
 
     result = invoke("merge", record.adapter, tmp_path / "merged", "--verify")
     assert re.search(r"logit difference +\S+ \(\S+ allowed in float32", result.output)

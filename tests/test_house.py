@@ -35,7 +35,7 @@ ROOMS = {
     ],
     "evaluate": ["worker", "programs", "answers", "tasks", "lm", "harness"],
     "benchmarks": ["protocols", "folder", "hub", "importing"],
-    "adapter": ["files", "card", "export", "inspection", "merge"],
+    "adapter": ["files", "serving", "card", "export", "inspection", "merge"],
     "training": [
         *(
             "processes",

@@ -217,7 +217,7 @@ def test_a_sound_adapter_is_described(adapter, request):
     assert report.has_chat_template
     assert report.problems == []
     assert any("PEFT" in reader for reader in report.readers)
-    assert any("vLLM" in reader for reader in report.readers) == (report.method == "dora")
+    assert any("vLLM" in reader for reader in report.readers) == (report.method != "dora")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +253,7 @@ def test_foreign_keys_are_a_problem(adapter):
         ({"peft_type": "NONSENSE"}, "peft_type = 'NONSENSE' is unknown to the installed PEFT"),
         ({"task_type": "NONSENSE"}, "task_type = 'NONSENSE' must be"),
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern.q_proj = -1 must be"),
+        ({"target_parameters": 3}, "target_parameters = 3 must be a valid list"),
     ],
 )
 def test_an_impossible_configuration_is_refused_by_every_reader(adapter, changes, expected, tmp_path):

@@ -91,7 +91,8 @@ def test_the_output_folder_holds_the_adapter_and_its_record(tmp_path):
     assert [entry["step"] for entry in record["history"] if "ce_off" in entry] == [1, 2, 3, 4]
 
     card = (result.adapter / "README.md").read_text()
-    assert "The saved adapter\ncontains none of this" in card
+    assert card.index("PeftModel.from_pretrained") < card.index("Echo-LoRA")  # the user's adapter first
+    assert "plain PEFT adapter" in card
     assert record["initial_adapter_sha256"] in card
     assert f'from_pretrained("{recipe.model}")' in card
 

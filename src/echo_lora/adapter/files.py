@@ -114,6 +114,7 @@ class _LoraFile(BaseModel):
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=LARGEST_RANK)]] | None = None
     alpha_pattern: dict[str, float] | None = None
 

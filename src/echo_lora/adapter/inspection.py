@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftType, TaskType
 from torch import Tensor
 
 from echo_lora.adapter.files import CONFIG_FILE, read_adapter, read_adapter_config
-from echo_lora.method.variants import changes_base
+from echo_lora.adapter.serving import who_takes
 
 
 def adapter_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -34,6 +34,9 @@ def adapter_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
     if not modules:
         yield "there are no LoRA weights"
+    # parameters of a module, such as those of all experts in one tensor, have their own names and shapes
+    parents = tuple(f".{name.rpartition('.')[0]}" for name in config.get("target_parameters") or [])
+    modules = {module for module in modules if not re.sub(r"(\.base_layer)+$", "", module).endswith(parents)}
     if config["lora_alpha"] == 0:
         yield "lora_alpha = 0: the adapter changes nothing"
     for module in sorted(modules):
@@ -99,11 +102,12 @@ class AdapterReport:
     files: list[str]
     has_chat_template: bool
     problems: list[str]  # why not to use it; empty if there are none
-    readers: list[str]  # what can load it
+    readers: list[str]  # what can load it, and how
+    refused_by: list[str]  # what can't, and why
 
     def pairs(self) -> dict[str, str]:
         """The report as names and values for a terminal."""
-        return {
+        pairs = {
             "adapter": str(self.folder),
             "method": f"{self.method}, rank {self.rank}, alpha {self.alpha:g}",
             "made for": self.base or "a base model that it does not name",
@@ -114,6 +118,7 @@ class AdapterReport:
             "problems": "\n".join(self.problems) or "none",
             "loaded by": "\n".join(self.readers) or "nothing while it has problems",
         }
+        return pairs | ({"not by": "\n".join(self.refused_by)} if self.refused_by else {})
 
 
 def inspect_adapter(folder: str | Path) -> AdapterReport:
@@ -131,15 +136,7 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
         problems.append("every lora_B is zero: the adapter changes nothing")
     if not problems:
         problems += _refused_by_peft(folder)
-    readers = ["PEFT: peft.PeftModel.from_pretrained", "transformers: model.load_adapter"]
-    if changed_by := changes_base(config):
-        readers = [
-            f"PEFT, which changes the base's weights on loading ({changed_by}); no server: save it with as_lora=True"
-        ]
-    elif method == "dora":
-        readers.append("servers without DoRA (such as vLLM): first merge it with `echo-lora merge`")
-    else:
-        readers.append("servers that read PEFT LoRA folders; others after `echo-lora merge`")
+    takes, refuses = ([], []) if problems else who_takes(config, tensors)
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     return AdapterReport(
         folder=folder,
@@ -154,7 +151,8 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
         files=files,
         has_chat_template="chat_template.jinja" in files,
         problems=problems,
-        readers=[] if problems else readers,
+        readers=takes,
+        refused_by=refuses,
     )
 
 

@@ -16,12 +16,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from echo_lora.adapter.card import CARD_FILE, merged_card
 from echo_lora.adapter.export import logit_tolerance, probe_ids
 from echo_lora.adapter.files import CONFIG_FILE, read_adapter, read_adapter_config
 from echo_lora.adapter.inspection import adapter_problems, missing_modules
 from echo_lora.errors import EchoCheckpointError, EchoModelError
 from echo_lora.files import locked, new_folder, refuse_existing, remove_leftovers
-from echo_lora.models import load_base_model, load_config, load_tokenizer
+from echo_lora.models import canonical, load_base_model, load_config, load_tokenizer
 from echo_lora.progress import stage
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -55,7 +56,7 @@ def merge(
     verify: bool = False,
     trust_remote_code: bool = False,
 ) -> MergeResult:
-    """Write the base model with the adapter merged into its weights, and the tokenizer, to a new folder.
+    """Write the base model with the adapter merged into its weights, the tokenizer and a model card to a new folder.
 
     base: default: the one that the adapter names. dtype: to load, merge and save in; "auto" is that of the stored base.
     verify: load the saved model and compare it too. trust_remote_code: run code that comes with the base, or with a
@@ -85,7 +86,9 @@ def merge(
         with new_folder(output) as temporary, stage("Writing" + " and verifying" * verify):
             merged.save_pretrained(temporary)
             tokenizer_folder = adapter if (Path(adapter) / "tokenizer_config.json").is_file() else reference
-            load_tokenizer(tokenizer_folder, trust_remote_code).save_pretrained(temporary)
+            tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code)
+            tokenizer.save_pretrained(temporary)
+            (temporary / CARD_FILE).write_text(_card(result, reference, adapter, tokenizer), encoding="utf-8")
             if verify:
                 saved = AutoModelForCausalLM.from_pretrained(
                     temporary, dtype=merged.dtype, trust_remote_code=trust_remote_code, use_safetensors=True
@@ -95,15 +98,32 @@ def merge(
     return result
 
 
+def _card(result: MergeResult, base: str | Path, adapter: str | Path, tokenizer: Any) -> str:
+    return merged_card(
+        result.output,
+        canonical(base),
+        adapter,
+        has_chat_template=bool(tokenizer.chat_template),
+        dtype=result.dtype,
+        max_difference=result.max_difference,
+        largest_logit=result.largest_logit,
+    )
+
+
 def _merged(model: PeftModel, adapter: str | Path) -> PreTrainedModel:
+    config = model.peft_config["default"]
+    advice = "Load it with its base in peft.PeftModel.from_pretrained."
+    if getattr(config, "layer_replication", None):  # PEFT would merge into the shared weight once for each copy
+        raise EchoModelError(f"{adapter} can't be merged: with layer_replication, layers share their weights. {advice}")
     try:
         return model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # weights that are not finite
         raise EchoCheckpointError(f"{adapter} can't be merged: {error}. Don't use this adapter.") from error
-    except NotImplementedError as error:  # variants that act on some tokens only
-        raise EchoModelError(
-            f"{adapter} can't be merged: {error} Load it with its base in peft.PeftModel.from_pretrained."
-        ) from error
+    except RuntimeError as error:
+        # NotImplementedError: variants that act on some tokens only
+        if not isinstance(error, NotImplementedError) and not getattr(config, "lora_bias", False):
+            raise
+        raise EchoModelError(f"{adapter} can't be merged: {error} {advice}") from error
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path, *, require_same_name: bool = False) -> PeftModel:

@@ -39,12 +39,15 @@ def evaluate(
     ] = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Score the adapter on the recipe's tasks. An untrained recipe scores the base model."""
+    """Score the adapter on the recipe's tasks. An untrained recipe scores the base model.
+
+    The scores of a run are added to its model card, unless --set changes the recipe.
+    """
     if output is not None:
         require_writable(output, is_file=True)
     with starting():
         from echo_lora.files import locked
-        from echo_lora.recipe.scoring import resolve, score_recipe, write_scores
+        from echo_lora.recipe.scoring import add_to_card, resolve, score_recipe, write_scores
 
     trusted = ["trust_remote_code=true"] if trust_remote_code else []
     recipe, found = resolve(target, [*(overrides or ()), *trusted], adapter)
@@ -60,6 +63,8 @@ def evaluate(
         typer.echo(line)
     if output is not None:
         typer.echo(f"Written to {output}")
+    if found is not None and (card := add_to_card(recipe, found, scores)) is not None:
+        typer.echo(f"Added to the model card {card}")
 
 
 @app.command(epilog="Example, after `echo-lora train tiny`: echo-lora merge runs/tiny/adapter runs/merged --verify")

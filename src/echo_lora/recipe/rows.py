@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from echo_lora.data.formats import Format, FormattedRows, find_format
+from echo_lora.data.formats import LOOKED_AT, Format, FormattedRows, find_format
 from echo_lora.data.forms import check_forms, is_learned, row_number, texts_of
 from echo_lora.data.generated import reasoning_gym_splits
 from echo_lora.data.loaded import Loaded
@@ -127,6 +128,18 @@ def prepare_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str
             f"= {recipe.seeds.validation}. Choose another share or seed, or more rows."
         )
     return prepared
+
+
+def prompts_are_chats(recipe: Recipe) -> bool | None:
+    """Whether training puts prompts through the chat template; None if some rows are chats and others plain strings.
+
+    Looks at the first rows of each source.
+    """
+    if recipe.data.chat:
+        return True
+    parts = [part for source in recipe.data.train for part in source_rows(recipe, source, "train")]
+    forms = {not isinstance(row.get("prompt"), str) for part in parts for row in islice(part, LOOKED_AT)}
+    return forms.pop() if len(forms) == 1 else None
 
 
 def join(prepared: list[PreparedData]) -> Dataset:

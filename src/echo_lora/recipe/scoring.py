@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from echo_lora.adapter.card import CARD_FILE, read_card, with_scores
 from echo_lora.adapter.export import probe_ids
 from echo_lora.adapter.files import CONFIG_FILE
 from echo_lora.adapter.merge import load_adapter
@@ -24,7 +25,7 @@ from echo_lora.evaluate.harness import require_permission
 from echo_lora.evaluate.programs import describe_sandbox
 from echo_lora.evaluate.tasks import check_rows
 from echo_lora.files import refuse_locked, write_text
-from echo_lora.models import load_tokenizer
+from echo_lora.models import canonical, load_tokenizer
 from echo_lora.progress import progress_console, stage
 from echo_lora.recipe.build import load_base
 from echo_lora.recipe.load import load_recipe, recipe_of_run
@@ -160,3 +161,21 @@ def write_scores(recipe: Recipe, scores: list[Scores], path: str | Path) -> None
     record = {"recipe": recipe.to_dict(), "versions": versions(), "models": [one.to_dict() for one in scores]}
     text = json.dumps(record, indent=2, ensure_ascii=False)
     write_text(Path(path), text)
+
+
+def add_to_card(recipe: Recipe, adapter: Path, scores: list[Scores]) -> Path | None:
+    """Add the scores to the model card in a run's adapter folder; everything else in it stays as it is.
+
+    Returns the card; None, without changing anything, if the adapter has none that can be written or if the recipe is
+    not the run's own: scores of other rows or settings don't describe the run. Raises EchoCheckpointError if the card
+    can't be read.
+    """
+    card, run = adapter / CARD_FILE, adapter.resolve().parent / RUN_FILE
+    if not card.is_file() or not run.is_file() or not os.access(adapter, os.W_OK):
+        return None
+    own = {"model": canonical(recipe.model), "trust_remote_code": False}
+    if recipe.model_copy(update=own) != recipe_of_run(run):
+        return None
+    results = [{"model": one.model} | result.to_dict() for one in scores for result in one.results]
+    write_text(card, with_scores(read_card(card), results))
+    return card
