@@ -21,7 +21,10 @@ from echo_lora.recipe.train import run
 from echo_lora.terminal import path as parsed_path
 from tiny_recipe import ROWS, tiny_folder, tiny_recipe, write_rows
 
-COMMANDS = ["train", "preview", "plan", "eval", "merge", "doctor", "demo", "bench", "compare", "report", "data"]
+COMMANDS = [
+    *("train", "preview", "plan", "chat", "generate", "eval", "merge", "doctor"),
+    *("demo", "bench", "compare", "report", "data"),
+]
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "lm_eval", "scipy", "matplotlib"}
 
 
@@ -258,11 +261,18 @@ def received(trained, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [["eval", "run"], ["eval", "run/adapter"], ["merge", "run/adapter", "merged"]], ids=" ".join
+    "command",
+    [
+        ["chat", "run", "--prompt", "x"],
+        ["eval", "run"],
+        ["eval", "run/adapter"],
+        ["merge", "run/adapter", "merged"],
+    ],
+    ids=" ".join,
 )
 def test_a_received_run_can_not_allow_remote_code(received, command, monkeypatch):
     monkeypatch.chdir(received)
-    assert "--trust-remote-code (eval, merge)" in invoke(*command, code=1).stderr
+    assert "--trust-remote-code (chat, generate, eval, merge)" in invoke(*command, code=1).stderr
     assert not (received / "marker").exists()
     invoke(*command, "--trust-remote-code")
     assert (received / "marker").exists()

@@ -147,6 +147,8 @@ def test_every_recipe_command_of_the_docs_names_what_is_there():
                 "train",
                 "preview",
                 "plan",
+                "chat",
+                "generate",
                 "eval",
                 "merge",
                 "doctor",

@@ -36,7 +36,10 @@ ROOMS = {
     "training": [
         *("metrics", "collator", "support", "optimizer", "checkpoint", "state", "callback", "resume", "trainer", "sft"),
     ],
-    "recipe": ["schema", "yaml_file", "load", "table", "rows", "build", "record", "plan", "train", "scoring"],
+    "recipe": [
+        *("schema", "yaml_file", "load", "table", "needs", "rows", "preview", "build", "record", "plan", "train"),
+        *("scoring", "generation"),
+    ],
     "bench": ["programs", "report", "measure"],
     "study": [
         *("statistics", "power", "looks", "design", "records", "folder"),
@@ -53,7 +56,7 @@ ROOMS = {
         *("run", "workers", "compare", "demo"),
     ],
     "terminal": ["terminal"],
-    "commands": ["recipes", "adapters", "studies", "data"],
+    "commands": ["recipes", "inference", "adapters", "studies", "data"],
     "entry": ["cli", "__main__"],
 }
 TOP = ("", "base", "terminal", "entry")  # not folders: their modules lie at the top of the package

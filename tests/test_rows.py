@@ -16,7 +16,8 @@ from echo_lora import cli
 from echo_lora.data.sources import ROW
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.recipe.load import load_recipe
-from echo_lora.recipe.plan import plan, preview
+from echo_lora.recipe.plan import plan
+from echo_lora.recipe.preview import preview
 from echo_lora.recipe.rows import evaluation_rows, join, prepare_split, source_rows
 from echo_lora.recipe.scoring import resolve
 from echo_lora.recipe.train import run
@@ -251,7 +252,7 @@ def test_every_path_of_the_command_line_takes_a_tilde():
 READ = """
 import resource, sys
 from echo_lora.recipe.load import load_recipe
-from echo_lora.recipe.build import prepare
+from echo_lora.recipe.rows import prepare
 from echo_lora.recipe.rows import join
 recipe = load_recipe(sys.argv[1])
 scale = 1024 if sys.platform != "darwin" else 1

@@ -17,7 +17,8 @@ from echo_lora.data.check import check_tokenized_dataset
 from echo_lora.data.prepared import prepare_rows
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
 from echo_lora.recipe.load import load_recipe
-from echo_lora.recipe.plan import plan, preview
+from echo_lora.recipe.plan import plan
+from echo_lora.recipe.preview import preview
 from echo_lora.recipe.train import run
 from echo_lora.training.collator import RowCollator
 from test_trainer import DATASETS, ROUTED, adapter_of, arguments, collator, sft_arguments, sft_trainer

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from echo_lora import __version__
-from echo_lora.commands import adapters, data, recipes, studies
+from echo_lora.commands import adapters, data, inference, recipes, studies
 from echo_lora.terminal import Group
 
 
@@ -39,7 +39,7 @@ def _root(
     """Train LoRA and DoRA adapters with an echo of deep hidden states; deploy plain adapters."""
 
 
-for module in (recipes, adapters, studies):
+for module in (recipes, inference, adapters, studies):
     app.add_typer(module.app)
 app.add_typer(data.app, name="data")
 

@@ -54,7 +54,7 @@ def preview(
 
     loaded = load_recipe(recipe, overrides or ())
     with starting():
-        from echo_lora.recipe.plan import preview as preview_recipe
+        from echo_lora.recipe.preview import preview as preview_recipe
 
     shown = preview_recipe(loaded, rows)
     console = new_console()

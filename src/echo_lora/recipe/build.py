@@ -1,26 +1,21 @@
-"""Recipe → objects: LoRA configuration, model with adapter, training arguments, rows."""
+"""Recipe → objects: LoRA configuration, model with adapter, training arguments."""
 
 from __future__ import annotations
 
-import itertools
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
-from echo_lora.data.check import refuse_unfit_tokens
-from echo_lora.data.prepared import PreparedData
-from echo_lora.errors import EchoConfigError, EchoError, EchoModelError, nearest
+from echo_lora.errors import EchoError, EchoModelError, nearest
 from echo_lora.method.model import EchoModel, get_echo_model
 from echo_lora.method.targets import unmatched_targets
-from echo_lora.models import empty_model, has_position_table, load_base_model, load_config, load_tokenizer
-from echo_lora.recipe.rows import check_rows, prepare_split
+from echo_lora.models import load_base_model
 from echo_lora.recipe.schema import Recipe
 
 # The recipe's names of the trainer's configuration keys that decide a run's result.
@@ -47,16 +42,6 @@ RECIPE_KEYS = {
 }
 
 VARIANTS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
-
-
-def require_packages(recipe: Recipe) -> None:
-    """Raises EchoConfigError if the recipe needs a package that is not installed."""
-    needs: dict[str, str] = {f"training.report_to = {name}": name for name in recipe.training.report_to}
-    if "8bit" in recipe.training.optimizer:
-        needs[f"training.optimizer = {recipe.training.optimizer}"] = "bitsandbytes"
-    for key, package in needs.items():
-        if find_spec(package) is None:
-            raise EchoConfigError(f"{key} needs the package {package}. Run `pip install {package}`, or leave it out.")
 
 
 def load_base(recipe: Recipe) -> PreTrainedModel:
@@ -161,26 +146,3 @@ def recipe_key(key: str) -> str:
     section, _, name = key.partition(".")
     own = RECIPE_KEYS.get(key, f"echo_config.{name}" if section == "echo" else key)
     return key if own == key else f"{own} ({key})"
-
-
-def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, dict[str, list[PreparedData]]]:
-    """The tokenizer and the rows of data.train and data.validation, checked as far as possible without weights.
-
-    Cheap checks come first: the form of all rows, then their tokens, then the model's embeddings. Raises EchoDataError.
-    """
-    check_rows(recipe)
-    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-    prepared = {split: prepare_split(recipe, tokenizer, split) for split in ("train", "validation")}
-    config = load_config(recipe.model, recipe.trust_remote_code).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    for data in itertools.chain(*prepared.values()):
-        refuse_unfit_tokens(
-            data.dataset,
-            data.source,
-            vocabulary=config.vocab_size,
-            positions=positions,
-            has_table=lambda: has_position_table(
-                empty_model(recipe.model, trust_remote_code=recipe.trust_remote_code), positions or 0
-            ),
-        )
-    return tokenizer, prepared

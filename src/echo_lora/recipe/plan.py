@@ -1,4 +1,4 @@
-"""Preview and dry run: a recipe's rows as the model will see them, and what training would cost.
+"""The dry run: what training would do, and what it would cost.
 
 The dry run builds the model on torch's meta device, where tensors have shapes but no data: it counts parameters, and
 the bytes that autograd would keep, on the real modules, without loading any weights.
@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from echo_lora.data.prepared import PreparedData
-from echo_lora.data.preview import Segment, preview_segments
 from echo_lora.environment import gigabytes, peak_memory
 from echo_lora.errors import EchoModelError
 from echo_lora.method.config import EchoConfig
@@ -26,7 +25,10 @@ from echo_lora.method.routing import routing_probability
 from echo_lora.method.targets import decoder_layers, listed
 from echo_lora.models import empty_model
 from echo_lora.progress import stage
-from echo_lora.recipe.build import add_adapter, parameter_counts, prepare, require_packages
+from echo_lora.recipe.build import add_adapter, parameter_counts
+from echo_lora.recipe.needs import require_packages
+from echo_lora.recipe.preview import NAMED_ROWS
+from echo_lora.recipe.rows import prepare
 from echo_lora.recipe.schema import Recipe
 
 # Bytes per trainable parameter: float32 weight and gradient, and the optimizer's state.
@@ -35,8 +37,6 @@ STATE_BYTES = {"adamw_bnb_8bit": 10, "paged_adamw_8bit": 10, "adafactor": 9, "sg
 ADAM_BYTES = 16
 
 QUANTISED_SHARE = {"4bit": 0.55 / 4, "8bit": 1.05 / 4}  # of the float32 bytes, quantisation constants included
-
-NAMED_ROWS = 20  # dropped rows to list on the screen; run.json lists all
 
 
 @dataclass(frozen=True)
@@ -104,32 +104,9 @@ class Plan:
         }
 
 
-@dataclass(frozen=True)
-class Preview:
-    """Some rows, split into prompt, boundary, answer and ignored tokens, and the statistics of all rows."""
-
-    rows: list[tuple[str, list[Segment]]]  # source and number of the row, and its tokens
-    summary: list[str]
-
-
-def preview(recipe: Recipe, count: int = 3) -> Preview:
-    """The first `count` training rows of each source. Raises EchoDataError for a row that can't be trained on."""
-    with stage("Reading rows", line=False):
-        tokenizer, parts = prepare(recipe)
-    prepared = parts["train"]
-    return Preview(
-        rows=[
-            (f"{data.source}: row {row.row}", preview_segments(row, tokenizer))
-            for data in prepared
-            for row in data.rows[:count]
-        ],
-        summary=[line for data in prepared for line in data.summary(named=NAMED_ROWS)],
-    )
-
-
 def plan(recipe: Recipe) -> Plan:
     """The dry run. Raises the errors that training would raise before its first step."""
-    require_packages(recipe)
+    require_packages(recipe, trains=True)
     with stage("Reading rows", line=False):
         prepared = prepare(recipe)[1]["train"]
     base, model = _on_meta(recipe)

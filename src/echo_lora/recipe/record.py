@@ -46,6 +46,7 @@ class RunResult:
     adapter_sha256: str
     final: dict[str, float]  # the last value of every metric
     history: list[dict[str, float]]
+    is_chat: bool | None = None  # whether prompts went through the chat template; None if only some did
 
     @property
     def adapter(self) -> Path:

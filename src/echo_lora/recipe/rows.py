@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from echo_lora.data.check import refuse_unfit_tokens
 from echo_lora.data.forms import check_forms, is_learned, row_number, texts_of
 from echo_lora.data.generated import reasoning_gym_splits
 from echo_lora.data.prepared import PreparedData, prepare_rows
@@ -18,6 +20,7 @@ from echo_lora.data.sources import ROW, RowFile, where_is
 from echo_lora.data.tokenize import end_token_ids, render_prompt
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.evaluate.tasks import EvalTask
+from echo_lora.models import empty_model, has_position_table, load_config, load_tokenizer
 from echo_lora.recipe.schema import SPLITS, EvaluationTask, Recipe, Source
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 
 Row = dict[str, Any]
+
+LOOKED_AT = 100  # rows of a source, to tell chats from plain strings
 
 
 def source_rows(recipe: Recipe, source: Source, split: str) -> RowFile | list[Row]:
@@ -69,6 +74,43 @@ def prepare_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str
         )
         for source in getattr(recipe.data, split) or []
     ]
+
+
+def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, dict[str, list[PreparedData]]]:
+    """The tokenizer and the rows of data.train and data.validation, checked as far as possible without weights.
+
+    Cheap checks come first: the form of all rows, then their tokens, then the model's embeddings. Raises EchoDataError.
+    """
+    check_rows(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    prepared = {split: prepare_split(recipe, tokenizer, split) for split in ("train", "validation")}
+    config = load_config(recipe.model, recipe.trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    for data in itertools.chain(*prepared.values()):
+        refuse_unfit_tokens(
+            data.dataset,
+            data.source,
+            vocabulary=config.vocab_size,
+            positions=positions,
+            has_table=lambda: has_position_table(
+                empty_model(recipe.model, trust_remote_code=recipe.trust_remote_code), positions or 0
+            ),
+        )
+    return tokenizer, prepared
+
+
+def prompts_are_chats(recipe: Recipe) -> bool | None:
+    """Whether training puts prompts through the chat template; None if some rows are chats and others plain strings.
+
+    Looks at the first rows of each source.
+    """
+    if recipe.data.chat:
+        return True
+    first = (
+        row for source in recipe.data.train for row in itertools.islice(source_rows(recipe, source, "train"), LOOKED_AT)
+    )
+    forms = {not isinstance(row.get("prompt"), str) for row in first}
+    return forms.pop() if len(forms) == 1 else None
 
 
 def join(prepared: list[PreparedData]) -> Dataset:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
@@ -36,18 +36,17 @@ from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, Ec
 from echo_lora.files import locked, write_file, write_text
 from echo_lora.method import losses
 from echo_lora.models import canonical
-from echo_lora.progress import progress_console, stage
+from echo_lora.progress import PATIENCE, Steps, stage
 from echo_lora.recipe.build import (
     add_adapter,
     load_base,
     parameter_counts,
-    prepare,
     recipe_key,
-    require_packages,
     training_arguments,
 )
+from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.record import RUN_FILE, STARTED, RunResult, claim_folder, plot_losses, resume_hint, tidy_folder
-from echo_lora.recipe.rows import join
+from echo_lora.recipe.rows import join, prepare, prompts_are_chats
 from echo_lora.recipe.schema import Recipe
 from echo_lora.training.checkpoint import last_complete_checkpoint, step_of
 from echo_lora.training.sft import EchoSFTTrainer
@@ -67,7 +66,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
             f"a recipe trains in one process, but WORLD_SIZE = {os.environ['WORLD_SIZE']}. Use EchoSFTTrainer in a "
             "script, or unset the variable."
         )
-    require_packages(recipe)
+    require_packages(recipe, trains=True)
     recipe = recipe.model_copy(update={"model": canonical(recipe.model)})
     output = Path(recipe.output)
     checkpoints = output / "checkpoints"
@@ -103,6 +102,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     """
     with stage(f"Reading rows with the tokenizer of {recipe.model}"):
         tokenizer, prepared = prepare(recipe)
+        is_chat = prompts_are_chats(recipe)
     with stage(f"Loading {recipe.model}"):
         model = add_adapter(recipe, load_base(recipe))
     progress = _Progress()
@@ -140,6 +140,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         adapter_sha256=adapter_hash(model, model.active_adapters[0]),
         final={name: value for entry in history for name, value in entry.items() if not name.startswith("train_")},
         history=history,
+        is_chat=is_chat,
     )
     return result, model, tokenizer
 
@@ -213,42 +214,45 @@ class _Progress(TrainerCallback):
     """Steps and metrics of a training run."""
 
     def __init__(self) -> None:
-        self.console = progress_console()
-        self.bar: Progress | None = None
-        self.started = 0.0
+        self.steps: Steps | None = None
         self.has_begun = False  # whether a step has started, so the checkpoint is loaded
+        self.waiting_since: float | None = None  # when an evaluation began that nobody has been told about
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.steps = Steps("Training", state.max_steps, state.global_step)
+        if not self.steps.is_bar:
+            self.steps.say(f"Training {state.max_steps - state.global_step} steps on {kwargs['model'].device} ...")
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.has_begun = True
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
-        if self.console.is_terminal:
-            columns = (TextColumn("Training"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(
-                *columns, TextColumn("{task.description}"), console=self.console, transient=True, refresh_per_second=4
-            )
-            self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-            self.bar.start()
-
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+        if self.steps is not None:
+            self.steps.advance(state.global_step)
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self.waiting_since = self.waiting_since or now
+        if self.steps is not None and now - self.waiting_since > PATIENCE:
+            self.steps.note("evaluating")
+            if not self.steps.is_bar:
+                self.steps.say(f"step {state.global_step}/{state.max_steps}  evaluating ...")
+            self.waiting_since = math.inf
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.waiting_since = None
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
         shown = [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if name in logs]
-        if not shown or "train_runtime" in logs:
+        if self.steps is None or not shown or "train_runtime" in logs:
             return
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], description=" ".join(shown[:3]))
-        else:
-            seconds = time.perf_counter() - self.started
-            line = f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  {seconds:.0f} s"
-            self.console.print(line, markup=False)
+        if "loss" in logs:
+            self.steps.note(f"loss {logs['loss']:.4g}")
+        timing = "" if self.steps.is_bar else f"  {self.steps.timing()}"
+        self.steps.say(f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}{timing}")
 
     def close(self) -> None:
         """Remove the bar; errors end training without an event."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        if self.steps is not None:
+            self.steps.close()
