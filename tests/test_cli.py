@@ -94,12 +94,16 @@ def test_train_then_eval_merge_and_doctor(tmp_path):
 
     scores = tmp_path / "scores.json"
     result = invoke("eval", path, "--base", "--output", scores)
-    assert re.search(r"base +test +4 +\d+\.\d% +\d+\.\d% to \d+\.\d% +\d+\.\d%", result.output)
-    assert re.search(r"adapter +test +4 ", result.output)
+    assert re.search(r"task +rows +base +adapter +difference +95 % interval +unreadable\n", result.output)
+    row = r"test +4 +\d+\.\d% +\d+\.\d% +[+-]\d+\.\d +[+-]\d+\.\d to [+-]\d+\.\d +\d+\.\d% / \d+\.\d%\n"
+    assert re.search(row, result.output)
+    assert "unreadable: answers in which the task's pattern finds nothing" in result.output
     written = json.loads(scores.read_text())
     assert [model["model"] for model in written["models"]] == ["base", "adapter"]
     assert len(written["models"][0]["results"][0]["predictions"]) == 4
     assert written["recipe"]["model"] == str(tmp_path / "base")
+    (difference,) = written["differences"]
+    assert difference["low"] <= difference["estimate"] == difference["adapter"] - difference["base"]
 
     result = invoke("merge", record.adapter, tmp_path / "merged", "--verify")
     assert re.search(r"logit difference +\S+ \(\S+ allowed in float32", result.output)

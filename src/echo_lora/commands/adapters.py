@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from echo_lora.environment import require_writable
+from echo_lora.environment import require_package, require_writable
 from echo_lora.errors import EchoError
 from echo_lora.terminal import SetOption, TracebackOption, path, print_pairs, print_table, starting
 
@@ -24,7 +24,7 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(help="adapter to score; default: the one in the recipe's output folder", parser=path)
     ] = None,
-    base: Annotated[bool, typer.Option("--base", help="score the base model too")] = False,
+    base: Annotated[bool, typer.Option("--base", help="score the base model too, and compare")] = False,
     output: Annotated[Path | None, typer.Option(help="write scores and predictions as JSON", parser=path)] = None,
     run_generated_code: Annotated[
         bool,
@@ -40,11 +40,12 @@ def evaluate(
     traceback: TracebackOption = False,
 ) -> None:
     """Score the adapter on the recipe's tasks. An untrained recipe scores the base model."""
+    require_package("lm-eval", "scoring")
     if output is not None:
         require_writable(output, is_file=True)
     with starting():
         from echo_lora.files import locked
-        from echo_lora.recipe.scoring import resolve, score_recipe, write_scores
+        from echo_lora.recipe.scoring import COMPARED, comparison, resolve, score_recipe, write_scores
 
     trusted = ["trust_remote_code=true"] if trust_remote_code else []
     recipe, found = resolve(target, [*(overrides or ()), *trusted], adapter)
@@ -55,9 +56,11 @@ def evaluate(
             write_scores(recipe, scores, output)
     if found is not None:
         print_pairs({"adapter": str(found)})
-    print_table([row for one in scores for row in one.table()])
+    print_table(comparison(*scores) if len(scores) == 2 else scores[0].table())
     for line in (line for one in scores for line in one.averages()):
         typer.echo(line)
+    if len(scores) == 2:
+        typer.echo("\n" + "\n".join(COMPARED))
     if output is not None:
         typer.echo(f"Written to {output}")
 
