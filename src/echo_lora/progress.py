@@ -81,7 +81,7 @@ class Steps:
     def __init__(self, text: str, total: int, done: int = 0) -> None:
         self.console = progress_console()
         self.total, self._first, self._done = total, done, done
-        self._started = time.monotonic()
+        self._started = self._last = time.monotonic()
         self._bar: Progress | None = None
         if self.console.is_terminal:
             columns = (TextColumn(text, markup=False), BarColumn(20), MofNCompleteColumn(), _Timing(self))
@@ -96,7 +96,7 @@ class Steps:
 
     def advance(self, done: int) -> None:
         """Show that so many steps are done, of all."""
-        self._done = done
+        self._done, self._last = done, time.monotonic()
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done)
 
@@ -114,8 +114,9 @@ class Steps:
         new = self._done - self._first
         if not new:
             return ""
-        each = (time.monotonic() - self._started) / new
-        return f"{each:.2g} s/step, {duration(each * (self.total - self._done))} left"
+        each = (self._last - self._started) / new
+        left = each * (self.total - self._done) - (time.monotonic() - self._last)
+        return f"{each:.2g} s/step, {duration(max(left, 0.0))} left"
 
     def close(self) -> None:
         """Remove the bar; its lines stay."""

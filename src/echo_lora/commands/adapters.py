@@ -10,7 +10,7 @@ import typer
 
 from echo_lora.environment import require_package, require_writable
 from echo_lora.errors import EchoError
-from echo_lora.terminal import SetOption, TracebackOption, path, print_pairs, print_table, starting
+from echo_lora.terminal import SetOption, TracebackOption, complete_recipes, path, print_pairs, print_table, starting
 
 app = typer.Typer()
 
@@ -18,7 +18,12 @@ app = typer.Typer()
 @app.command("eval", epilog="Example: echo-lora eval tiny --set data.limit=16")
 def evaluate(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_ADAPTER", help="recipe, output folder of a run, or its adapter folder")
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_ADAPTER",
+            help="recipe, output folder of a run, or its adapter folder",
+            autocompletion=complete_recipes,
+        ),
     ],
     overrides: SetOption = None,
     adapter: Annotated[
@@ -102,7 +107,8 @@ def doctor(
 
     report = None
     if adapter is not None:
-        from echo_lora.adapter.inspection import inspect_adapter
+        with starting():
+            from echo_lora.adapter.inspection import inspect_adapter
 
         report = inspect_adapter(adapter)
     print_pairs(versions())

@@ -13,6 +13,7 @@ from echo_lora.terminal import (
     RecipeArgument,
     SetOption,
     TracebackOption,
+    command_line,
     new_console,
     print_pairs,
     print_segments,
@@ -38,7 +39,7 @@ def train(
     with starting():
         from echo_lora.recipe.train import run
 
-    result = run(loaded, resume=resume)
+    result = run(loaded, resume=resume, command=command_line(without="--resume"))
     print_pairs(result.pairs())
 
 

@@ -109,7 +109,8 @@ def plan(recipe: Recipe) -> Plan:
     require_packages(recipe, trains=True)
     with stage("Reading rows", line=False):
         prepared = prepare(recipe)[1]["train"]
-    base, model = _on_meta(recipe)
+    with stage("Building the model without weights", line=False):
+        base, model = _on_meta(recipe)
     config = recipe.build_echo_config()
     sources, targets = _named_layers(base, model, config) if isinstance(model, EchoModel) else ([], {})
     steps = _steps(recipe, sum(len(data.rows) for data in prepared))
@@ -121,6 +122,8 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.echo and config.echo_step == "shared_prefix" and reason is not None:
         raise EchoModelError(f"echo_config.echo_step = shared_prefix is impossible: {reason}. Use auto.")
     deployed, echo = parameter_counts(model)
+    with stage("Measuring what a step keeps", line=False):
+        memory = _memory(recipe, model, prepared, shares_prefix=reason is None)
     return Plan(
         model=recipe.model,
         method=recipe.method,
@@ -136,7 +139,7 @@ def plan(recipe: Recipe) -> Plan:
         mean_routing=mean_routing,
         why_full=reason if recipe.echo else None,
         cost=_cost(prepared, mean_routing, reason is None) if recipe.echo else 1.0,
-        memory=_memory(recipe, model, prepared, shares_prefix=reason is None),
+        memory=memory,
     )
 
 

@@ -54,12 +54,12 @@ from echo_lora.training.sft import EchoSFTTrainer
 SHOWN_METRICS = ("loss", *losses.SHOWN, "routing_p", "eval_loss", "learning_rate")
 
 
-def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
+def run(recipe: Recipe, *, resume: bool = False, command: str | None = None) -> RunResult:
     """Train the recipe's adapter and write its output folder.
 
-    resume: continue from the newest complete checkpoint in the output folder; the recipe must be the same. After an
-    EchoError, or an EchoInterrupt at Ctrl-C, only complete checkpoints remain; files that are not the run's own are
-    never touched.
+    resume: continue from the newest complete checkpoint in the output folder; the recipe must be the same. command:
+    what the user ran, without --resume, for the message of an interruption. After an EchoError, or an EchoInterrupt at
+    Ctrl-C, only complete checkpoints remain; files that are not the run's own are never touched.
     """
     if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
         raise EchoConfigError(
@@ -76,7 +76,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
         try:
             return _run(recipe, output, checkpoints, resume)
         except KeyboardInterrupt as error:
-            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {resume_hint(checkpoints)}") from error
+            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {resume_hint(checkpoints, command)}") from error
         finally:
             tidy_folder(output, checkpoints, is_new)
 

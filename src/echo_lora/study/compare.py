@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from echo_lora.environment import processor, require_package, versions
 from echo_lora.errors import EchoConfigError, EchoError, EchoInterrupt
-from echo_lora.progress import progress_console
+from echo_lora.progress import progress_console, stage
 from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.rows import source_rows
 from echo_lora.recipe.schema import Recipe
@@ -102,7 +102,8 @@ def _run_study(study: Study, engine: Engine, ends: float | None, until_decided: 
     if not run(study.tuning_runs):
         return False
     chosen = choose(study)
-    known = file.model_copy(update={"chosen": chosen, "power": file.power or estimate_power(study, chosen)})
+    with stage("Estimating the power of the study", line=False):
+        known = file.model_copy(update={"chosen": chosen, "power": file.power or estimate_power(study, chosen)})
     if known != file:
         file, archive = known, Archive(study)  # whose order depends on the rates
         file.write(study.output)
