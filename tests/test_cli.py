@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -455,6 +456,32 @@ def test_the_installed_command_exits_with_the_status_of_the_error(tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_a_terminal_shows_training_and_nothing_of_other_libraries(tmp_path):
+    """Every line is one of ours; what is rewritten in place is a bar."""
+    import pty
+
+    process, terminal = pty.fork()
+    if not process:
+        code = "from echo_lora.cli import main; main()"
+        os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS")  # the command sets it
+        os.execv(sys.executable, [sys.executable, "-c", code, "train", str(tiny_recipe(tmp_path))])
+    screen = b""
+    with contextlib.suppress(OSError):  # on Linux, when the process has ended
+        while piece := os.read(terminal, 65536):
+            screen += piece
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.decode())
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    for step in range(1, 5):
+        assert any(line.startswith(f"step {step}/4  loss ") for line in lines)
+    assert any(re.match(r"Training \S+ +\d/4 +\S+ s/step, \d:\d\d left loss \d", line) for line in lines)
+    ours = r"(Starting|Reading rows|Loading|Training|Saving the adapter) .*[━╸╺]|step \d/4 |" + "|".join(
+        rf"{name}  +" for name in ("adapter", "steps", "parameters", "last losses", "score it")
+    )
+    assert [line for line in lines if not re.match(ours, line)] == []
+
+
 @pytest.mark.slow
 def test_every_help_example_works(tmp_path):
     """In the order of the help; demo, compare and report have their own tests."""
@@ -462,7 +489,8 @@ def test_every_help_example_works(tmp_path):
     for command in [[], *([name] for name in COMMANDS if name not in ("demo", "compare", "report"))]:
         text = " ".join(invoke(*command, "--help").output.split())
         examples.append(text.rpartition("Example")[2].rpartition(": ")[2])
-    assert len(examples) == 9
+    assert len(examples) == 11
+    (tmp_path / "p.txt").write_text("What is 12 + 30?\n")
     row = {"instruction": "Is it?", "input": "", "output": "the correct answer is true", "answer": "true"}
     (tmp_path / "dataset" / "boolq").mkdir(parents=True)
     (tmp_path / "dataset" / "boolq" / "train.json").write_text(json.dumps([row]))

@@ -36,6 +36,7 @@ PAGES = [
     "api",
     "data",
     "evaluation",
+    "inference",
     "study",
     "scaling",
     "benchmark",
@@ -127,7 +128,7 @@ def test_the_loop_and_the_trainer_of_the_api_page_leave_a_plain_adapter(tmp_path
 @needs_packaged
 @needs_lm_eval
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quickstart", "recipes", "evaluation"])
+@pytest.mark.parametrize("name", ["quickstart", "recipes", "evaluation", "inference"])
 def test_the_commands_of_a_page_work(tmp_path, name):
     output = "".join(run_commands(block, tmp_path) for block in blocks(name, "bash"))
     if name == "quickstart":  # its Python goes on with what its commands made
