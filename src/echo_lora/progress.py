@@ -30,8 +30,9 @@ def stage(text: str, *, bar: bool = True, line: bool = True) -> Iterator[None]:
             yield
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TimeElapsedColumn())
+    room = max(console.width - 32, 20)  # beside bar and time, which rich would cut first
     with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
-        progress.add_task(text, total=None)
+        progress.add_task(text if len(text) <= room else f"{text[: room - 1]}…", total=None)
         yield
 
 
