@@ -20,6 +20,7 @@ from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
 from echo_lora.recipe.generation import (
     Conversation,
     Decoding,
+    Speaker,
     Stream,
     answer_rows,
     load_speaker,
@@ -304,6 +305,23 @@ def test_generate_never_replaces_a_file(plain, tmp_path):
     before = prompts.read_bytes()
     assert "exists" in invoke("generate", plain, prompts, "--output", prompts, code=1).stderr
     assert prompts.read_bytes() == before
+
+
+def test_an_interrupted_generate_writes_nothing_and_says_so(plain, tmp_path, monkeypatch):
+    original, batches = Speaker.answers, []
+
+    def answers(self, *args):
+        if batches:
+            raise KeyboardInterrupt
+        batches.append(args)
+        return original(self, *args)
+
+    monkeypatch.setattr(Speaker, "answers", answers)
+    prompts = write_rows(tmp_path / "p.jsonl")
+    options = ("--batch-size", 5, "--max-new-tokens", 2, "--output", tmp_path / "a.jsonl")
+    stderr = invoke("generate", plain, prompts, *options, code=130).stderr
+    assert stderr.endswith(f"Interrupted after 5 of 12 prompts. {tmp_path / 'a.jsonl'} was not written.\n")
+    assert list(tmp_path.iterdir()) == [prompts]
 
 
 def test_generate_writes_rows_in_order(plain, tmp_path):

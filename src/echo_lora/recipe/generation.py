@@ -24,7 +24,7 @@ from echo_lora.adapter.merge import load_adapter
 from echo_lora.data.forms import row_number
 from echo_lora.data.sources import ROW, RowFile, expanded, where_is
 from echo_lora.data.tokenize import end_token_ids, render_prompt
-from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
+from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError, EchoInterrupt
 from echo_lora.files import write_text
 from echo_lora.method.variants import changes_base
 from echo_lora.models import load_base_model, load_tokenizer, on_accelerator
@@ -381,8 +381,13 @@ def answer_file(
     answered: dict[int, Row] = {}
     with counted("Answering", len(rows)) as count:
         options: dict[str, Any] = {"batch_size": batch_size, "with_base": with_base, "system": system}
-        for place, row in answer_rows(speaker, rows, decoding, **options):
-            answered[place] = row
-            count(len(answered))
+        try:
+            for place, row in answer_rows(speaker, rows, decoding, **options):
+                answered[place] = row
+                count(len(answered))
+        except KeyboardInterrupt as error:
+            raise EchoInterrupt(
+                f"Interrupted after {len(answered)} of {len(rows)} prompts. {output} was not written."
+            ) from error
     lines = [json.dumps(answered[place], ensure_ascii=False) + "\n" for place in range(len(rows))]
     write_text(output, "".join(lines))
