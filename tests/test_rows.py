@@ -151,7 +151,7 @@ def test_the_form_of_all_rows_is_checked_before_a_tokenizer_is_loaded(tmp_path, 
     def fails(*args, **kwargs):
         raise AssertionError("a tokenizer was loaded")
 
-    monkeypatch.setattr("echo_lora.recipe.build.load_tokenizer", fails)
+    monkeypatch.setattr("echo_lora.recipe.rows.load_tokenizer", fails)
     recipe = loaded(tmp_path, data={"train": "train.jsonl", "validation": "held.jsonl"})
     write_rows(tmp_path / "held.jsonl", [*ROWS, {"prompt": "a", "completion": "b", "input": "lost"}])
     for command in (plan, preview, run):
