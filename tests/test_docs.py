@@ -37,6 +37,7 @@ PAGES = [
     "api",
     "data",
     "evaluation",
+    "inference",
     "study",
     "scaling",
     "benchmark",
@@ -144,7 +145,7 @@ def test_the_commands_of_the_serving_page_lead_to_its_program(tmp_path):
 @needs_packaged
 @needs_lm_eval
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quickstart", "recipes", "evaluation"])
+@pytest.mark.parametrize("name", ["quickstart", "recipes", "evaluation", "inference"])
 def test_the_commands_of_a_page_work(tmp_path, name):
     output = "".join(run_commands(block, tmp_path) for block in blocks(name, "bash"))
     if name == "quickstart":  # its Python goes on with what its commands made
@@ -164,6 +165,8 @@ def test_every_recipe_command_of_the_docs_names_what_is_there():
                 "train",
                 "preview",
                 "plan",
+                "chat",
+                "generate",
                 "eval",
                 "merge",
                 "doctor",

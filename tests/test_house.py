@@ -52,17 +52,8 @@ ROOMS = {
         ),
     ],
     "recipe": [
-        "schema",
-        "yaml_file",
-        "load",
-        "table",
-        "rows",
-        "prepare",
-        "build",
-        "record",
-        "plan",
-        "train",
-        "scoring",
+        *("schema", "yaml_file", "load", "table", "needs", "rows", "prepare", "build", "record", "plan", "train"),
+        *("scoring", "generation"),
     ],
     "bench": ["programs", "report", "measure"],
     "study": [
@@ -80,7 +71,7 @@ ROOMS = {
         *("run", "workers", "compare", "demo"),
     ],
     "terminal": ["terminal"],
-    "commands": ["recipes", "adapters", "studies", "data"],
+    "commands": ["recipes", "inference", "adapters", "studies", "data"],
     "entry": ["cli", "__main__"],
 }
 TOP = ("", "base", "terminal", "entry")  # not folders: their modules lie at the top of the package

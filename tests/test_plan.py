@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from echo_lora.data.tokenize import tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoModelError
-from echo_lora.recipe import build
 from echo_lora.recipe.build import add_adapter
 from echo_lora.recipe.load import load_recipe
 from echo_lora.recipe.plan import _kept_bytes, plan
@@ -168,7 +169,7 @@ def test_the_dry_run_refuses_what_training_would(tmp_path, overrides, error, mes
     [("training.report_to=[mlflow]", "mlflow"), ("training.optimizer=adamw_bnb_8bit", "bitsandbytes")],
 )
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, override, package):
-    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EchoConfigError, match=f"needs the package {package}"):
         plan(loaded(tmp_path, override))
 

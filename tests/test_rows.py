@@ -12,7 +12,8 @@ from typing import get_args, get_type_hints
 import pytest
 from transformers import AutoConfig, GPT2Config, GPTJConfig, OPTConfig
 
-from echo_lora.commands import adapters, data, recipes, studies
+from echo_lora.commands import adapters, inference, recipes, studies
+from echo_lora.commands import data as data_commands
 from echo_lora.data.sources import ROW
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.recipe.load import load_recipe
@@ -21,7 +22,7 @@ from echo_lora.recipe.prepare import preview
 from echo_lora.recipe.rows import evaluation_rows, join, prepare_split, source_rows
 from echo_lora.recipe.scoring import resolve
 from echo_lora.recipe.train import run
-from echo_lora.terminal import path
+from echo_lora.terminal import path as parsed_path
 from tiny import tiny_tokenizer
 from tiny_recipe import ROWS, tiny_recipe, write_rows
 
@@ -240,14 +241,13 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
 
 def test_every_path_of_the_command_line_takes_a_tilde():
     found = 0
-    for command in [
-        command for group in (recipes, adapters, studies, data) for command in group.app.registered_commands
-    ]:
+    apps = [module.app for module in (recipes, inference, adapters, studies, data_commands)]
+    for command in (command for app in apps for command in app.registered_commands):
         for name, kind in get_type_hints(command.callback, include_extras=True).items():
             if "Path" in str(get_args(kind)[:1]):
                 found += 1
-                assert get_args(kind)[1].parser is path, f"{command.callback.__name__}: {name}"
-    assert found == 10
+                assert get_args(kind)[1].parser is parsed_path, f"{command.callback.__name__}: {name}"
+    assert found == 12
 
 
 # ----------------------------------------------------------------------- memory

@@ -691,9 +691,9 @@ def test_an_interruption_names_step_checkpoint_and_how_to_resume(tmp_path, monke
     assert message.startswith("Interrupted after step 3 of 4. ")
     if save_every == 2:
         newest = tmp_path / "run" / "checkpoints" / "checkpoint-2"
-        assert f"newest complete checkpoint is {newest}. To resume from it, repeat the command with --resume" in message
+        assert f"newest complete checkpoint, {newest}, is kept. To resume from it, repeat the command with" in message
     else:
-        assert "There is no complete checkpoint yet: repeat the command to start again." in message
+        assert "There is no complete checkpoint yet, so nothing is kept: repeat the command" in message
         assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from echo_lora import __version__
-from echo_lora.commands import adapters, data, recipes, studies
+from echo_lora.commands import adapters, data, inference, recipes, studies
 from echo_lora.environment import process_count
 from echo_lora.errors import EchoConfigError
 from echo_lora.terminal import Group
@@ -25,7 +25,6 @@ def _show_version(value: bool) -> None:
 app = typer.Typer(
     cls=Group,
     rich_markup_mode=None,
-    add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -48,7 +47,7 @@ def _root(
         )
 
 
-for module in (recipes, adapters, studies):
+for module in (recipes, inference, adapters, studies):
     app.add_typer(module.app)
 app.add_typer(data.app, name="data")
 

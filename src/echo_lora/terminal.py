@@ -72,7 +72,24 @@ def _set_traceback(ctx: typer.Context, value: bool) -> bool:
     return value
 
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe")]
+def complete_recipes(incomplete: str) -> list[str]:
+    """Names of shipped recipes, for the shell; where none fits, it completes files."""
+    from echo_lora.recipe.load import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
+def complete_studies(incomplete: str) -> list[str]:
+    """The same for studies."""
+    from echo_lora.study.design import shipped_studies
+
+    return [name for name in shipped_studies() if name.startswith(incomplete)]
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe", autocompletion=complete_recipes),
+]
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe; repeatable")
@@ -165,6 +182,6 @@ def _quiet_libraries() -> None:
             warnings.simplefilter("ignore", category)
 
 
-def command_line() -> str:
-    """The command line, quoted so that it can be run again."""
-    return shlex.join(["echo-lora", *sys.argv[1:]])
+def command_line(without: str | None = None) -> str:
+    """The command line, quoted so that it can be run again, without one of its words."""
+    return shlex.join(["echo-lora", *(word for word in sys.argv[1:] if word != without)])

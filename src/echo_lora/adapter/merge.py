@@ -72,13 +72,15 @@ def merge(
         _refuse_quantised(reference, load_config(reference, trust_remote_code))
         with stage(f"Loading {reference} and the adapter"):
             model = load_adapter(load_base_model(reference, dtype, trust_remote_code=trust_remote_code), adapter)
-        probe = probe_ids(model)
-        before = model(input_ids=probe).logits.float()
-        merged = _merged(model, adapter)
+        with stage("Merging"):
+            probe = probe_ids(model)
+            before = model(input_ids=probe).logits.float()
+            merged = _merged(model, adapter)
+            difference = _compare(merged, before, probe, f"{adapter}: merging")
         result = MergeResult(
             output=Path(output),
             dtype=str(merged.dtype).removeprefix("torch."),
-            max_difference=_compare(merged, before, probe, f"{adapter}: merging"),
+            max_difference=difference,
             largest_logit=before.abs().max().item(),
             tolerance=logit_tolerance(merged.dtype),
             reloaded_difference=None,
@@ -93,8 +95,8 @@ def merge(
                 saved = AutoModelForCausalLM.from_pretrained(
                     temporary, dtype=merged.dtype, trust_remote_code=trust_remote_code, use_safetensors=True
                 )
-                difference = _compare(saved.eval(), before, probe, f"{output}: the merged model as it loads")
-                result = replace(result, reloaded_difference=difference)
+                again = _compare(saved.eval(), before, probe, f"{output}: the merged model as it loads")
+                result = replace(result, reloaded_difference=again)
     return result
 
 

@@ -30,8 +30,9 @@ from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
 from echo_lora.files import refuse_existing
 from echo_lora.models import load_tokenizer
 from echo_lora.progress import progress_console, stage
-from echo_lora.recipe.build import load_base, require_packages
+from echo_lora.recipe.build import load_base
 from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.schema import Recipe
 
 RECIPE = "tiny"
@@ -71,7 +72,7 @@ def run_bench(
             "bench compares steps with a loss on answers, but the recipe has data.train_on_prompt = true. "
             "Add `--set data.train_on_prompt=false`."
         )
-    require_packages(loaded)
+    require_packages(loaded, trains=True)
     rows = rows or (QUICK_ROWS if quick else loaded.training.batch_size)
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     with stage(f"Reading rows with the tokenizer of {loaded.model}"):

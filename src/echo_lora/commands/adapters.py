@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from echo_lora.environment import require_writable
+from echo_lora.environment import require_package, require_writable
 from echo_lora.errors import EchoError
-from echo_lora.terminal import SetOption, TracebackOption, path, print_pairs, print_table, starting
+from echo_lora.terminal import SetOption, TracebackOption, complete_recipes, path, print_pairs, print_table, starting
 
 app = typer.Typer()
 
@@ -18,13 +18,18 @@ app = typer.Typer()
 @app.command("eval", epilog="Example: echo-lora eval tiny --set data.limit=16")
 def evaluate(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_ADAPTER", help="recipe, output folder of a run, or its adapter folder")
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_ADAPTER",
+            help="recipe, output folder of a run, or its adapter folder",
+            autocompletion=complete_recipes,
+        ),
     ],
     overrides: SetOption = None,
     adapter: Annotated[
         Path | None, typer.Option(help="adapter to score; default: the one in the recipe's output folder", parser=path)
     ] = None,
-    base: Annotated[bool, typer.Option("--base", help="score the base model too")] = False,
+    base: Annotated[bool, typer.Option("--base", help="score the base model too, and compare")] = False,
     output: Annotated[Path | None, typer.Option(help="write scores and predictions as JSON", parser=path)] = None,
     run_generated_code: Annotated[
         bool,
@@ -43,11 +48,12 @@ def evaluate(
 
     The scores of a run are added to its model card, unless --set changes the recipe.
     """
+    require_package("lm-eval", "scoring")
     if output is not None:
         require_writable(output, is_file=True)
     with starting():
         from echo_lora.files import locked
-        from echo_lora.recipe.scoring import add_to_card, resolve, score_recipe, write_scores
+        from echo_lora.recipe.scoring import COMPARED, add_to_card, comparison, resolve, score_recipe, write_scores
 
     trusted = ["trust_remote_code=true"] if trust_remote_code else []
     recipe, found = resolve(target, [*(overrides or ()), *trusted], adapter)
@@ -58,9 +64,11 @@ def evaluate(
             write_scores(recipe, scores, output)
     if found is not None:
         print_pairs({"adapter": str(found)})
-    print_table([row for one in scores for row in one.table()])
+    print_table(comparison(*scores) if len(scores) == 2 else scores[0].table())
     for line in (line for one in scores for line in one.averages()):
         typer.echo(line)
+    if len(scores) == 2:
+        typer.echo("\n" + "\n".join(COMPARED))
     if output is not None:
         typer.echo(f"Written to {output}")
     if found is not None and (card := add_to_card(recipe, found, scores)) is not None:
@@ -104,7 +112,8 @@ def doctor(
 
     report = None
     if adapter is not None:
-        from echo_lora.adapter.inspection import inspect_adapter
+        with starting():
+            from echo_lora.adapter.inspection import inspect_adapter
 
         report = inspect_adapter(adapter)
     print_pairs(versions())

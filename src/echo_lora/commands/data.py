@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from echo_lora.environment import require_writable
+from echo_lora.progress import stage
 from echo_lora.terminal import MAX_COUNT, TracebackOption, path, print_table, starting
 
 app = typer.Typer(
@@ -38,7 +39,8 @@ def import_(
     with starting():
         from echo_lora.benchmarks.importing import import_data
 
-    report = import_data(None if hub else source, output or source, tasks=task or (), hold_out=hold_out)
+    with stage("Importing"):
+        report = import_data(None if hub else source, output or source, tasks=task or (), hold_out=hold_out)
     print_table([count.table_row() for count in report.counts])
     for note in report.notes:
         typer.echo(f"Note: {note}")

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from echo_lora.environment import is_main_process, require_writable
+from echo_lora.environment import is_main_process, process_count, require_writable
 from echo_lora.terminal import (
     MAX_COUNT,
     STYLES,
     RecipeArgument,
     SetOption,
     TracebackOption,
+    command_line,
     new_console,
     print_pairs,
     print_segments,
@@ -38,7 +39,9 @@ def train(
     with starting():
         from echo_lora.recipe.train import run
 
-    result = run(loaded, resume=resume)
+    # a launcher's command is not known here
+    command = command_line(without="--resume") if process_count() == 1 else None
+    result = run(loaded, resume=resume, command=command)
     if is_main_process():
         print_pairs(result.pairs())
 

@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
-from echo_lora.environment import require_writable
+from echo_lora.environment import require_package, require_writable
 from echo_lora.errors import EchoError
+from echo_lora.progress import stage
 from echo_lora.terminal import (
     MAX_COUNT,
     SetOption,
     TracebackOption,
     command_line,
+    complete_recipes,
+    complete_studies,
     path,
     print_pairs,
     print_table,
@@ -49,7 +52,11 @@ def demo(
 def bench(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE", help="recipe with the model and rows; default: tiny, on random rows"),
+        typer.Argument(
+            metavar="RECIPE",
+            help="recipe with the model and rows; default: tiny, on random rows",
+            autocompletion=complete_recipes,
+        ),
     ] = None,
     overrides: SetOption = None,
     shape: Annotated[
@@ -93,7 +100,10 @@ def bench(
     "echo-lora compare quick --workers 2 --minutes 30"
 )
 def compare(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="YAML file, or name of a shipped study")],
+    study: Annotated[
+        str,
+        typer.Argument(metavar="STUDY", help="YAML file, or name of a shipped study", autocompletion=complete_studies),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the study; repeatable")
     ] = None,
@@ -125,7 +135,8 @@ def compare(
 
     engine = Engine(workers, None if options is None else "slurm", options)
     is_complete = run_study(loaded, engine, minutes=minutes, until_decided=until_decided, command=command_line())
-    report = write_report(loaded.output)
+    with stage("Writing the report"):
+        report = write_report(loaded.output)
     typer.echo("\n".join(summary_lines(loaded.output)))
     typer.echo(f"\nWritten to {report}")
     if not is_complete:
@@ -138,9 +149,11 @@ def report(
     traceback: TracebackOption = False,
 ) -> None:
     """Write the report of a study. Makes report.html and report.md from its records."""
+    require_package("statsmodels", "the report of a study")
     with starting():
         from echo_lora.study.report.page import summary_lines, write_report
 
-    page = write_report(folder)
+    with stage("Writing the report"):
+        page = write_report(folder)
     typer.echo("\n".join(summary_lines(folder)))
     typer.echo(f"\nWritten to {page} and {page.with_suffix('.md').name}")

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from echo_lora.environment import require_package
 from echo_lora.errors import EchoDataError, nearest
 
 _SEEDS_PER_SPLIT = 1_000_000
@@ -19,13 +20,9 @@ def reasoning_gym_rows(
     Row i is drawn with seed + i, so neighbouring seeds share rows; those of `reasoning_gym_splits` don't. Raises
     EchoDataError for an unknown task or parameter.
     """
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise EchoDataError(
-            f"the task {task!r} needs the package reasoning-gym, which is not installed. "
-            "Run `pip install reasoning-gym`."
-        ) from error
+    require_package("reasoning-gym", f"the task {task!r}", error=EchoDataError)
+    import reasoning_gym
+
     names = list(reasoning_gym.factory.DATASETS)
     if task not in names:
         raise EchoDataError(f"{task!r} is not a task of reasoning-gym.{nearest(task, names)}")

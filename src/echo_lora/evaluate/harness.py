@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
+from echo_lora.environment import require_package
+from echo_lora.errors import EchoConfigError, EchoModelError
 from echo_lora.evaluate.answers import UNREADABLE, macro_accuracy
 from echo_lora.evaluate.programs import sandbox_command
 from echo_lora.evaluate.tasks import FILTER, METRIC, TASK_VERSION, EvalTask, check_rows, location, write_task
@@ -67,11 +67,10 @@ def score(
     in eval mode. progress: show bars on a terminal. run_generated_code: allow tasks of kind code, which run what the
     model writes in the sandbox of `programs.py`. allow_unsandboxed: run it without one where none works.
     Returns one result per task, in order. Downloads nothing; training modes, padding token and random states are
-    restored. Raises EchoError if lm-eval is missing, EchoDataError for a row that can't be scored or is too long,
-    EchoConfigError for a duplicate task name or code that may not run, EchoModelError for NaN log-likelihoods.
+    restored. Raises EchoDataError for a row that can't be scored or is too long, EchoConfigError if lm-eval is missing,
+    for a duplicate task name or code that may not run, EchoModelError for NaN log-likelihoods.
     """
-    if find_spec("lm_eval") is None:
-        raise EchoError('Evaluation needs lm-evaluation-harness. Run: pip install "echo-lora[eval]"')
+    require_package("lm-eval", "scoring")
     tasks = list(tasks)
     _check_names([task.name for task, _ in tasks])
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
-from echo_lora.errors import EchoConfigError, EchoError, EchoModelError, nearest
+from echo_lora.errors import EchoError, EchoModelError, nearest
 from echo_lora.method.model import EchoModel, get_echo_model
 from echo_lora.method.targets import unmatched_targets
 from echo_lora.models import load_base_model
@@ -45,16 +44,6 @@ RECIPE_KEYS = {
 }
 
 VARIANTS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
-
-
-def require_packages(recipe: Recipe) -> None:
-    """Raises EchoConfigError if the recipe needs a package that is not installed."""
-    needs: dict[str, str] = {f"training.report_to = {name}": name for name in recipe.training.report_to}
-    if "8bit" in recipe.training.optimizer:
-        needs[f"training.optimizer = {recipe.training.optimizer}"] = "bitsandbytes"
-    for key, package in needs.items():
-        if find_spec(package) is None:
-            raise EchoConfigError(f"{key} needs the package {package}. Run `pip install {package}`, or leave it out.")
 
 
 def load_base(recipe: Recipe) -> PreTrainedModel:

@@ -25,7 +25,8 @@ from echo_lora.method.routing import routing_probability
 from echo_lora.method.targets import decoder_layers, listed
 from echo_lora.models import empty_model
 from echo_lora.progress import stage
-from echo_lora.recipe.build import add_adapter, parameter_counts, require_packages
+from echo_lora.recipe.build import add_adapter, parameter_counts
+from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.prepare import prepare, sample_of, summary_of
 from echo_lora.recipe.schema import Recipe
 
@@ -104,10 +105,11 @@ class Plan:
 
 def plan(recipe: Recipe) -> Plan:
     """The dry run. Raises the errors that training would raise before its first step."""
-    require_packages(recipe)
+    require_packages(recipe, trains=True)
     with stage("Reading rows", line=False):
         prepared = prepare(sample_of(recipe))[1]["train"]
-    base, model = _on_meta(recipe)
+    with stage("Building the model without weights", line=False):
+        base, model = _on_meta(recipe)
     config = recipe.build_echo_config()
     sources, targets = _named_layers(base, model, config) if isinstance(model, EchoModel) else ([], {})
     steps = _steps(recipe, sum(len(data.rows) for data in prepared))
@@ -119,6 +121,8 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.echo and config.echo_step == "shared_prefix" and reason is not None:
         raise EchoModelError(f"echo_config.echo_step = shared_prefix is impossible: {reason}. Use auto.")
     deployed, echo = parameter_counts(model)
+    with stage("Measuring what a step keeps", line=False):
+        memory = _memory(recipe, model, prepared, shares_prefix=reason is None)
     return Plan(
         model=recipe.model,
         method=recipe.method,
@@ -134,7 +138,7 @@ def plan(recipe: Recipe) -> Plan:
         mean_routing=mean_routing,
         why_full=reason if recipe.echo else None,
         cost=_cost(prepared, mean_routing, reason is None) if recipe.echo else 1.0,
-        memory=_memory(recipe, model, prepared, shares_prefix=reason is None),
+        memory=memory,
     )
 
 

@@ -13,6 +13,7 @@ from echo_lora.data.preview import Segment, preview_segments
 from echo_lora.data.stream import RowStream
 from echo_lora.models import empty_model, has_position_table, load_config, load_tokenizer
 from echo_lora.progress import stage
+from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.rows import check_rows, prepare_split, source_rows
 from echo_lora.recipe.schema import Recipe
 
@@ -41,6 +42,7 @@ class Preview:
 
 def preview(recipe: Recipe, count: int = 3) -> Preview:
     """The first `count` training rows of each source. Raises EchoDataError for a row that can't be trained on."""
+    require_packages(recipe)
     with stage("Reading rows", line=False):
         tokenizer, parts = prepare(sample_of(recipe))
     prepared = parts["train"]

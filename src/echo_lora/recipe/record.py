@@ -145,8 +145,9 @@ def tidy_folder(output: Path, checkpoints: Path, is_new: bool) -> None:
         logger.warning("%s could not be cleaned up: %s", output, error)
 
 
-def resume_hint(checkpoints: Path) -> str:
-    """How to continue an interrupted run."""
+def resume_hint(checkpoints: Path, command: str | None = None) -> str:
+    """What an interruption leaves, and how to continue. command: what was run, without --resume."""
     if complete := complete_checkpoints(checkpoints):
-        return f"The newest complete checkpoint is {complete[-1]}. To resume from it, repeat the command with --resume."
-    return "There is no complete checkpoint yet: repeat the command to start again."
+        how = "repeat the command with --resume." if command is None else f"run: {command} --resume"
+        return f"The newest complete checkpoint, {complete[-1]}, is kept. To resume from it, {how}"
+    return "There is no complete checkpoint yet, so nothing is kept: repeat the command to start again."

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from scipy.stats import norm
 
 from echo_lora.adapter.card import CARD_FILE, read_card, with_scores
 from echo_lora.adapter.export import probe_ids
@@ -25,10 +27,11 @@ from echo_lora.evaluate.harness import require_permission
 from echo_lora.evaluate.programs import describe_sandbox
 from echo_lora.evaluate.tasks import check_rows
 from echo_lora.files import refuse_locked, write_text
-from echo_lora.models import canonical, load_tokenizer
+from echo_lora.models import canonical, load_tokenizer, on_accelerator
 from echo_lora.progress import progress_console, stage
 from echo_lora.recipe.build import load_base
 from echo_lora.recipe.load import load_recipe, recipe_of_run
+from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.record import RUN_FILE
 from echo_lora.recipe.rows import evaluation_rows
 from echo_lora.recipe.schema import Recipe
@@ -76,6 +79,76 @@ class Scores:
         }
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy of the adapter minus that of the base, as a share, with its 95 % interval."""
+
+    task: str  # or "mean of tasks"
+    base: float
+    adapter: float
+    low: float
+    high: float
+
+    @property
+    def estimate(self) -> float:
+        return self.adapter - self.base
+
+
+MEAN = "mean of tasks"
+
+
+def differences(base: Scores, adapter: Scores) -> list[Difference]:
+    """The difference on each task and, with several, on their unweighted mean.
+
+    The interval is the adjusted Wald interval for paired shares of Bonett and Price (2012, Journal of Educational and
+    Behavioral Statistics 37:479): one imagined question is added to those that only the one, and only the other, got
+    right. The mean treats tasks as independent.
+    """
+    found, centres, variances = [], [], []
+    for one, other in zip(base.results, adapter.results, strict=True):
+        pairs = list(zip(one.correct_per_row, other.correct_per_row, strict=True))
+        lost, gained = ((sum(pair == kind for pair in pairs) + 1) / (len(pairs) + 2) for kind in ((1, 0), (0, 1)))
+        centres.append(gained - lost)
+        variances.append((gained + lost - (gained - lost) ** 2) / (len(pairs) + 2))
+        found.append(_difference(one.task, one.accuracy, other.accuracy, centres[-1], variances[-1]))
+    if (tasks := len(found)) > 1:
+        shares = ([getattr(result, name) for result in found] for name in ("base", "adapter"))
+        first, second, centre = (sum(values) / tasks for values in (*shares, centres))
+        found.append(_difference(MEAN, first, second, centre, sum(variances) / tasks**2))
+    return found
+
+
+def _difference(task: str, base: float, adapter: float, centre: float, variance: float) -> Difference:
+    width = float(norm.ppf(0.975)) * math.sqrt(variance)
+    return Difference(task, base, adapter, max(centre - width, -1.0), min(centre + width, 1.0))
+
+
+def comparison(base: Scores, adapter: Scores) -> list[dict[str, str]]:
+    """Base, adapter and their difference, a row per task, for the terminal."""
+    rows = []
+    by_task = {result.task: (one, result) for one, result in zip(base.results, adapter.results, strict=True)}
+    for found in differences(base, adapter):
+        pair = by_task.get(found.task)
+        rows.append(
+            {
+                "task": found.task,
+                "rows": str(pair[0].total) if pair else "",
+                "base": f"{found.base:.1%}",
+                "adapter": f"{found.adapter:.1%}",
+                "difference": f"{100 * found.estimate:+.1f}",
+                "95 % interval": f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
+                "unreadable": " / ".join(f"{result.unreadable:.1%}" for result in pair) if pair else "",
+            }
+        )
+    return rows
+
+
+COMPARED = (
+    "difference: adapter minus base in points, both on the same rows; the interval says nothing about other seeds",
+    "unreadable: answers in which the task's pattern finds nothing, of base / adapter; they count as wrong",
+)
+
+
 def resolve(
     target: str, overrides: Sequence[str] = (), adapter: str | Path | None = None
 ) -> tuple[Recipe, Path | None]:
@@ -117,6 +190,7 @@ def score_recipe(
     run_generated_code, allow_unsandboxed: see `score`. Raises EchoConfigError if a task needs them and they are not
     set, EchoCheckpointError if the adapter does not fit the recipe's model.
     """
+    require_packages(recipe, scores=True)
     require_permission([task.build() for task in recipe.evaluation.tasks], run_generated_code, allow_unsandboxed)
     if any(task.kind == "code" for task in recipe.evaluation.tasks):
         progress_console().print(f"Generated code runs {describe_sandbox(allow_unsandboxed)}")
@@ -133,6 +207,7 @@ def score_recipe(
     with stage(f"Loading {recipe.model}"):
         base: Any = load_base(recipe)
         model = base.eval() if adapter is None else load_adapter(base, adapter, require_same_name=True)
+        model = on_accelerator(model)
         _require_numbers(model, recipe.model if adapter is None else str(adapter))
     scores = []
     if adapter is None or with_base:
@@ -159,6 +234,8 @@ def _require_numbers(model: Any, name: str) -> None:
 def write_scores(recipe: Recipe, scores: list[Scores], path: str | Path) -> None:
     """Write recipe, versions and scores, with every prediction, as JSON. Raises EchoCheckpointError if it can't."""
     record = {"recipe": recipe.to_dict(), "versions": versions(), "models": [one.to_dict() for one in scores]}
+    if len(scores) == 2:
+        record["differences"] = [asdict(found) | {"estimate": found.estimate} for found in differences(*scores)]
     text = json.dumps(record, indent=2, ensure_ascii=False)
     write_text(Path(path), text)
 

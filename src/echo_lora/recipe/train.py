@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
@@ -38,17 +38,17 @@ from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, Ec
 from echo_lora.files import locked, write_file, write_text
 from echo_lora.method import losses
 from echo_lora.models import canonical
-from echo_lora.progress import progress_console, stage
+from echo_lora.progress import PATIENCE, Steps, progress_console, stage
 from echo_lora.recipe.build import (
     add_adapter,
     load_base,
     parameter_counts,
     recipe_key,
-    require_packages,
     training_arguments,
     whole_model,
 )
 from echo_lora.recipe.load import recipe_text
+from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.prepare import prepare, prepare_stream
 from echo_lora.recipe.record import (
     RECIPE_FILE,
@@ -73,25 +73,26 @@ _ABOUT_RECIPE = f"""# The recipe of this run, with the defaults of echo-lora {__
 SHOWN_METRICS = ("loss", *losses.SHOWN, "routing_p", "eval_loss", "learning_rate")
 
 
-def run(recipe: Recipe, *, resume: bool = False) -> RunResult:
+def run(recipe: Recipe, *, resume: bool = False, command: str | None = None) -> RunResult:
     """Train the recipe's adapter and write its output folder.
 
-    resume: continue from the newest complete checkpoint in the output folder; the recipe must be the same. After an
-    EchoError, or an EchoInterrupt at Ctrl-C, only complete checkpoints remain; files that are not the run's own are
-    never touched. In several processes, every one calls this; the first writes the output.
+    resume: continue from the newest complete checkpoint in the output folder; the recipe must be the same. command:
+    what the user ran, without --resume, for the message of an interruption. After an EchoError, or an EchoInterrupt at
+    Ctrl-C, only complete checkpoints remain; files that are not the run's own are never touched. In several processes,
+    every one calls this; the first writes the output.
     """
-    require_packages(recipe)
+    require_packages(recipe, trains=True)
     recipe = recipe.model_copy(update={"model": canonical(recipe.model)})
     output = Path(recipe.output)
     with process_group(), ExitStack() as stack:
         with together():
             if is_main():
-                stack.enter_context(_claimed(output, resume))
+                stack.enter_context(_claimed(output, resume, command))
         return _run(recipe, output, output / "checkpoints", resume)
 
 
 @contextmanager
-def _claimed(output: Path, resume: bool) -> Iterator[None]:
+def _claimed(output: Path, resume: bool, command: str | None) -> Iterator[None]:
     """The output folder, for this run alone. Afterwards only complete files remain."""
     checkpoints = output / "checkpoints"
     with locked(output):
@@ -100,7 +101,7 @@ def _claimed(output: Path, resume: bool) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as error:
-            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {resume_hint(checkpoints)}") from error
+            raise EchoInterrupt(f"{str(error) or 'Interrupted.'} {resume_hint(checkpoints, command)}") from error
         finally:
             tidy_folder(output, checkpoints, is_new)
 
@@ -285,42 +286,45 @@ class _Progress(TrainerCallback):
     """Steps and metrics of a training run."""
 
     def __init__(self) -> None:
-        self.console = progress_console()
-        self.bar: Progress | None = None
-        self.started = 0.0
+        self.steps: Steps | None = None
         self.has_begun = False  # whether a step has started, so the checkpoint is loaded
+        self.waiting_since: float | None = None  # when an evaluation began that nobody has been told about
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.steps = Steps("Training", state.max_steps, state.global_step)
+        if not self.steps.is_bar:
+            self.steps.say(f"Training {state.max_steps - state.global_step} steps on {kwargs['model'].device} ...")
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.has_begun = True
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
-        if self.console.is_terminal:
-            columns = (TextColumn("Training"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(
-                *columns, TextColumn("{task.description}"), console=self.console, transient=True, refresh_per_second=4
-            )
-            self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-            self.bar.start()
-
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+        if self.steps is not None:
+            self.steps.advance(state.global_step)
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self.waiting_since = self.waiting_since or now
+        if self.steps is not None and now - self.waiting_since > PATIENCE:
+            self.steps.note("evaluating")
+            if not self.steps.is_bar:
+                self.steps.say(f"step {state.global_step}/{state.max_steps}  evaluating ...")
+            self.waiting_since = math.inf
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.waiting_since = None
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
         shown = [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if name in logs]
-        if not shown or "train_runtime" in logs:
+        if self.steps is None or not shown or "train_runtime" in logs:
             return
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], description=" ".join(shown[:3]))
-        else:
-            seconds = time.perf_counter() - self.started
-            line = f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  {seconds:.0f} s"
-            self.console.print(line, markup=False)
+        if "loss" in logs:
+            self.steps.note(f"loss {logs['loss']:.4g}")
+        timing = "" if self.steps.is_bar else f"  {self.steps.timing()}"
+        self.steps.say(f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}{timing}")
 
     def close(self) -> None:
         """Remove the bar; errors end training without an event."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        if self.steps is not None:
+            self.steps.close()

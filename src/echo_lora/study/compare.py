@@ -11,16 +11,16 @@ import re
 import shutil
 import time
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
-from echo_lora.environment import processor, versions
+from echo_lora.environment import processor, require_package, versions
 from echo_lora.errors import EchoConfigError, EchoError, EchoInterrupt
-from echo_lora.progress import progress_console
+from echo_lora.progress import progress_console, stage
+from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.rows import source_rows, sources_of
 from echo_lora.recipe.schema import Recipe
 from echo_lora.study.design import Design, RunKey, Study, recipe_of
@@ -61,8 +61,11 @@ def run_study(
             f"--until-decided: the study of {study.output} declares no looks (numbers of seeds after which it may "
             "stop). Leave --until-decided out, or declare looks before the first run: with 8 seeds, looks: [3, 5, 8]."
         )
-    if find_spec("statsmodels") is None:  # not after hours of training
-        raise EchoError('A study needs statsmodels. Run: pip install "echo-lora[study]"')
+    require_package("statsmodels", "a study")  # not after hours of training
+    if engine.cluster is not None:
+        require_package("submitit", "a study on a cluster")
+    for arm in study.arms:
+        require_packages(recipe_of(study, RunKey("confirmation", arm, 1.0, study.seeds[0])), trains=True, scores=True)
     if minutes is not None and engine.cluster is not None:
         raise EchoConfigError("--minutes limits runs on this machine; on a cluster use --slurm timeout_min=…")
     if engine.cluster == "slurm" and shutil.which("srun") is None:
@@ -99,7 +102,8 @@ def _run_study(study: Study, engine: Engine, ends: float | None, until_decided: 
     if not run(study.tuning_runs):
         return False
     chosen = choose(study)
-    known = file.model_copy(update={"chosen": chosen, "power": file.power or estimate_power(study, chosen)})
+    with stage("Estimating the power of the study", line=False):
+        known = file.model_copy(update={"chosen": chosen, "power": file.power or estimate_power(study, chosen)})
     if known != file:
         file, archive = known, Archive(study)  # whose order depends on the rates
         file.write(study.output)

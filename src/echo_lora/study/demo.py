@@ -21,6 +21,7 @@ from echo_lora.errors import EchoError, EchoInterrupt
 from echo_lora.evaluate import TaskResult
 from echo_lora.files import write_text
 from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.record import RUN_FILE, RunResult
 from echo_lora.recipe.scoring import score_recipe
 from echo_lora.training.checkpoint import has_complete_checkpoint
@@ -70,6 +71,7 @@ def run_demo(output: str | Path) -> list[ModelScore]:
     Raises an EchoError if an arm fails, or if the arms did not start from the same adapter.
     """
     output = Path(output)
+    require_packages(load_recipe(RECIPE), trains=True, scores=True)
     try:
         return _run_demo(output)
     except KeyboardInterrupt as error:

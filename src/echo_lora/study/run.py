@@ -24,7 +24,7 @@ from echo_lora.errors import EchoDataError, EchoTrainingError
 from echo_lora.evaluate import score
 from echo_lora.method.model import EchoModel
 from echo_lora.models import load_tokenizer
-from echo_lora.recipe.build import require_packages
+from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.rows import evaluation_rows
 from echo_lora.recipe.train import train
 from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
@@ -61,7 +61,7 @@ def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
 
 def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
     recipe = recipe_of(study, key)
-    require_packages(recipe)
+    require_packages(recipe, trains=True, scores=True)
     checkpoints = folder / "checkpoints"
     resume = has_complete_checkpoint(checkpoints)
     if not resume:

@@ -141,10 +141,8 @@ def _start_worker(threads: int) -> None:
 
 def _on_cluster(study: Study, keys: list[RunKey], engine: Engine) -> Iterator[tuple[RunKey, str | None]]:
     """Yields as above, from a job array of submitit; all machines must see the study's folder."""
-    try:
-        import submitit
-    except ImportError as error:
-        raise EchoConfigError('runs on a cluster need submitit. Run: pip install "echo-lora[cluster]"') from error
+    import submitit
+
     try:
         executor = submitit.AutoExecutor(folder=Path(study.output) / "jobs", cluster=engine.cluster)
         executor.update_parameters(**(engine.options or {}))
