@@ -480,7 +480,8 @@ def test_a_terminal_shows_training_and_nothing_of_other_libraries(tmp_path):
         assert any(line.startswith(f"step {step}/4  loss ") for line in lines)
     assert any(re.match(r"Training \S+ +\d/4 +\S+ s/step, \d:\d\d left loss \d", line) for line in lines)
     result = next(i for i, line in enumerate(lines) if line.startswith("adapter  "))
-    ours = r"(Starting|Reading rows|Loading|Training|Saving the adapter) .*[━╸╺].* \S+|step \d/4  loss |\S+train.jsonl: prompt_completion "
+    ours = r"(Starting|Reading rows|Loading|Training|Saving the adapter) .*[━╸╺].* \S+|step \d/4  loss "
+    ours += r"|\S+train.jsonl: prompt_completion "
     assert [line for line in lines[:result] if not re.match(ours, line)] == []
     assert lines[-1].endswith("--base")
 
