@@ -6,8 +6,8 @@ from typing import Any
 
 from axolotl.core.trainers import AxolotlTrainer
 
+from echo_lora.method.attach import attach_echo
 from echo_lora.method.config import EchoConfig
-from echo_lora.method.model import attach_echo
 from echo_lora.training.trainer import EchoTrainerMixin
 
 

@@ -25,8 +25,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from echo_lora.errors import EchoConfigError
+from echo_lora.method.attach import attach_echo
 from echo_lora.method.config import EchoConfig
-from echo_lora.method.model import EchoModel, attach_echo
+from echo_lora.method.model import EchoModel
 from echo_lora.training.callback import EchoCallback
 from echo_lora.training.optimizer import separate_echo
 from echo_lora.training.support import refuse_arguments

@@ -7,14 +7,13 @@ disabled, it is the plain PEFT model. `save_pretrained` writes a plain PEFT adap
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -67,27 +66,6 @@ def get_echo_model(
     return wrapped
 
 
-def attach_echo(peft_model: PeftModel, echo_config: EchoConfig | None = None) -> EchoModel:
-    """Add the echo to the active adapter of a PEFT model: the EchoModel that `get_echo_model` gives for that adapter.
-
-    The result shares its modules and weights with `peft_model`, so an optimizer that holds the adapter stays valid; use
-    the result from here on. The adapter goes on from the values it has. Raises EchoModelError if it is not a trainable
-    LoRA adapter or the base does not support the echo, EchoConfigError if a layer does not exist.
-    """
-    refusals.refuse_attaching(peft_model, EchoModel)
-    (adapter_name,) = peft_model.active_adapters
-    refusals.refuse_lora_config(peft_model.peft_config[adapter_name])
-    refusals.refuse_base(peft_model.get_base_model())
-    model = EchoModel.__new__(EchoModel)
-    for name, value in vars(peft_model).items():  # registries are copied: the echo is a module of the new model only
-        model.__dict__[name] = copy.copy(value) if isinstance(value, (dict, set)) else value
-    # PeftModelForCausalLM has it; PeftModel, which PEFT makes without task_type, lacks it
-    model.base_model_prepare_inputs_for_generation = model.base_model.prepare_inputs_for_generation
-    model._attach(echo_config or EchoConfig(), adapter_name)
-    model.refuse_untrainable()
-    return model
-
-
 class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
     """A PEFT LoRA model with echo networks beside it. Made by `get_echo_model` or `attach_echo`.
 
@@ -108,10 +86,10 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        self._attach(echo_config, adapter_name)
+        self.create_echo(echo_config, adapter_name)
         self.initial_adapter = as_drawn(self, adapter_name)
 
-    def _attach(self, echo_config: EchoConfig, adapter_name: str) -> None:
+    def create_echo(self, echo_config: EchoConfig, adapter_name: str) -> None:
         """Create the echo beside the adapter, and hook it to the target modules."""
         base = self.get_base_model()
         _, layers = decoder_layers(base)

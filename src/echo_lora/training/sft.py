@@ -22,8 +22,9 @@ from echo_lora.data.forms import checked_row, row_number, unused_texts, without_
 from echo_lora.data.sources import KEPT_NAME, ROW, where_is, without_nulls
 from echo_lora.data.tokenize import ANSWER, IGNORED, end_token_ids, tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.method.attach import attach_echo
 from echo_lora.method.config import EchoConfig
-from echo_lora.method.model import EchoModel, attach_echo, get_echo_model
+from echo_lora.method.model import EchoModel, get_echo_model
 from echo_lora.models import canonical
 from echo_lora.training.collator import numbered
 from echo_lora.training.support import refuse_arguments
