@@ -39,6 +39,7 @@ PAGES = [
     "study",
     "scaling",
     "benchmark",
+    "integrations",
     "troubleshooting",
 ]
 BEGIN, END = "<!-- recipe-table -->", "<!-- /recipe-table -->"
@@ -108,6 +109,7 @@ def test_the_trl_script_of_the_readme_runs_as_printed(tmp_path):
         "recipes",
         "api",
         "scaling",
+        "integrations",
         pytest.param("data", marks=needs_packaged),
         pytest.param("evaluation", marks=[needs_packaged, needs_lm_eval]),
     ],

@@ -20,6 +20,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from peft import PeftModel
 from pydantic import BaseModel, ValidationError
@@ -196,6 +197,14 @@ def test_axolotls_configuration_refuses(axolotl, settings, words):
     assert Configuration(adapter="lora", echo=ECHO).echo == ECHO
     with pytest.raises(ValidationError, match=words):
         Configuration(**{"adapter": "lora", "echo": ECHO} | settings)
+
+
+def test_the_configuration_of_the_docs_is_accepted(axolotl):
+    text = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text(encoding="utf-8")
+    cfg = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    assert cfg["plugins"] == [PLUGIN]
+    axolotl.EchoPlugin().register(cfg)
+    assert merged(axolotl)(**cfg).echo == cfg["echo"]
 
 
 # ----------------------------------------------------------------------------------------------------------- ms-swift

@@ -38,7 +38,7 @@ def fused_kernels(base_model: PreTrainedModel) -> str | None:
             for start, library, advice in LIBRARIES:
                 if home.startswith(start):
                     return (
-                        f"{path}.{attribute} comes from {home}: {library} computes adapted layers without running "
+                        f"{path}.{attribute} comes from {home}: {library} would compute adapted layers without running "
                         f"their LoRA modules, so the echo would not enter. {advice}."
                     )
     return None

@@ -280,7 +280,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         """
         if adapter_name != self.echo_adapter or adapter_name not in self.peft_config:
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        other = type(self.peft_config[adapter_name]).from_pretrained(model_id, **self._split_kwargs(dict(kwargs))[0])
+        other = LoraConfig.from_pretrained(model_id, **self._split_kwargs(dict(kwargs))[0])
         misfit = f"the saved adapter {model_id} does not fit the adapter {adapter_name!r}"
         refusals.refuse_other_scaling(other, self.peft_config[adapter_name], misfit)
         before = {name: t.clone() for name, t in get_peft_model_state_dict(self, adapter_name=adapter_name).items()}
