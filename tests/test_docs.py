@@ -42,6 +42,7 @@ PAGES = [
     "scaling",
     "benchmark",
     "serving",
+    "integrations",
     "troubleshooting",
 ]
 
@@ -110,6 +111,7 @@ def test_the_trl_script_of_the_readme_runs_as_printed(tmp_path):
         "recipes",
         "api",
         "scaling",
+        "integrations",
         pytest.param("data", marks=needs_packaged),
         pytest.param("evaluation", marks=[needs_packaged, needs_lm_eval]),
     ],
@@ -364,7 +366,7 @@ def test_the_reports_of_the_study_are_those_of_its_records(tmp_path):
     shutil.copytree(ROOT / "results" / "study", tmp_path / "study")
     write_report(tmp_path / "study")
     reports = sorted((ROOT / "results" / "study").rglob("report.*"))
-    assert len(reports) == 8
+    assert len(reports) == 10
     for path in reports:
         again = tmp_path / "study" / path.relative_to(ROOT / "results" / "study")
         assert again.read_bytes() == path.read_bytes(), path

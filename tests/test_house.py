@@ -26,7 +26,8 @@ ROOMS = {
     "": ["errors", "text", "files", "environment", "progress"],
     "method": [
         *("config", "routing", "echo", "alignment", "checkpointing", "targets", "injection", "prefix", "neftune"),
-        *("lm_head", "losses", "step", "sharing", "refusals", "trial", "variants", "kept_echo", "model"),
+        *("lm_head", "losses", "step", "sharing", "kernels", "refusals", "trial", "variants"),
+        *("kept_echo", "model", "attach"),
     ],
     "base": ["packaged", "models"],
     "data": [
@@ -55,6 +56,7 @@ ROOMS = {
         *("schema", "yaml_file", "load", "table", "needs", "rows", "prepare", "build", "record", "plan", "train"),
         *("scoring", "generation"),
     ],
+    "integrations": ["axolotl_trainer", "axolotl", "ms_swift"],
     "bench": ["programs", "report", "measure"],
     "study": [
         *("statistics", "power", "looks", "design", "records", "folder"),
@@ -211,7 +213,7 @@ def test_the_architecture_page_shows_the_imports_as_they_are():
     spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "scripts" / "draw_architecture.py")
     drawing = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(drawing)
-    assert len(drawing.imports()) == 11
+    assert len(drawing.imports()) == 12
     text = drawing.PAGE.read_text(encoding="utf-8")
     assert drawing.page_with(text, drawing.diagram()) == text, "run python scripts/draw_architecture.py --write"
 

@@ -687,14 +687,41 @@ def test_sft_refuses(tmp_path, data, kwargs, error, words):
         sft_trainer(tmp_path, data, **kwargs)
 
 
-def test_sft_refuses_echo_config_beside_an_adapter(tmp_path):
+def test_sft_attaches_the_echo_to_a_model_with_an_adapter(tmp_path):
     base, tokenizer = sft_base()
-    with pytest.raises(EchoConfigError, match="already carries an adapter"):
+    trainer = EchoSFTTrainer(
+        model=peft.get_peft_model(base, lora_config()),
+        args=sft_arguments(tmp_path),
+        train_dataset=Dataset.from_dict(DATASETS["conversational"]),
+        processing_class=tokenizer,
+        echo_config=ROUTED,
+    )
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    after = trainer.model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert any(name.startswith("echo.") for name in changed)
+    assert {name for name in before if "lora_B" in name} <= changed
+    assert all("lora_" in name or name.startswith("echo.") for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("make", "peft_config", "words"),
+    [
+        (lambda base: peft.get_peft_model(base, lora_config()), lora_config(), "an adapter, and a peft_config"),
+        (lambda base: get_echo_model(base, lora_config(), ROUTED), None, "that already has the echo"),
+    ],
+    ids=["two-adapters", "two-echoes"],
+)
+def test_sft_refuses_a_second_adapter_or_echo(tmp_path, make, peft_config, words):
+    base, tokenizer = sft_base()
+    with pytest.raises(EchoConfigError, match=words):
         EchoSFTTrainer(
-            model=peft.get_peft_model(base, lora_config()),
+            model=make(base),
             args=sft_arguments(tmp_path),
             train_dataset=Dataset.from_dict(DATASETS["conversational"]),
             processing_class=tokenizer,
+            peft_config=peft_config,
             echo_config=ROUTED,
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "attach_echo": "method.attach",
     "EchoConfig": "method.config",
     "EchoError": "errors",
     "EchoModel": "method.model",

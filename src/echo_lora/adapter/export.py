@@ -35,7 +35,7 @@ from echo_lora.adapter.files import (
 from echo_lora.errors import EchoCheckpointError, EchoModelError
 from echo_lora.files import new_folder
 from echo_lora.method.targets import decoder_layers
-from echo_lora.method.trial import evaluating
+from echo_lora.method.trial import in_mode
 from echo_lora.method.variants import SUBTRACTED, changes_base
 from echo_lora.models import load_base_model
 
@@ -150,7 +150,7 @@ def _probing(model: PeftModel, adapter_name: str) -> Iterator[Tensor]:
         if active != [adapter_name]:
             model.base_model.set_adapter(adapter_name)
         eager = torch.compiler.set_stance("force_eager")
-        with torch.random.fork_rng(), torch.no_grad(), eager, evaluating(model):
+        with torch.random.fork_rng(), torch.no_grad(), eager, in_mode(model, training=False):
             yield probe_ids(model)
     finally:
         if active != [adapter_name]:

@@ -92,6 +92,11 @@ def _checkpoint_functions(base: PreTrainedModel) -> list[Any]:
     return [getattr(module, "_gradient_checkpointing_func", None) for module in on]
 
 
+def _enabling(base: PreTrainedModel) -> Callable[..., None]:
+    """The base's method that enables checkpointing; Axolotl and ms-swift pin transformers with the older name only."""
+    return getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+
+
 class Checkpointing:
     """Gradient checkpointing of the base's layers, with these `context_fn`s of torch's checkpoint added."""
 
@@ -107,7 +112,12 @@ class Checkpointing:
                 "Set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         checkpointing["context_fn"] = _JoinedContexts(checkpointing.get("context_fn"), *self.contexts)
-        base.activation_checkpointing_enable(checkpointing, **kwargs)
+        _enabling(base)(checkpointing, **kwargs)
+
+    @staticmethod
+    def is_enabled(base: PreTrainedModel) -> bool:
+        """Whether the base checkpoints its layers in training mode."""
+        return bool(_checkpoint_functions(base))
 
     def is_on(self, base: PreTrainedModel) -> bool:
         """Whether layers are recomputed. Adds our contexts if checkpointing was enabled without them."""
@@ -132,7 +142,7 @@ class Checkpointing:
             arguments = dict(getattr(function, "keywords", {}))
             if isinstance(context := arguments.get("context_fn"), _JoinedContexts):
                 del arguments["context_fn"]
-                base.activation_checkpointing_enable(arguments | context.theirs)
+                _enabling(base)(arguments | context.theirs)
                 break
 
 

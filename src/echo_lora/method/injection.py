@@ -8,7 +8,7 @@ nothing outside `injecting`.
 
 At `lora_input` one hook fits LoRA, DoRA, rsLoRA and quantised bases, which all run `lora_A[adapter]`. There DoRA also
 scales δ: y = (m / ‖W0 + s·B A‖) · (W0 x + s·B A (x + a_t δ_m)). Its norm is computed from the weights, without δ, which
-is why `_is_weight_probe` leaves such a call alone.
+is why `is_weight_probe` leaves such a call alone.
 
 With gradient checkpointing, layers run again during backward, when no pass is injecting any more:
 `Injector.checkpoint_contexts` makes each recomputation see what its forward saw.
@@ -39,20 +39,23 @@ class Injection:
 
 
 class Injector:
-    """Owns the hooks on the target modules, and the current injection."""
+    """Owns the hooks on the target modules, and the current injection.
+
+    entries: by the name of a target module, the module that carries the hook: the LoRA module itself, or its lora_A.
+    """
 
     def __init__(self, modules: dict[str, LoraLayer], adapter: str, site: str) -> None:
         self.adapter = adapter
         self.modules = modules
         self.current: Injection | None = None
-        self._hooked: dict[str, nn.Module] = {}  # lora_A of each module, at site lora_input
-        self._reached: set[str] = set()
+        self.entries: dict[str, nn.Module] = {}
         for name, module in modules.items():
             # bound methods and partials, not closures: deepcopy must copy the hooks with the model
             if site == "lora_input":
-                self._hooked[name] = module.lora_A[adapter]
-                self._hooked[name].register_forward_pre_hook(partial(self._add_to_input, name))
+                self.entries[name] = module.lora_A[adapter]
+                self.entries[name].register_forward_pre_hook(partial(self._add_to_input, name))
             else:
+                self.entries[name] = module
                 module.register_forward_hook(partial(self._add_to_output, name))
 
     def follow(self, base_model: nn.Module) -> None:
@@ -68,18 +71,9 @@ class Injector:
                     f"{name} lost its adapter {self.adapter!r} after the echo was attached to it, so its echo can't "
                     "learn. Keep the adapter; with EVA use EvaConfig(rho=1.0), which leaves all ranks as they are."
                 )
-            if name in self._hooked and self._hooked[name] is not lora_A[self.adapter]:
-                self._hooked[name] = lora_A[self.adapter]
-                self._hooked[name].register_forward_pre_hook(partial(self._add_to_input, name))
-
-    def require_reached(self) -> None:
-        """Raises EchoModelError if an injecting pass has run only some of the modules: the others would never learn."""
-        missing = [name for name in self.modules if name not in self._reached]
-        if missing and self._reached:  # compiled modules record nothing
-            raise EchoModelError(
-                f"{missing[0]} did not run in the echo-on pass ({len(missing)} such modules), so its echo can't learn. "
-                "Leave it out of LoraConfig.target_modules, or choose other target_layers."
-            )
+            if self.entries[name] is not module and self.entries[name] is not lora_A[self.adapter]:
+                self.entries[name] = lora_A[self.adapter]
+                self.entries[name].register_forward_pre_hook(partial(self._add_to_input, name))
 
     @staticmethod
     def widths(modules: dict[str, LoraLayer], site: str) -> dict[str, int]:
@@ -124,24 +118,18 @@ class Injector:
 
         return measure
 
-    def _reach(self, name: str) -> None:
-        if not torch.compiler.is_compiling():
-            self._reached.add(name)
-
     def _add_to_input(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self.current is None or _is_weight_probe(args[0]):
+        if self.current is None or is_weight_probe(args[0]):
             return None
-        self._reach(name)
         return (_add(args[0], self.current, name), *args[1:])
 
     def _add_to_output(self, name: str, layer: LoraLayer, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self.current is None or self.adapter not in layer.active_adapters:
             return None
-        self._reach(name)
         return _add(output, self.current, name)
 
 
-def _is_weight_probe(x: Tensor) -> bool:
+def is_weight_probe(x: Tensor) -> bool:
     """Whether x is the identity matrix that DoRA sends through lora_A to compute the weight's norm.
 
     Only square matrices are compared, so ordinary (B, T, d) inputs cost nothing.

@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.method import losses, refusals
 from echo_lora.method.alignment import AlignedRows, align_rows
-from echo_lora.method.checkpointing import Checkpointing, Freezing, is_compiled
+from echo_lora.method.checkpointing import Checkpointing, Freezing
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.echo import EchoNetworks
 from echo_lora.method.injection import Injector
@@ -52,6 +52,7 @@ def get_echo_model(
     model or the adapter does not support the echo, EchoConfigError if a layer does not exist.
     """
     refusals.refuse_lora_config(peft_config)
+    refusals.refuse_adapted(model)
     refusals.refuse_base(model)
     peft_config.base_model_name_or_path = model.__dict__.get("name_or_path", None) or None  # as get_peft_model
     given = peft_config.target_modules
@@ -66,13 +67,15 @@ def get_echo_model(
 
 
 class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
-    """A PEFT LoRA model with echo networks beside it. Made by `get_echo_model`.
+    """A PEFT LoRA model with echo networks beside it. Made by `get_echo_model` or `attach_echo`.
 
     echo: the echo networks; trainable, part of `parameters()` and of training checkpoints, never of an adapter.
     echo_enabled: False makes it a plain PEFT model.
     without_echo: the LoRA modules of the target layers that receive no echo, by name, with the reason.
-    initial_adapter: the initial adapter, if it was subtracted from the base's weights (PiSSA and the like).
+    initial_adapter: if the base lost it (PiSSA and the like) and it is known, the initial adapter; otherwise None.
     """
+
+    initial_adapter: dict[str, Tensor] | None
 
     def __init__(
         self,
@@ -83,6 +86,11 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.create_echo(echo_config, adapter_name)
+        self.initial_adapter = as_drawn(self, adapter_name)
+
+    def create_echo(self, echo_config: EchoConfig, adapter_name: str) -> None:
+        """Create the echo beside the adapter, and hook it to the target modules."""
         base = self.get_base_model()
         _, layers = decoder_layers(base)
         source = echo_config.resolve_source_layers(len(layers))
@@ -90,10 +98,9 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         modules, self.without_echo = target_modules(base, targets, adapter_name, echo_config.injection_site)
 
         self.echo_config = echo_config
-        self.initial_adapter = as_drawn(self, adapter_name)
+        self.initial_adapter = None  # unknown unless the adapter was drawn here
         self.echo_adapter = adapter_name
         self.echo_enabled = True
-        self._has_routed = False
         self._source_layers = [layers[index] for index in source]  # a list, so that they are not registered twice
         self._injector = Injector(modules, adapter_name, echo_config.injection_site)
         self._sharing = PrefixSharing(list(layers))
@@ -101,7 +108,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         self._checkpointing = Checkpointing(
             self._injector.checkpoint_contexts, self._sharing.checkpoint_contexts, self._freezing.checkpoint_contexts
         )
-        self._abilities = Abilities(self._sharing)
+        self._abilities = Abilities(self._sharing, self._injector.entries)
         self._routing_clock: tuple[int, int] | None = None
         self.is_stepping = False  # whether a forward was a step of Echo-LoRA since the clock was set
         self._warned: set[str] = set()
@@ -110,11 +117,11 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         # discarded at the end: PEFT saves tensors whose names have `lora_`, and these are `echo.…`      (equation 8)
         self.echo = EchoNetworks(base.config.get_text_config().hidden_size, widths, echo_config)
         self.echo.to(next(iter(modules.values())).lora_A[adapter_name].weight.device)
-        if base.is_activation_checkpointing:
+        if self._checkpointing.is_enabled(base):
             self.gradient_checkpointing_enable()
         if self.without_echo:
             self._warn_once(f"These modules keep their LoRA but receive no echo: {listed(self.without_echo)}.")
-        if (what := changes_base(peft_config)) is not None:
+        if (what := changes_base(self.peft_config[adapter_name])) is not None:
             self._warn_once(
                 f"{what} changed the base's weights, so checkpoints only fit the changed base. Save the adapter with "
                 "save_verified, which converts it to the original base and checks it there."
@@ -205,9 +212,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
             shows_length=angles_depend_on_length(base.config),
             starts_together=reason is not None,
         )
-        if is_routed:
-            self._injector.follow(base)
-        output = training_step(
+        return training_step(
             with_one_noise(self._plain_forward, base.get_input_embeddings(), input_ids.shape[1]),
             self._source_layers,
             self.echo,
@@ -223,9 +228,6 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
             echo_only=self._freezing.in_echo_on_pass(self.base_model, config, is_checkpointed) if is_routed else None,
             router_aux_loss_coef=router_aux_loss_coef(base.config),
         )
-        if is_routed:
-            self._require_reached_once(base)
-        return output
 
     def set_routing_clock(self, step: int, total_steps: int) -> None:
         """Set which optimizer step (from 0) of how many comes next; the routing is a function of it.
@@ -234,11 +236,15 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         EchoCallback call this; your own training loop must call it before each step.
         """
         if self._routing_clock is None and self.echo_enabled:
-            refusals.refuse_untrainable(self, self.echo_adapter, list(self._injector.modules.values()))
+            self.refuse_untrainable()
         if (step, total_steps) != self._routing_clock:
             self.end_step()
         self._routing_clock = (step, total_steps)
         self.is_stepping = False
+
+    def refuse_untrainable(self) -> None:
+        """Raises EchoModelError if training would not update the adapter that carries the echo."""
+        refusals.refuse_untrainable(self, self.echo_adapter, list(self._injector.modules.values()))
 
     def end_step(self) -> None:
         """End the current step and clear the clock, as at the start of a training."""
@@ -263,8 +269,8 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         """Raises EchoModelError: a saved adapter holds no echo, and PEFT would load it as a plain model."""
         raise EchoModelError(
             "a saved adapter holds no echo, so there is no EchoModel to load. To use it, call "
-            "PeftModel.from_pretrained. To continue training it, call get_echo_model(base, LoraConfig(…)) and then, on "
-            "the model that returns, load_adapter(folder, 'default', is_trainable=True)."
+            "PeftModel.from_pretrained. To continue training it, call "
+            "attach_echo(PeftModel.from_pretrained(base, folder, is_trainable=True))."
         )
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -274,7 +280,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         """
         if adapter_name != self.echo_adapter or adapter_name not in self.peft_config:
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        other = type(self.peft_config[adapter_name]).from_pretrained(model_id, **self._split_kwargs(dict(kwargs))[0])
+        other = LoraConfig.from_pretrained(model_id, **self._split_kwargs(dict(kwargs))[0])
         misfit = f"the saved adapter {model_id} does not fit the adapter {adapter_name!r}"
         refusals.refuse_other_scaling(other, self.peft_config[adapter_name], misfit)
         before = {name: t.clone() for name, t in get_peft_model_state_dict(self, adapter_name=adapter_name).items()}
@@ -340,8 +346,11 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
     def why_full(self, device: torch.device | None = None) -> str | None:
         """Why the echo-on pass can't share the prefix; None if it can.
 
-        device: where to try the model on a few tokens, once; None reads its configuration only.
+        device: where to try the model on a few tokens, once; None reads its configuration only. The trial raises
+        EchoModelError if the echo would not enter every target module.
         """
+        if device is not None:
+            self._injector.follow(self.get_base_model())
         return self._abilities.why_full(self._plain_forward, self.get_base_model(), device)
 
     def _shares_prefix(self, reason: str | None) -> bool:
@@ -352,13 +361,6 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         if reason is not None:
             self._warn_once(f"The echo-on pass runs on whole rows, not just on the answers: {reason}.")
         return reason is None
-
-    def _require_reached_once(self, base: PreTrainedModel) -> None:
-        """After the first routed step, raises EchoModelError if it left out modules that should receive the echo."""
-        is_first, self._has_routed = not self._has_routed, True
-        drops_layers = bool(getattr(base.config.get_text_config(), "layerdrop", False))
-        if is_first and not (is_compiled(base) or drops_layers):
-            self._injector.require_reached()
 
     def _usable_head(self, base: PreTrainedModel, rows: AlignedRows) -> Head | None:
         head, reason = self._abilities.head(self._plain_forward, base, rows)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, TaskType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from echo_lora.errors import EchoDataError, EchoModelError
+from echo_lora.method.kernels import fused_kernels
 from echo_lora.method.targets import outermost_lists
 
 WORKING = "docs/architectures.md lists the models that work."
@@ -64,15 +65,45 @@ def refuse_lora_config(peft_config: LoraConfig) -> None:
         )
 
 
+def refuse_adapted(model: PreTrainedModel) -> None:
+    """Raises EchoModelError for a model that is no bare base."""
+    if hasattr(model, "peft_config"):
+        raise EchoModelError(
+            f"{type(model).__name__} already carries a PEFT adapter. To train that adapter with the echo, call "
+            "attach_echo(peft_model, echo_config). To start a new one, pass the base model (`.unload()` removes an "
+            "adapter)."
+        )
+
+
+def refuse_attaching(peft_model: PeftModel, with_echo: type[PeftModel]) -> None:
+    """Raises EchoModelError for a model whose adapter can't be given the echo. with_echo: the class that has it."""
+    kind = type(peft_model).__name__
+    if isinstance(peft_model, with_echo):
+        raise EchoModelError(f"the {kind} already has the echo. Train it as it is, or attach to a plain PEFT model.")
+    if type(peft_model) not in (PeftModel, PeftModelForCausalLM):
+        raise EchoModelError(
+            f"attach_echo needs a causal language model with a LoRA adapter, as peft.get_peft_model returns it, but "
+            f"got a {kind}. For a model without an adapter, call get_echo_model(base, LoraConfig(…), echo_config)."
+        )
+    name, *others = peft_model.active_adapters
+    if others:
+        raise EchoModelError(
+            f"the echo belongs to one adapter, but the active ones are {', '.join(map(repr, [name, *others]))}. Call "
+            "peft_model.set_adapter(name)."
+        )
+    if getattr(peft_model.peft_config[name], "inference_mode", False):
+        raise EchoModelError(
+            f"the adapter {name!r} was loaded for inference, so its parameters are frozen. Load it with "
+            "PeftModel.from_pretrained(base, folder, is_trainable=True)."
+        )
+
+
 def refuse_base(base_model: PreTrainedModel) -> None:
     """Raises EchoModelError for a model whose class or configuration shows that the step would be wrong on it."""
-    if hasattr(base_model, "peft_config"):
-        raise EchoModelError(
-            f"{type(base_model).__name__} already carries a PEFT adapter. Pass the base model (`.unload()` removes an "
-            "adapter); to continue training a saved adapter, call `load_adapter` on the model this function returns."
-        )
     for problem in _problems_of_base(base_model, type(base_model).__name__):
         raise EchoModelError(f"{problem}. {WORKING}")
+    if (kernels := fused_kernels(base_model)) is not None:
+        raise EchoModelError(kernels)
 
 
 def _problems_of_base(base_model: PreTrainedModel, name: str) -> Iterator[str]:

@@ -65,6 +65,7 @@ class EchoOutput(Terms):
     routed: Tensor | None = None  # bool: whether there was an echo-on pass
     echo_norm: Tensor | None = None  # mean norm of δ
     gate_mean: Tensor | None = None  # mean gate, in (0, 1)
+    logits = None  # not a field: the step keeps none, but trainers such as ms-swift's ask
 
 
 def training_step(

@@ -4,14 +4,16 @@
     padding            before a row it must change nothing, or all rows start in one column
     positions          the model must use position_ids, or count positions itself
     prefix             cached keys and values must replace it exactly, or the second pass runs in full
+    kernels            the modules that the echo enters must run; fused kernels read their weights and never call them
 
 `sharing.why_full` reads what the configuration says; the trial finds what it does not say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -21,6 +23,8 @@ from transformers import PreTrainedModel
 
 from echo_lora.errors import EchoModelError
 from echo_lora.method.alignment import AlignedRows
+from echo_lora.method.injection import is_weight_probe
+from echo_lora.method.kernels import why_not_run
 from echo_lora.method.lm_head import Head, without_trace
 from echo_lora.method.prefix import PrefixRecorder, PrefixSharing
 from echo_lora.method.refusals import WORKING
@@ -31,10 +35,14 @@ PROBE_COLUMNS = 2  # columns on which the output layer is compared with the mode
 
 
 class Abilities:
-    """Whether a base model can run on a cached prefix, and whether its output layer can be used directly; cached."""
+    """Whether a base model can run on a cached prefix, and whether its output layer can be used directly; cached.
 
-    def __init__(self, sharing: PrefixSharing) -> None:
+    entries: the modules that the echo enters, by name.
+    """
+
+    def __init__(self, sharing: PrefixSharing, entries: Mapping[str, nn.Module]) -> None:
         self._sharing = sharing
+        self._entries = entries
         self._tried: dict[bool, str | None] = {}  # reason against sharing, by whether the trial included a prefix
         self._head: Head | None = None
         self._why_no_head: str | None = None
@@ -46,6 +54,8 @@ class Abilities:
         if device is None:
             return reason
         if (reason is None) not in self._tried:
+            if not self._tried:
+                refuse_bypass_by_trial(forward, base, self._entries, device)
             sharing = self._sharing if reason is None else None
             self._tried[reason is None] = why_full_by_trial(forward, base, sharing, device)
         return reason or self._tried[True]
@@ -88,14 +98,11 @@ def why_full_by_trial(
         return forward(**given, use_cache=False, output_router_logits=False, **kwargs).logits.float()  # (rows, T, V)
 
     # eager: compiling for the shapes of a trial would be a waste
-    with evaluating(base_model), without_trace(device), torch.compiler.set_stance("force_eager"):
+    with in_mode(base_model, training=False), without_trace(device), torch.compiler.set_stance("force_eager"):
         try:
             stock = logits(slice(4))
         except Exception as error:
-            raise EchoModelError(
-                f"{name} fails on a batch of a few tokens: {type(error).__name__}: {error}. The echo needs a model "
-                f"that runs on token ids alone. {WORKING}"
-            ) from error
+            raise EchoModelError(_fails(base_model, error)) from error
         same = _Agreement(base_model, stock)
         # two pairs, because rounding may flip a router's choice of expert in one of them
         if not same(stock[0, :PREFIX], stock[1, :PREFIX]) and not same(stock[2, :PREFIX], stock[3, :PREFIX]):
@@ -121,6 +128,40 @@ def why_full_by_trial(
     if not same(suffix, whole[:, PREFIX:]):
         return f"{name} gives different results with a cached prefix than on the whole row"
     return None
+
+
+@torch.compiler.disable
+def refuse_bypass_by_trial(
+    forward: Callable[..., Any], base_model: PreTrainedModel, entries: Mapping[str, nn.Module], device: torch.device
+) -> None:
+    """Raises EchoModelError if the model computes, in training mode, without running a module that the echo enters."""
+    input_ids = _tokens(base_model)[None, :PREFIX].to(device)
+    drops_layers = bool(getattr(base_model.config.get_text_config(), "layerdrop", False))
+    run: set[str] = set()
+    with ExitStack() as stack:
+        for name, module in entries.items():
+            stack.callback(module.register_forward_pre_hook(partial(_note, run, name)).remove)
+        stack.enter_context(in_mode(base_model, training=not drops_layers))
+        stack.enter_context(without_trace(device))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            forward(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+        except Exception as error:
+            raise EchoModelError(_fails(base_model, error)) from error
+    if missing := [name for name in entries if name not in run]:
+        raise EchoModelError(why_not_run(base_model, missing))
+
+
+def _note(run: set[str], name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if not is_weight_probe(args[0]):
+        run.add(name)
+
+
+def _fails(base_model: PreTrainedModel, error: Exception) -> str:
+    return (
+        f"{type(base_model).__name__} fails on a batch of a few tokens: {type(error).__name__}: {error}. The echo "
+        f"needs a model that runs on token ids alone. {WORKING}"
+    )
 
 
 class _Agreement:
@@ -158,13 +199,13 @@ def _named_tokens(config: dict[str, Any]) -> set[int]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model in eval mode, then restore each module's own mode."""
-    training = [module for module in model.modules() if module.training]
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Run the model in training or eval mode, then restore each module's own mode."""
+    others = [module for module in model.modules() if module.training != training]
     try:
-        for module in training:
-            module.training = False
+        for module in others:
+            module.training = training
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in others:
+            module.training = not training

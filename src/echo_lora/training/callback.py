@@ -51,6 +51,10 @@ class EchoCallback(_Clock):
     the best checkpoint, would restore the adapter without its echo.
     """
 
+    def resumed_from(self, args: Any, state: TrainerState) -> Path:
+        """The checkpoint that Trainer has loaded."""
+        return checkpoint_folder(args.output_dir, state)
+
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         if not isinstance(model, EchoModel):
@@ -84,7 +88,7 @@ class EchoCallback(_Clock):
                 "would lack the echo. Use EchoTrainer or EchoSFTTrainer."
             )
         if state.global_step:  # a resume: Trainer has loaded an adapter, but does not say from which checkpoint
-            restore_echo(model, checkpoint_folder(args.output_dir, state))
+            restore_echo(model, self.resumed_from(args, state))
             model.end_step()
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -23,6 +23,7 @@ from echo_lora.data.loaded import without_nulls
 from echo_lora.data.sources import KEPT_NAME, ROW, where_is
 from echo_lora.data.tokenize import ANSWER, IGNORED, end_token_ids, tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError
+from echo_lora.method.attach import attach_echo
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.model import EchoModel, get_echo_model
 from echo_lora.models import canonical
@@ -40,9 +41,9 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
 
     Two more arguments: on_overlength, what to do with rows longer than `max_length` (an answer is never cut), and
     answer_weight, the weight of answer tokens in a loss on whole rows, with and without the echo. Without `echo_config`
-    it trains as SFTTrainer does. completion_only_loss=False trains on prompts too, in the echo-off pass, like
-    `data.train_on_prompt` in a recipe. Not supported: packing and padding_free (each row needs its own boundary),
-    text-only rows (no boundary), and losses other than `nll`.
+    it trains as SFTTrainer does. A model with a LoRA adapter gets the echo by `attach_echo`. completion_only_loss=False
+    trains on prompts too, in the echo-off pass, like `data.train_on_prompt` in a recipe. Not supported: packing and
+    padding_free (each row needs its own boundary), text-only rows (no boundary), and losses other than `nll`.
     """
 
     _is_sft = True
@@ -207,13 +208,15 @@ def _load_as_trl(name: str, args: Any, kwargs: dict[str, Any]) -> PreTrainedMode
 def _echo_wrapped(
     model: PreTrainedModel, args: Any, peft_config: LoraConfig | None, echo_config: EchoConfig
 ) -> EchoModel:
-    """The EchoModel that takes the place of the PEFT model SFTTrainer would make, from the same seed."""
-    if isinstance(model, PeftModel):
+    """The EchoModel that takes the place of the PEFT model SFTTrainer would make or was given, from the same seed."""
+    has_adapter = isinstance(model, PeftModel)
+    if isinstance(model, EchoModel) or (has_adapter and peft_config is not None):
+        what = "that already has the echo" if isinstance(model, EchoModel) else "with an adapter, and a peft_config"
         raise EchoConfigError(
-            "echo_config was passed together with a model that already carries an adapter. Pass the base model with "
-            "peft_config and echo_config, or a model from get_echo_model without echo_config."
+            f"echo_config was passed together with a model {what}. Pass a base model with peft_config and echo_config, "
+            "a PEFT model with echo_config, or a model from get_echo_model with neither."
         )
-    if peft_config is None:
+    if not has_adapter and peft_config is None:
         raise EchoConfigError(
             "echo_config needs a peft_config: the echo trains a LoRA adapter. Pass peft_config=LoraConfig(…)."
         )
@@ -222,8 +225,8 @@ def _echo_wrapped(
             f"chat_template_path={args.chat_template_path!r} would add tokens after the adapter is created. "
             "Pass a .jinja file, or set the tokenizer's chat_template yourself."
         )
-    set_seed(args.seed)  # PEFT draws the adapter's initial weights here
-    return get_echo_model(model, peft_config, echo_config)
+    set_seed(args.seed)  # for the adapter's initial weights, which PEFT draws here, and the echo networks'
+    return attach_echo(model, echo_config) if has_adapter else get_echo_model(model, peft_config, echo_config)
 
 
 def _first(dataset: Any, name: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def refuse_arguments(args: Any) -> None:
             f"torch_compile={args.torch_compile} can't be combined with activation_checkpointing and the echo: torch "
             "can't trace the contexts that recomputation needs. Set one of them to False."
         )
-    if getattr(args, "loss_type", "nll") != "nll":
+    if (getattr(args, "loss_type", None) or "nll") != "nll":
         raise EchoConfigError(f"loss_type={args.loss_type!r} can't be combined with the echo. Use 'nll'.")
 
 
