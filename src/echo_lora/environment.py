@@ -181,6 +181,17 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory_size() -> int:
+    """Memory in bytes that training can use: of the first GPU, or what is free on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    import psutil  # comes with accelerate
+
+    return psutil.virtual_memory().available
+
+
 class MemoryWatch:
     """Memory in bytes at the start and at the peak of a `with` block; see `peak_memory`.
 

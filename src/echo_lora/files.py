@@ -94,6 +94,12 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def refuse_existing_file(path: Path) -> None:
+    """Raise EchoCheckpointError if there is a file or a folder of this name; a device or a pipe may be written to."""
+    if path.exists() and not _is_special(path):
+        raise EchoCheckpointError(f"{path} exists. Choose another name, or remove it.")
+
+
 def remove_leftovers(target: Path) -> None:
     """Remove temporary files and folders that killed processes left of an output. Call it under the output's lock."""
     target = Path(os.path.realpath(target))

@@ -86,10 +86,13 @@ def complete_studies(incomplete: str) -> list[str]:
     return [name for name in shipped_studies() if name.startswith(incomplete)]
 
 
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe", autocompletion=complete_recipes),
-]
+_RECIPE = typer.Argument(
+    metavar="RECIPE", help="YAML file, or name of a shipped recipe", autocompletion=complete_recipes
+)
+
+RecipeArgument = Annotated[str, _RECIPE]
+
+OptionalRecipeArgument = Annotated[str | None, _RECIPE]
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe; repeatable")

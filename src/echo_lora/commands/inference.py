@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from echo_lora.environment import require_writable
-from echo_lora.errors import EchoCheckpointError, EchoDataError
+from echo_lora.errors import EchoDataError
+from echo_lora.files import refuse_existing_file
 from echo_lora.terminal import MAX_COUNT, TracebackOption, path, starting
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ def generate(
 ) -> None:
     """Answer a file of prompts. The answers are in the column `generated`, those of --base in `generated_base`."""
     require_writable(output, is_file=True)
-    if output.exists() and output.is_file():
-        raise EchoCheckpointError(f"{output} exists. Choose another name, or remove it.")
+    refuse_existing_file(output)
     with starting():
         from echo_lora.files import locked
         from echo_lora.recipe.generation import Decoding, answer_file, load_speaker, prompts_of

@@ -134,7 +134,10 @@ def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     for column in ("prompt", "completion"):
         if column not in row:
             present = ", ".join(name for name in row if name != ROW) or "none"
-            raise EchoDataError(f"{where} has no {column}. Present: {present}. Add it, or map it with columns.")
+            raise EchoDataError(
+                f"{where} has no {column}. Present: {present}. Add it, or name the column that holds it, as in "
+                f"data.columns: {{{column}: question}}."
+            )
     row.pop("messages", None)
     kinds = {type(row["prompt"]), type(row["completion"])}
     if kinds == {list}:

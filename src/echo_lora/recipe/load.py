@@ -23,6 +23,7 @@ from echo_lora.recipe.schema import SPLITS, Recipe, Section, source_of
 from echo_lora.recipe.yaml_file import DEEPEST, find_yaml, is_in, names_in, parse_yaml, parsed_yaml
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
+SCHEMA = Path(__file__).parent.parent / "templates" / "recipe.schema.json"  # what editors complete keys from
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -60,15 +61,21 @@ def validated(
     kind: type[AnySection], document: dict[str, Any], source: str, tree: yaml.Node | None, overrides: Sequence[str] = ()
 ) -> AnySection:
     """Validate the document, after applying the overrides. Raises EchoConfigError with file, line and key."""
+    changed = override(document, overrides)
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise EchoConfigError(_explain(kind, error, document, source, tree, changed)) from None
+
+
+def override(document: dict[str, Any], overrides: Sequence[str]) -> dict[tuple[str, ...], str]:
+    """Set the keys that the overrides name; returns the override of each key. Raises EchoConfigError."""
     changed = {}
     for text in overrides:
         keys, value = _override(text)
         _set(document, keys, value, text)
         changed[tuple(keys)] = text
-    try:
-        return kind.model_validate(document)
-    except ValidationError as error:
-        raise EchoConfigError(_explain(kind, error, document, source, tree, changed)) from None
+    return changed
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -112,7 +112,7 @@ def plan(recipe: Recipe) -> Plan:
         base, model = _on_meta(recipe)
     config = recipe.build_echo_config()
     sources, targets = _named_layers(base, model, config) if isinstance(model, EchoModel) else ([], {})
-    steps = _steps(recipe, sum(len(data.rows) for data in prepared))
+    steps = step_count(recipe, sum(len(data.rows) for data in prepared))
     # both schedules are linear in the step
     mean_routing = (routing_probability(config, 0, steps) + routing_probability(config, steps - 1, steps)) / 2
     reason = model.why_full() if isinstance(model, EchoModel) else None
@@ -166,13 +166,21 @@ def _named_layers(
     return sources, targets
 
 
-def _steps(recipe: Recipe, rows: int) -> int:
+def step_count(recipe: Recipe, rows: int) -> int:
+    """Number of optimizer steps of a training on so many rows."""
     training = recipe.training
     if training.steps is not None:
         return training.steps
     batches = math.ceil(rows / training.batch_size)
     epochs = 1.0 if training.epochs is None else training.epochs
     return math.ceil(epochs * math.ceil(batches / training.gradient_accumulation))
+
+
+def peak_memory_of(recipe: Recipe, prepared: list[PreparedData]) -> int:
+    """Estimated bytes at the peak of training on these rows, as in the plan. Raises EchoModelError."""
+    _, model = _on_meta(recipe)
+    reason = model.why_full() if isinstance(model, EchoModel) else None
+    return _memory(recipe, model, prepared, shares_prefix=reason is None).total
 
 
 def _cost(prepared: list[PreparedData], mean_routing: float, shares_prefix: bool) -> float:

@@ -57,12 +57,14 @@ class RunResult:
     def pairs(self) -> dict[str, str]:
         """Labels and values for the terminal."""
         shown = ("loss", *losses.SHOWN, "eval_loss")
+        is_scored = self.recipe["data"].get("test") or self.recipe["evaluation"]["tasks"]
         return {
             "adapter": str(self.adapter),
             "steps": f"{self.steps} in {self.seconds:.0f} s, peak memory {gigabytes(self.peak_memory)}",
             "parameters": f"{self.deployed_parameters:,} saved, {self.echo_parameters:,} of the echo discarded",
             "last losses": ", ".join(f"{name} {self.final[name]:.4g}" for name in shown if name in self.final),
-            "score it": f"echo-lora eval {self.output} --base",
+            "try it": f"echo-lora chat {self.output} --base",
+            **({"score it": f"echo-lora eval {self.output} --base"} if is_scored else {}),
         }
 
     @classmethod

@@ -153,7 +153,9 @@ class Source(Section):
 
 
 def _as_list(value: Any) -> Any:
-    """A single source or path becomes a list of one."""
+    """A single source or path becomes a list of one; null stays null."""
+    if value is None:
+        return None
     items = value if isinstance(value, list) else [value]
     return [source_of(item, Path()) if isinstance(item, str) else item for item in items]
 
@@ -164,6 +166,7 @@ def source_of(text: str, folder: Path) -> dict[str, str]:
 
 
 Sources = Annotated[list[Source], Field(min_length=1)]
+_WrittenSources = Source | str | list[Source | str] | None  # what `_as_list` makes Sources of
 
 
 class DataSection(Section):
@@ -203,7 +206,7 @@ class DataSection(Section):
         1000, "rows that a stream holds and draws from, by seeds.data_order; higher mixes better", ge=1, le=MOST_ROWS
     )
 
-    _one_or_many = field_validator(*SPLITS, mode="before")(lambda value: None if value is None else _as_list(value))
+    _one_or_many = field_validator(*SPLITS, mode="before", json_schema_input_type=_WrittenSources)(_as_list)
 
     @field_validator(*SPLITS)
     @classmethod
@@ -319,7 +322,7 @@ class EvaluationTask(_TaskSection):
             raise ValueError("weight has no effect on rows to score; leave it out")
         return sources
 
-    _one_or_many = field_validator("data", mode="before")(lambda value: None if value is None else _as_list(value))
+    _one_or_many = field_validator("data", mode="before", json_schema_input_type=_WrittenSources)(_as_list)
 
     @model_validator(mode="after")
     def _is_a_task(self) -> EvaluationTask:

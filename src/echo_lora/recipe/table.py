@@ -1,4 +1,4 @@
-"""The table of all recipe keys, made from the schema."""
+"""All recipe keys, made from the schema: as a table for the documentation, and as a JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "
 def recipe_table() -> list[tuple[str, str, str, str]]:
     """Key, type, default and help of every recipe key, for the documentation."""
     return list(_rows(Recipe, ""))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, for an editor's completion and checks."""
+    schema = Recipe.model_json_schema()
+    schema["required"].remove("output")  # `load_recipe` has a default for it
+    return schema
 
 
 def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
