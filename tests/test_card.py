@@ -110,13 +110,10 @@ def test_the_packaged_base_has_a_licence_and_no_hub_id():
     assert not [tag for tag in data["tags"] if tag.startswith("base_model")]
 
 
-def test_data_sets_of_the_hub_are_named_and_files_are_not(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows").mkdir()
-    write_rows(tmp_path / "rows" / "mine")
+def test_data_sets_of_the_hub_are_named_and_files_are_not():
     found = record("model=owner/name")
-    names = ["owner/rows", "rows/mine", "/data/train.jsonl", "train.jsonl"]
-    found["recipe"]["data"]["train"] = [{"file": name, "task": None} for name in names]
+    files = [{"file": name, "hub": None, "task": None} for name in ("rows/mine", "/data/train.jsonl", "train.jsonl")]
+    found["recipe"]["data"]["train"] = [{"file": None, "hub": "owner/rows", "task": None}, *files]
     text = model_card(found, None)
     assert metadata(text)["datasets"] == ["owner/rows"]
     assert "trained with echo-lora on owner/rows, mine, train.jsonl, train.jsonl." in text

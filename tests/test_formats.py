@@ -332,7 +332,7 @@ def test_the_format_is_in_preview_and_a_mapping_is_applied_first(tmp_path):
     assert "3 and 4" in trained(recipe)[0][0]
     unmapped = recipe_of(tmp_path, {"train": "dolly.json"})
     with pytest.raises(
-        EchoDataError, match=r"row 0 has no prompt\. Present: question, context, reply\. .* map it with"
+        EchoDataError, match=r"row 0 has no prompt\. Present: question, context, reply\. .*data\.columns"
     ):
         prepare(unmapped)
 

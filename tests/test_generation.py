@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,16 +17,10 @@ from transformers import AutoModelForCausalLM
 from echo_lora.adapter.merge import load_adapter
 from echo_lora.data.tokenize import tokenize_row
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
-from echo_lora.recipe.generation import (
-    Conversation,
-    Decoding,
-    Speaker,
-    Stream,
-    answer_rows,
-    load_speaker,
-    prompts_of,
-)
+from echo_lora.recipe.generation import Conversation, Stream, answer_rows, prompts_of
 from echo_lora.recipe.load import load_recipe
+from echo_lora.recipe.prepare import prepare
+from echo_lora.recipe.speaker import Decoding, Speaker, load_speaker
 from echo_lora.recipe.train import run
 from test_cli import invoke
 from tiny_recipe import ROWS, tiny_recipe, write_rows
@@ -156,6 +150,20 @@ def test_a_run_without_the_record_is_prompted_by_its_rows(chats, tmp_path):
     with pytest.raises(EchoConfigError, match=r"run\.json does not say how prompts .*--no-template"):
         load_speaker(str(tmp_path / "run"))
     assert not load_speaker(str(tmp_path / "run"), template=False).uses_template
+
+
+def test_a_run_on_alpaca_rows_is_asked_in_their_layout(tmp_path):
+    rows = [{"instruction": row["prompt"], "output": row["completion"]} for row in ROWS]
+    folder = trained_on(tmp_path, rows)
+    speaker = load_speaker(str(folder))
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["data.test=null"])
+    (data,) = prepare(recipe, ("train",))[1]["train"]
+    trained = data.rows[0].input_ids[: data.rows[0].answer_start]
+    assert speaker.prompt_ids({"prompt": ROWS[0]["prompt"]}, "it") == trained
+    assert "### Response" in speaker.tokenizer.decode(trained)
+    assert r'tokenizer("Below is an instruction that' in (folder / "adapter" / "README.md").read_text()
+    # through the chat template there is no layout
+    assert not load_speaker(str(folder), template=True).is_alpaca
 
 
 def test_an_adapter_alone_uses_its_template_and_says_so(plain, tmp_path, capsys):
@@ -388,6 +396,8 @@ def test_the_base_of_an_adapter_that_changes_it_can_not_answer(plain, tmp_path):
 def test_at_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_conversation(chats):
     import pty
 
+    question = "Count the words: one ."
+    answer = Conversation(load_speaker(str(chats)), Decoding()).ask(question, str)
     code = "from echo_lora.cli import app; app()"
     process, terminal = pty.fork()
     if not process:
@@ -396,16 +406,16 @@ def test_at_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_conversation(chats)
 
     def wait_for(text: str) -> None:
         nonlocal seen
-        ends = time.monotonic() + 90
         while text not in seen:
-            assert time.monotonic() < ends, seen
+            assert select.select([terminal], [], [], 90)[0], f"no {text!r} after: {seen}"
             seen += os.read(terminal, 4096).decode(errors="replace")
         seen = seen.partition(text)[2]
 
     wait_for("Ctrl-C interrupts.")
     wait_for("> ")
-    os.write(terminal, b"Count the words: one .\n")
-    wait_for("yes")
+    os.write(terminal, question.encode() + b"\n")
+    wait_for(question)  # the terminal's echo
+    wait_for(answer.partition("\n")[0])
     wait_for("> ")
     os.write(terminal, b"\x03")
     wait_for("/quit or Ctrl-D ends.")

@@ -54,7 +54,7 @@ ROOMS = {
     ],
     "recipe": [
         *("schema", "yaml_file", "load", "table", "needs", "rows", "prepare", "build", "record", "plan", "first"),
-        *("train", "scoring", "generation"),
+        *("train", "scoring", "speaker", "generation"),
     ],
     "integrations": ["axolotl_trainer", "axolotl", "ms_swift"],
     "bench": ["programs", "report", "measure"],

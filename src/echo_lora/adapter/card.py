@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from echo_lora.data.formats import alpaca_prompt
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.method import losses
 from echo_lora.method.config import EchoConfig
@@ -47,17 +49,21 @@ METRICS = {
 }
 
 
+_PLAIN_PROMPT = re.compile(r'= tokenizer\((".*?"), return_tensors')  # in an adapter's card
+
+
 def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
     """README.md of an adapter: how to use it, its data, results and training. run: the fields of `run.json`."""
     recipe, name = run["recipe"], Path(run["output"]).name
     base, is_packaged = recipe["model"], recipe["model"].startswith("packaged:")
-    sources = [source["file"] or source["task"] for source in recipe["data"]["train"]]
+    rows = recipe["data"]["train"]
+    sources = [Path(one["file"]).name if one["file"] else one.get("hub") or one["task"] for one in rows]
     loss = run["final"].get("eval_loss")
     data = _metadata(
         base,
         library_name="peft",
         model_name=name,
-        datasets=[source for source in sources if _is_hub_dataset(source)] or None,
+        datasets=[one["hub"] for one in rows if one.get("hub")] or None,
         tags=[f"base_model:adapter:{base}"] * _is_hub_id(base) + TAGS + ["echo-lora"] * recipe["echo"],
         eval_results=None if loss is None else [_validation_loss(loss)],
     )
@@ -68,7 +74,8 @@ def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
             **run,
             name=name,
             base_shown=_shown(base),
-            sources=", ".join(source if _is_hub_dataset(source) else Path(source).name for source in sources),
+            sources=", ".join(sources),
+            plain_prompt=alpaca_prompt("Your instruction") if run.get("is_alpaca") else "Your prompt",
             echo_config=None if echo_config is None else echo_config.to_dict(),
             method=METHODS.get(recipe["method"], recipe["method"]),
             packaged=is_packaged,
@@ -113,6 +120,7 @@ def merged_card(
             base_shown=_shown(base),
             adapter=Path(adapter).name if Path(adapter).name != "adapter" else Path(adapter).absolute().parent.name,
             is_chat="apply_chat_template" in text if heading else has_chat_template,
+            plain_prompt=json.loads(prompt[1]) if (prompt := _PLAIN_PROMPT.search(text)) else "Your prompt",
             from_adapter=(heading + rest).strip(),
             dtype=dtype,
             max_difference=max_difference,
@@ -227,11 +235,6 @@ def _is_hub_id(name: str) -> bool:
     return True
 
 
-def _is_hub_dataset(name: str) -> bool:
-    """Whether a source of rows is a data set of the hub: `owner/name`, and no file or folder here."""
-    return name.count("/") == 1 and _is_hub_id(name) and not Path(name).exists()
-
-
 def _shown(base: str) -> str:
     if _is_hub_id(base):
         return f"[{base}](https://huggingface.co/{base})"
@@ -258,5 +261,6 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["json"] = json.dumps
     environment.filters["cell"] = _cell
     return environment

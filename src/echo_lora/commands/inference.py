@@ -16,7 +16,8 @@ from echo_lora.files import refuse_existing_file
 from echo_lora.terminal import MAX_COUNT, TracebackOption, path, starting
 
 if TYPE_CHECKING:
-    from echo_lora.recipe.generation import Conversation, Speaker
+    from echo_lora.recipe.generation import Conversation
+    from echo_lora.recipe.speaker import Speaker
 
 app = typer.Typer()
 
@@ -55,7 +56,8 @@ def chat(
 ) -> None:
     """Talk to the adapter. Prompts are put as in training; without a terminal, each line of the input is one."""
     with starting():
-        from echo_lora.recipe.generation import Conversation, Decoding, load_speaker
+        from echo_lora.recipe.generation import Conversation
+        from echo_lora.recipe.speaker import Decoding, load_speaker
 
     speaker = load_speaker(
         target, base_model=base_model, with_base=base, template=template, trust_remote_code=trust_remote_code
@@ -97,7 +99,8 @@ def generate(
     refuse_existing_file(output)
     with starting():
         from echo_lora.files import locked
-        from echo_lora.recipe.generation import Decoding, answer_file, load_speaker, prompts_of
+        from echo_lora.recipe.generation import answer_file, prompts_of
+        from echo_lora.recipe.speaker import Decoding, load_speaker
 
     rows = prompts_of(prompts)
     with locked(output):

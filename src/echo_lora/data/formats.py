@@ -180,10 +180,15 @@ def _from_alpaca(row: Mapping[str, Any], where: str, *, chat: bool) -> Row:
             return row | {"prompt": asked} | answer
         row |= _asked(asked, output)
         return row | {"prompt": _with_system(system, row["prompt"], where)}
+    return row | {"prompt": alpaca_prompt(instruction, given, system)} | answer
+
+
+def alpaca_prompt(instruction: str, given: str = "", system: str | None = None) -> str:
+    """An instruction, and perhaps its input, in Stanford Alpaca's layout."""
     system = system or (ALPACA_SYSTEM_WITH_INPUT if given else ALPACA_SYSTEM)
     parts = {"Instruction": instruction} | ({"Input": given} if given else {})
     asked = "".join(f"### {name}:\n{text}\n\n" for name, text in parts.items())
-    return row | {"prompt": f"{system}\n\n{asked}### Response:\n"} | answer
+    return f"{system}\n\n{asked}### Response:\n"
 
 
 def _from_messages(row: Mapping[str, Any], where: str, *, column: str) -> Row:

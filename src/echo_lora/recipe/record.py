@@ -48,6 +48,7 @@ class RunResult:
     final: dict[str, float]  # the last value of every metric
     history: list[dict[str, float]]
     processes: int = 1  # each with batch_size rows per pass
+    is_alpaca: bool = False  # whether plain prompts are in Alpaca's layout
     is_chat: bool | None = None  # whether prompts went through the chat template; None if only some did
 
     @property

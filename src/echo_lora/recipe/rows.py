@@ -142,6 +142,12 @@ def prompts_are_chats(recipe: Recipe) -> bool | None:
     return forms.pop() if len(forms) == 1 else None
 
 
+def prompts_are_alpaca(recipe: Recipe) -> bool:
+    """Whether training puts all prompts into Alpaca's layout."""
+    parts = [part for source in recipe.data.train for part in source_rows(recipe, source, "train")]
+    return not recipe.data.chat and {part.format.name for part in parts} == {"alpaca"}
+
+
 def join(prepared: list[PreparedData]) -> Dataset:
     """All sources as one dataset; with several, the rows are renumbered consecutively."""
     from datasets import concatenate_datasets

@@ -60,7 +60,7 @@ from echo_lora.recipe.record import (
     resume_hint,
     tidy_folder,
 )
-from echo_lora.recipe.rows import join, prompts_are_chats
+from echo_lora.recipe.rows import join, prompts_are_alpaca, prompts_are_chats
 from echo_lora.recipe.schema import Recipe
 from echo_lora.training.checkpoint import last_complete_checkpoint, step_of
 from echo_lora.training.processes import is_main, process_group, together
@@ -134,7 +134,8 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     Returns the result, the trained model, which still has its echo networks, and its tokenizer.
     """
     with stage(f"Reading rows with the tokenizer of {recipe.model}"), together():
-        rows, is_chat = _rows_of(recipe), prompts_are_chats(recipe)
+        rows = _rows_of(recipe)
+        is_chat, is_alpaca = prompts_are_chats(recipe), prompts_are_alpaca(recipe)
     for line in rows.found:
         progress_console().print(line, markup=False)
     with stage(f"Loading {recipe.model}"), together():
@@ -175,6 +176,7 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
         adapter_sha256=adapter_hash(model, model.active_adapters[0]),
         final={name: value for entry in history for name, value in entry.items() if not name.startswith("train_")},
         history=history,
+        is_alpaca=is_alpaca,
         is_chat=is_chat,
     )
     return result, model, rows.tokenizer
