@@ -83,7 +83,7 @@ def run_commands(block: str, folder: Path) -> str:
 
 
 def test_every_page_is_known_to_these_tests():
-    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == set(PAGES)
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == {"index", *PAGES}
     for name in PAGES:
         assert "his page is for" in page(name), name
 
@@ -112,6 +112,7 @@ def test_the_trl_script_of_the_readme_runs_as_printed(tmp_path):
         "api",
         "scaling",
         "integrations",
+        pytest.param("index", marks=needs_packaged),
         pytest.param("data", marks=needs_packaged),
         pytest.param("evaluation", marks=[needs_packaged, needs_lm_eval]),
     ],
@@ -267,15 +268,19 @@ def real_arguments(thing: object) -> list[tuple[str, object]]:
 # ------------------------------------------------------------------------------------------------ the links
 
 
-@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", *PAGES])
+OTHER_PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+OTHER_PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "results").rglob("*.md"))
+
+
+@pytest.mark.parametrize("name", [*OTHER_PAGES, "index", *PAGES])
 def test_links_lead_to_files_and_headings(name):
-    start = ROOT if name.endswith(".md") else ROOT / "docs"
-    own = start / name if name.endswith(".md") else start / f"{name}.md"
+    """As GitHub shows them; tests/test_site.py has those of the site."""
+    own = ROOT / name if name.endswith(".md") else ROOT / "docs" / f"{name}.md"
     for target in re.findall(r"\]\(([^)\s]+)\)", page(name)):
         if target.startswith(("https://", "http://")):
             continue
         path, _, heading = target.partition("#")
-        file = (start / path).resolve() if path else own
+        file = (own.parent / path).resolve() if path else own
         assert file.exists(), f"{name}: {target}"
         if heading:
             titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
