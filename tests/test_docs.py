@@ -25,6 +25,7 @@ from echo_lora.study.folder import read_study
 from echo_lora.study.report.page import write_report
 from echo_lora.study.report.texts import points_text, range_text
 from echo_lora.study.report.verdict import declared_differences
+from tiny_recipe import tiny_folder
 
 ROOT = Path(echo_lora.__file__).parent.parent.parent
 SOURCE = ROOT / "src" / "echo_lora"
@@ -83,7 +84,7 @@ def run_commands(block: str, folder: Path) -> str:
 
 
 def test_every_page_is_known_to_these_tests():
-    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == set(PAGES)
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == {"index", *PAGES}
     for name in PAGES:
         assert "his page is for" in page(name), name
 
@@ -91,12 +92,21 @@ def test_every_page_is_known_to_these_tests():
 # ------------------------------------------------------------------------------------------------ the README
 
 
-@needs_packaged
-def test_the_trl_script_of_the_readme_runs_as_printed(tmp_path):
-    script = blocks("README.md", "python")[0]
-    assert "EchoSFTTrainer" in script
+def test_the_trl_script_of_the_readme_runs(tmp_path):
+    """As printed, but for the hub's model and data set, and the GPU."""
+    (script,) = blocks("README.md", "python")
+    tiny_folder(tmp_path / "base")
+    rows = [{"question": f"{n} plus one?", "answer": str(n + 1)} for n in range(8)]
+    changes = {
+        '"Qwen/Qwen3-0.6B"': repr(str(tmp_path / "base")),
+        'load_dataset("openai/gsm8k", "main", split="train")': f"__import__('datasets').Dataset.from_list({rows})",
+        'SFTConfig("runs/gsm8k")': 'SFTConfig("runs/gsm8k", max_steps=2, bf16=False, use_cpu=True)',
+    }
+    for printed, run in changes.items():
+        assert script.count(printed) == 1
+        script = script.replace(printed, run)
     run_python(script, tmp_path)
-    adapter = tmp_path / "runs" / "snippet" / "adapter"
+    adapter = tmp_path / "runs" / "gsm8k" / "adapter"
     assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert (adapter / "adapter_model.safetensors").is_file()
     assert not list(adapter.glob("echo*"))
@@ -112,6 +122,7 @@ def test_the_trl_script_of_the_readme_runs_as_printed(tmp_path):
         "api",
         "scaling",
         "integrations",
+        pytest.param("index", marks=needs_packaged),
         pytest.param("data", marks=needs_packaged),
         pytest.param("evaluation", marks=[needs_packaged, needs_lm_eval]),
     ],
@@ -267,15 +278,19 @@ def real_arguments(thing: object) -> list[tuple[str, object]]:
 # ------------------------------------------------------------------------------------------------ the links
 
 
-@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", *PAGES])
+OTHER_PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+OTHER_PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "results").rglob("*.md"))
+
+
+@pytest.mark.parametrize("name", [*OTHER_PAGES, "index", *PAGES])
 def test_links_lead_to_files_and_headings(name):
-    start = ROOT if name.endswith(".md") else ROOT / "docs"
-    own = start / name if name.endswith(".md") else start / f"{name}.md"
+    """As GitHub shows them; tests/test_site.py has those of the site."""
+    own = ROOT / name if name.endswith(".md") else ROOT / "docs" / f"{name}.md"
     for target in re.findall(r"\]\(([^)\s]+)\)", page(name)):
         if target.startswith(("https://", "http://")):
             continue
         path, _, heading = target.partition("#")
-        file = (start / path).resolve() if path else own
+        file = (own.parent / path).resolve() if path else own
         assert file.exists(), f"{name}: {target}"
         if heading:
             titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
