@@ -172,11 +172,11 @@ def _report_of_several(studies: list[tuple[StudyRecords, list[Difference]]], fol
             [
                 Link(study.design.title, f"{name}/{HTML_FILE}"),
                 f"{SIGN[primary.verdict]} {_word(study, primary)}",
+                with_range(effect) if effect else "none yet",
                 compared_text(study, primary),
-                with_range(effect) if effect else "",
             ]
         )
-    head = ["study", "verdict", "first comparison", "difference in points (interval)"]
+    head = ["study", "verdict", "difference in points (interval)", "of the first comparison"]
     return Page(
         title="Several studies",
         question="",
@@ -188,7 +188,7 @@ def _report_of_several(studies: list[tuple[StudyRecords, list[Difference]]], fol
         sections=[
             _section_of_several(study, declared, name) for name, (study, declared) in zip(names, studies, strict=True)
         ],
-        overview=PageTable("What each study says", head, rows),
+        overview=PageTable("What each study says", head, rows, is_text=True),
     )
 
 
