@@ -177,6 +177,7 @@ def keys_of_recipe(template: Path) -> dict[str, Key]:
         "lora.r": whole("1", "8", absurd=("0", "1000000000"), late=["4096"]),
         "lora.alpha": whole("1", "64", absurd=("0",)),
         "lora.dropout": number("0", "0.5", unsound=("-1", "1", "1.5", "~")),
+        "lora.init": choice("default", "gaussian", "olora", "pissa", "pissa_niter_16", taste=["orthogonal"]),
         "lora.target_modules": Key(
             ["[q_proj]", "[q_proj, up_proj]", "all-linear"],
             ["3", "true", "[3]", "[~]", "{}", "''", "[]", "['']", "[q_proj, q_proj, '']", "~"],
@@ -260,6 +261,10 @@ def keys_of_recipe(template: Path) -> dict[str, Key]:
         "training.gradient_accumulation": whole("1", "3", absurd=("0",)),
         "training.learning_rate": number("1e-3", "1.e-3", "0.001", unsound=("0", "-1", "1e30")),
         "training.schedule": choice("linear", "cosine", "constant"),
+        "training.loraplus_lr_ratio": number("16", "1", "~", unsound=("0", "-1", "1e300")),
+        "training.neftune_noise_alpha": number("5", "~", unsound=("0", "-1", "1e300")),
+        "training.run_name": Key(["a run", "on", "1:30", "~"], NO_TEXT),
+        "training.project": Key(["a project", "~"], NO_TEXT),
         "training.warmup_steps": whole("0", "2", absurd=("4",)),
         "training.weight_decay": number("0", "0.1", unsound=("-1", "1e30")),
         "training.answer_weight": number("1", "1.6", unsound=("0", "-1", "1e300"), also=["data.train_on_prompt=true"]),

@@ -39,6 +39,7 @@ PAGES = [
     "data",
     "evaluation",
     "inference",
+    "compare",
     "study",
     "scaling",
     "benchmark",
@@ -195,7 +196,7 @@ def test_every_recipe_command_of_the_docs_names_what_is_there():
     assert seen >= 8
 
 
-@pytest.mark.parametrize(("name", "count"), [("recipes", 2), ("evaluation", 2), ("data", 9)])
+@pytest.mark.parametrize(("name", "count"), [("recipes", 3), ("evaluation", 2), ("data", 9)])
 def test_the_recipes_of_a_page_load(tmp_path, name, count):
     found = blocks(name, "yaml")
     assert len(found) == count

@@ -60,6 +60,11 @@ OPENAI = [
 ]
 
 
+def zipped(content: bytes) -> bytes:
+    """Without a time, which would give tests other names in every process."""
+    return gzip.compress(content, mtime=0)
+
+
 def jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -183,9 +188,17 @@ def test_numbers_of_a_table_are_numbers_where_no_text_is_read(tmp_path):
         ("rows.csv", b'prompt,completion\na,"b\n', r"rows\.csv is not a table: unexpected end of data"),
         ("rows.csv", b"prompt,completion\n", r"rows\.csv has no row"),
         ("rows.jsonl.gz", b"no gzip", r"rows\.jsonl\.gz can't be decompressed: Not a gzipped file"),
-        ("rows.jsonl.gz", gzip.compress(jsonl(PLAIN), mtime=0)[:-9], r"rows\.jsonl\.gz can't be decompressed: Compressed file"),
+        (
+            "rows.jsonl.gz",
+            zipped(jsonl(PLAIN))[:-9],
+            r"rows\.jsonl\.gz can't be decompressed: Compressed file",
+        ),
         ("rows.jsonl.xz", b"no xz", r"rows\.jsonl\.xz can't be decompressed"),
-        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b"}\n{', mtime=0), r"rows\.jsonl\.gz:2: not JSON"),
+        (
+            "rows.jsonl.gz",
+            zipped(b'{"prompt": "a", "completion": "b"}\n{'),
+            r"rows\.jsonl\.gz:2: not JSON",
+        ),
         ("rows.arrow", b"no arrow", r"rows\.arrow can't be read as arrow"),
         ("rows.parquet", b"no parquet", r"rows\.parquet can't be read as Parquet"),
     ],

@@ -53,8 +53,8 @@ ROOMS = {
         ),
     ],
     "recipe": [
-        *("schema", "yaml_file", "load", "table", "needs", "rows", "prepare", "build", "record", "plan", "first"),
-        *("train", "scoring", "speaker", "generation"),
+        *("sections", "schema", "yaml_file", "load", "table", "needs", "rows", "prepare", "build", "record"),
+        *("trackers", "plan", "first", "train", "scoring", "speaker", "generation"),
     ],
     "integrations": ["axolotl_trainer", "axolotl", "ms_swift"],
     "bench": ["programs", "report", "measure"],

@@ -273,9 +273,11 @@ def test_a_recipe_that_a_run_recorded_is_the_recipe(tmp_path):
 def test_all_shipped_recipes_load_and_open_with_the_command_that_runs_them():
     names = shipped_recipes()
     table = ["commonsense-llama-7b", "commonsense-llama2-7b", "commonsense-llama3-8b"]
-    assert names == [*table, "demo", "reasoning", "study-quick", "tiny"]
+    assert names == [*table, "demo", "peft-methods", "reasoning", "study-quick", "tiny"]
     for name in names:
-        command = {"demo": "demo", "study-quick": "compare quick"}.get(name, f"train {name}")
+        command = {"demo": "demo", "study-quick": "compare quick", "peft-methods": "compare peft-methods"}.get(
+            name, f"train {name}"
+        )
         assert (SHIPPED / f"{name}.yaml").read_text().startswith(f"# echo-lora {command}\n")
         assert load_recipe(name).output.startswith(f"runs/{name}")
 

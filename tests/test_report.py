@@ -7,6 +7,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from echo_lora.study.report.plots import STYLES, Axis, Panel, Rows, axis, style_
 from echo_lora.study.report.texts import percent_text
 from echo_lora.study.report.verdict import SIGN
 from echo_lora.study.statistics import VERDICTS, compare_arms
-from study_records import without_history, write_runs, write_study
+from study_records import RECIPE, without_history, write_runs, write_study
 
 VOID = {"meta", "link", "br", "hr", "img"}
 SECTIONS = [
@@ -342,19 +343,35 @@ def test_text_of_the_study_can_not_break_the_page_or_its_twin(tmp_path):
 
 
 def test_a_folder_of_studies_gets_their_reports_and_one_of_their_verdicts(full, tmp_path):
-    for name in ("first", "second"):
+    names = ["first", "in a/search & more", "second"]
+    for name in names:
         shutil.copytree(full, tmp_path / name)
     (tmp_path / "notes").mkdir()
+    (tmp_path / "first" / "runs" / "inner").mkdir(parents=True)  # a study's own folders are not looked into
+    shutil.copy(full / "study.json", tmp_path / "first" / "runs" / "inner")
     path = write_report(tmp_path)
-    page, _, twin = read(tmp_path)
+    page, text, twin = read(tmp_path)
     assert path == tmp_path / "report.html"
-    assert (tmp_path / "first" / "report.md").read_bytes() == (tmp_path / "second" / "report.md").read_bytes()
-    lines = summary_lines(full)
-    assert summary_lines(tmp_path) == [read_study(full).design.title, *lines] * 2
-    assert page.of("h2") == [read_study(full).design.title] * 2
-    for name in ("first", "second"):
-        assert f"{name}/report.html" in twin
-    assert twin.count(lines[0]) == 2
+    assert len({(tmp_path / name / "report.md").read_bytes() for name in names}) == 1
+    lines, study = summary_lines(full), read_study(full)
+    assert summary_lines(tmp_path) == [study.design.title, *lines] * 3
+    assert page.of("h2") == [study.design.title] * 3
+    assert twin.count(lines[0]) == 3
+    assert list(tmp_path.rglob("inner/report.*")) == []
+
+    links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href") and value[0] != "#"]
+    assert [(tmp_path / unquote(link)).resolve() for link in links] == [tmp_path / n / "report.html" for n in names] * 2
+    places = [value for tag, name, value in page.attributes if name == "id"]
+    assert [v[1:] for t, n, v in page.attributes if (t, n) == ("a", "href") and v[0] == "#"] == places
+    linked = re.findall(r"\]\(([^)]*)\)", twin)
+    assert [(tmp_path / unquote(link)).is_file() for link in linked] == [True] * 6
+
+    assert text.index("<table") < text.index("<nav") < text.index("<h2")
+    head, *rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
+    assert re.findall(r"<th[^>]*>(.*?)</th>", head)[:2] == ["study", "verdict"]
+    assert len(rows) == 3
+    for row in rows:
+        assert re.findall(r"<td[^>]*>(.*?)</td>", row)[0] == "▲ Better"
 
 
 def test_the_same_records_give_the_same_bytes(full, tmp_path):
@@ -678,4 +695,58 @@ def test_the_command_prints_the_verdict_and_where_the_page_is(full):
 def test_the_command_refuses_a_folder_that_is_no_study(tmp_path):
     done = CliRunner().invoke(app, ["report", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 1
-    assert done.stderr.startswith(f"Error: {tmp_path / 'study.json'} can't be read")
+    assert f"Error: {tmp_path / 'study.json'} can't be read" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ without an echo
+
+
+@pytest.mark.parametrize("has_runs", [True, False])
+def test_the_report_of_a_study_without_an_echo_does_not_speak_of_one(tmp_path, has_runs):
+    arms = {"lora": {"label": "LoRA"}, "lora-long": {"label": "five epochs", "set": {"training.epochs": 5}}}
+    recipe = RECIPE | {"echo": False}
+
+    def change(record):
+        record["recipe"] = recipe
+
+    write_study(
+        tmp_path,
+        arms=["lora", "lora-long"],
+        design={"arms": arms, "title": "Is longer better?", "question": "Are five epochs better than four?"},
+        about={"recipe": recipe},
+        change=change,
+        keep=lambda record: has_runs,
+    )
+    page, text, markdown = read(tmp_path)
+    for written in (text, markdown, *summary_lines(tmp_path)):
+        assert "echo" not in re.sub(r"echo[-_]lora", "", written, flags=re.IGNORECASE).lower()
+    about_echo = ["Does the echo know more?", "Strength of the echo", "What the echo itself could do"]
+    assert page.of("h2") == [title for title in SECTIONS if title not in about_echo]
+    assert ("five epochs − LoRA" in page.of("text")) == has_runs
+
+
+@pytest.mark.parametrize(
+    ("shared", "arms", "of_runs", "expected"),
+    [
+        ({}, {"lora": False, "echo-lora": None}, None, True),  # true is the recipe's default
+        ({}, {"lora": None, "echo-lora": None}, None, False),  # as in the baseline's recipe
+        ({"echo": False}, {"lora": None, "echo-lora": None}, None, False),
+        ({"echo": False}, {"lora": None, "echo-lora": True}, None, True),
+        ({}, {"lora": False, "echo-lora": None}, False, False),  # the recipe's file says so
+    ],
+)
+def test_whether_a_study_has_an_echo_is_read_from_its_design_and_its_runs(tmp_path, shared, arms, of_runs, expected):
+    sets = {arm: {} if echo is None else {"set": {"echo": echo}} for arm, echo in arms.items()}
+
+    def change(record):
+        record["recipe"] = RECIPE | {"echo": of_runs}
+
+    write_study(
+        tmp_path,
+        arms=list(arms),
+        design={"arms": sets, "set": shared},
+        about={"recipe": RECIPE | {"echo": False}},
+        change=change,
+        keep=lambda record: of_runs is not None,
+    )
+    assert read_study(tmp_path).has_echo == expected

@@ -206,6 +206,18 @@ def test_the_study_of_the_documentation_can_be_read(tmp_path):
     assert (study.margin, study.looks, len(study.seeds)) == (0.01, [5, 10, 15, 20], 20)
 
 
+def test_the_study_of_the_page_on_comparing_can_be_read(tmp_path):
+    page = (TESTS.parent / "docs" / "compare.md").read_text(encoding="utf-8")
+    recipe, study = re.findall(r"```yaml\n# (?:mine|study)\.yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(recipe)
+    (tmp_path / "study.yaml").write_text(study)
+    found = load_study(tmp_path / "study.yaml")
+    assert len(found.tuning_runs) == 2 * 3
+    shipped = load_study("peft-methods")
+    assert f"at most {len(shipped.runs(None))} runs" in page
+    assert not any(recipe_of(shipped, key).echo for key in shipped.runs(None) if key.learning_rate)
+
+
 def test_options_of_slurm_are_texts_but_for_numbers():
     options = slurm_options(["timeout_min=60", "slurm_partition=gpu", "slurm_time=01:00:00"])
     assert options == {"timeout_min": 60, "slurm_partition": "gpu", "slurm_time": "01:00:00"}
@@ -720,3 +732,37 @@ def test_the_command_tells_the_look_and_that_it_is_decided(tmp_path, planted):
     done = CliRunner().invoke(app, ["compare", str(path), "--until-decided", "--set", "looks=null"])
     assert done.exit_code == 1
     assert done.stderr.startswith("Error: --until-decided: the study of")
+
+
+# --------------------------------------------------------------------------------------------------- without an echo
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["lora", "pissa"], pytest.param(list(load_study("peft-methods").arms), marks=pytest.mark.slow)],
+    ids=["two arms", "all arms"],
+)
+def test_the_study_of_methods_of_peft_runs_on_a_tiny_model_and_reports(tmp_path, names):
+    arms = {name: load_study("peft-methods").arms[name] for name in names}
+    assert not any(arm.keep_echo_on for arm in arms.values())
+    study = loaded(
+        tmp_path,
+        arms={name: {"label": arm.label, "set": arm.set} for name, arm in arms.items()},
+        set={"echo": False, "training.steps": 3},
+        learning_rates=[1e-2],
+        seeds=[1],
+        margin=0.05,
+    )
+    assert run_study(study, Engine())
+    found = {record["arm"]: record for record in records(Path(study.output))}
+    assert list(found) == names
+    assert len({record["adapter_sha256"] for record in found.values()}) == len(names)  # every setting has an effect
+    # the base of an arm that changes its base is the base, too, not what is left of it
+    assert len({f"{record['general']['before']:.4f}" for record in found.values()}) == 1
+    assert found["pissa"]["deployed_parameters"] == 2 * found["lora"]["deployed_parameters"]
+    write_report(study.output)
+    for name in ("report.html", "report.md"):
+        written = (Path(study.output) / name).read_text()
+        assert "PiSSA − LoRA" in written
+        assert "echo" not in re.sub(r"echo[-_]lora", "", written.replace(str(tmp_path), "")).lower()
+    assert len(summary_lines(study.output)) >= len(names) - 1

@@ -19,6 +19,7 @@ from echo_lora.data.formats import alpaca_prompt
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.method import losses
 from echo_lora.method.config import EchoConfig
+from echo_lora.method.variants import changes_base
 from echo_lora.packaged import LICENSE
 
 if TYPE_CHECKING:
@@ -78,6 +79,10 @@ def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
             plain_prompt=alpaca_prompt("Your instruction") if run.get("is_alpaca") else "Your prompt",
             echo_config=None if echo_config is None else echo_config.to_dict(),
             method=METHODS.get(recipe["method"], recipe["method"]),
+            notes=_init_text(recipe["lora"]),
+            is_rewritten=_is_rewritten(recipe["lora"]),
+            ratio=recipe["training"].get("loraplus_lr_ratio"),
+            noise=recipe["training"].get("neftune_noise_alpha"),
             packaged=is_packaged,
             heading=DATA,
             results=_results_section([] if loss is None else [f"Loss on the validation rows: {loss:.4g}."]),
@@ -85,6 +90,17 @@ def model_card(run: Mapping[str, Any], echo_config: EchoConfig | None) -> str:
         )
     )
     return _card(data, body)
+
+
+def _is_rewritten(lora: Mapping[str, Any]) -> bool:
+    """Whether the adapter was saved as a LoRA of twice the rank; see `save_verified`."""
+    return changes_base({"init_lora_weights": lora.get("init")}) is not None
+
+
+def _init_text(lora: Mapping[str, Any]) -> str:
+    init = lora.get("init", "default")
+    text = "" if init == "default" else f", initialised by {init}"
+    return text + (f"; saved as a LoRA of rank {2 * lora['r']} with the same effect" if _is_rewritten(lora) else "")
 
 
 def merged_card(

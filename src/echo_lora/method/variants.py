@@ -25,4 +25,6 @@ def as_drawn(model: PeftModel, adapter_name: str) -> dict[str, Tensor] | None:
     if not str(model.peft_config[adapter_name].init_lora_weights).lower().startswith(SUBTRACTED):
         return None
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    if any(tensor.is_meta for tensor in state.values()):  # a dry run
+        return None
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}

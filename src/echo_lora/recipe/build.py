@@ -16,12 +16,15 @@ from trl import SFTConfig
 from echo_lora.errors import EchoError, EchoModelError, nearest
 from echo_lora.method.model import EchoModel, get_echo_model
 from echo_lora.method.targets import unmatched_targets
+from echo_lora.method.variants import as_drawn, changes_base
 from echo_lora.models import load_base_model
 from echo_lora.recipe.schema import Recipe
+from echo_lora.recipe.sections import PROJECT
 from echo_lora.training.checkpoint import fill
 
 # The recipe's names of the trainer's configuration keys that decide a run's result.
 RECIPE_KEYS = {
+    "adapter.init_lora_weights": "lora.init",
     "adapter.lora_alpha": "lora.alpha",
     "adapter.lora_dropout": "lora.dropout",
     "adapter.r": "lora.r",
@@ -59,6 +62,7 @@ def lora_config(recipe: Recipe) -> LoraConfig:
         r=recipe.lora.r,
         lora_alpha=recipe.lora.alpha,
         lora_dropout=recipe.lora.dropout,
+        init_lora_weights=True if recipe.lora.init == "default" else recipe.lora.init,
         target_modules=recipe.lora.target_modules,
         **VARIANTS[recipe.method],
         task_type="CAUSAL_LM",
@@ -84,6 +88,7 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
             model: PeftModel = get_echo_model(base, config, recipe.build_echo_config())
         else:
             model = get_peft_model(base, config)
+            model.initial_adapter = as_drawn(model, "default")  # as an EchoModel has it; `save_verified` needs it
     except (ValueError, re.error) as error:  # PEFT's, for modules that are missing or can't be adapted
         if isinstance(error, EchoError):
             raise
@@ -91,6 +96,7 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
             f"lora.target_modules = {recipe.lora.target_modules} does not fit {recipe.model}: {error} "
             "Name linear modules of this model, or use all-linear."
         ) from error
+    _refuse_narrow(recipe, model)
     if unmatched := unmatched_targets(model, recipe.lora.target_modules, "default"):
         ends = {name.rpartition(".")[2] for name in (*linear, *model.base_model.targeted_module_names)}
         raise EchoModelError(
@@ -98,6 +104,17 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
             f"that way.{nearest(unmatched[0], sorted(ends))} Correct it, or leave it out."
         )
     return model
+
+
+def _refuse_narrow(recipe: Recipe, model: PeftModel) -> None:
+    """Raises EchoModelError if lora.init takes the adapter from a matrix that has fewer dimensions than lora.r."""
+    for name, module in model.named_modules():
+        if name.endswith(".lora_A.default") and len(module.weight) < recipe.lora.r:
+            raise EchoModelError(
+                f"lora.init = {recipe.lora.init} takes the adapter from the base's matrices, and that of "
+                f"{name.removesuffix('.lora_A.default')} has only {len(module.weight)} dimensions, fewer than lora.r = "
+                f"{recipe.lora.r}. Lower lora.r, or name other lora.target_modules."
+            )
 
 
 def whole_model(recipe: Recipe, model: PeftModel, tensors: dict[str, Tensor]) -> PeftModel:
@@ -113,9 +130,15 @@ def whole_model(recipe: Recipe, model: PeftModel, tensors: dict[str, Tensor]) ->
 
 
 def parameter_counts(model: PeftModel) -> tuple[int, int]:
-    """Number of trainable parameters of the adapter, and of the echo."""
+    """Number of parameters of the adapter as it is saved, and of the echo."""
     echo = sum(p.numel() for p in model.echo.parameters()) if isinstance(model, EchoModel) else 0
-    return sum(p.numel() for p in model.parameters() if p.requires_grad) - echo, echo
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad) - echo
+    return adapter * (2 if is_saved_as_lora(model) else 1), echo
+
+
+def is_saved_as_lora(model: PeftModel) -> bool:
+    """Whether the adapter is saved as a LoRA of twice the rank, since its creation changed the base's weights."""
+    return changes_base(model.peft_config[model.active_adapters[0]]) is not None
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
@@ -135,6 +158,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
+        neftune_noise_alpha=training.neftune_noise_alpha,
         optim=training.optimizer,
         activation_checkpointing=training.gradient_checkpointing,
         bf16=training.bf16,
@@ -145,6 +169,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         eval_strategy="no" if training.evaluate_every is None else "steps",
         eval_steps=training.evaluate_every,
         report_to=training.report_to or "none",
+        run_name=training.run_name or Path(recipe.output).name,
+        project=training.project or PROJECT,  # for trackio; `tracking` tells the others
         seed=recipe.seeds.initialisation,
         data_seed=recipe.seeds.data_order,
         max_length=None,

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from echo_lora.data.sources import expanded
 from echo_lora.errors import EchoConfigError, nearest
-from echo_lora.recipe.schema import SPLITS, Recipe, Section, source_of
+from echo_lora.recipe.schema import SPLITS, Recipe, source_of
+from echo_lora.recipe.sections import Section
 from echo_lora.recipe.yaml_file import DEEPEST, find_yaml, is_in, names_in, parse_yaml, parsed_yaml
 
 SHIPPED = Path(__file__).parent.parent / "recipes"

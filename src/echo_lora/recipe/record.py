@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"  # written first, with its defaults, so that the run can be resumed and repeated
+LOGS = "logs"  # what experiment trackers write
 STARTED = "started.json"  # the recipe, in checkpoints/: marks the folder as a run's own
 
 
@@ -142,6 +144,8 @@ def tidy_folder(output: Path, checkpoints: Path, is_new: bool) -> None:
         if checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= set(own):
             remove_files(checkpoints, own)
             (output / RECIPE_FILE).unlink(missing_ok=True)
+            if (output / LOGS).is_dir() and not (output / RUN_FILE).exists():
+                shutil.rmtree(output / LOGS)
         if is_new:
             remove_empty(output)
     except OSError as error:

@@ -3,6 +3,7 @@
     output/
       adapter/       the plain PEFT adapter, tokenizer with chat template, model card
       checkpoints/   for `resume`
+      logs/          what experiment trackers write, if the recipe names some
       loss.png       the losses over the steps
       recipe.yaml    the recipe, with its defaults; `echo-lora train` takes it
       run.json       recipe, versions, seeds, metrics; written last, so it marks a finished run
@@ -41,6 +42,7 @@ from echo_lora.models import canonical
 from echo_lora.progress import PATIENCE, Steps, progress_console, stage
 from echo_lora.recipe.build import (
     add_adapter,
+    is_saved_as_lora,
     load_base,
     parameter_counts,
     recipe_key,
@@ -62,6 +64,7 @@ from echo_lora.recipe.record import (
 )
 from echo_lora.recipe.rows import join, prompts_are_alpaca, prompts_are_chats
 from echo_lora.recipe.schema import Recipe
+from echo_lora.recipe.trackers import tracking
 from echo_lora.training.checkpoint import last_complete_checkpoint, step_of
 from echo_lora.training.processes import is_main, process_group, together
 from echo_lora.training.sft import EchoSFTTrainer
@@ -122,7 +125,9 @@ def _run(recipe: Recipe, output: Path, checkpoints: Path, resume: bool) -> RunRe
 def _save(recipe: Recipe, result: RunResult, model: PeftModel, tokenizer: Any) -> None:
     output = Path(recipe.output)
     card = model_card(dataclasses.asdict(result), recipe.build_echo_config() if recipe.echo else None)
-    save_verified(model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True)
+    save_verified(
+        model, result.adapter, tokenizer=tokenizer, card=card, overwrite=True, as_lora=is_saved_as_lora(model)
+    )
     write_file(output / "loss.png", lambda path: plot_losses(result.history, path))
     record = json.dumps(dataclasses.asdict(result), indent=2)
     write_text(output / RUN_FILE, record)
@@ -141,14 +146,16 @@ def train(recipe: Recipe, checkpoints: Path, *, resume: bool) -> tuple[RunResult
     with stage(f"Loading {recipe.model}"), together():
         model = add_adapter(recipe, load_base(recipe))
     progress = _Progress()
-    trainer = _trainer(recipe, model, rows, checkpoints, progress)
     last = last_complete_checkpoint(checkpoints) if resume else None
-    started, watch = time.perf_counter(), MemoryWatch()
-    try:
-        with watch, _explained(trainer, checkpoints), _loading(last, progress):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    finally:
-        progress.close()
+    watch = MemoryWatch()
+    with tracking(recipe, checkpoints.parent):
+        trainer = _trainer(recipe, model, rows, checkpoints, progress)
+        started = time.perf_counter()
+        try:
+            with watch, _explained(trainer, checkpoints), _loading(last, progress):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            progress.close()
     seconds = time.perf_counter() - started
     history = [
         {name: value for name, value in entry.items() if isinstance(value, (int, float))}
@@ -239,6 +246,7 @@ def _trainer(
             processing_class=rows.tokenizer,
             callbacks=[progress],
             answer_weight=recipe.training.answer_weight,
+            loraplus_lr_ratio=recipe.training.loraplus_lr_ratio,
         )
     except (ValueError, ImportError) as error:  # accelerate's, which also reads environment variables
         if isinstance(error, EchoError):

@@ -22,7 +22,8 @@ from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_v
 from echo_lora.data.sources import expanded
 from echo_lora.errors import EchoConfigError, nearest
 from echo_lora.recipe.load import load_recipe, shipped_recipes, validated
-from echo_lora.recipe.schema import LARGEST_RATE, LARGEST_SEED, Name, Recipe, Section
+from echo_lora.recipe.schema import Recipe
+from echo_lora.recipe.sections import LARGEST_RATE, LARGEST_SEED, Name, Section
 from echo_lora.recipe.yaml_file import find_yaml, is_in, names_in, parse_yaml
 
 SHIPPED = Path(__file__).parent.parent / "studies"

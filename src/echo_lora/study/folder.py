@@ -134,6 +134,16 @@ class StudyRecords:
         """Each arm's learning rate; empty until tuning is complete."""
         return self.file.chosen or {}
 
+    @property
+    def has_echo(self) -> bool:
+        """Whether an arm trains with the echo."""
+        baseline = self.design.arms[self.design.baseline].set
+        # of the recipe file, only what the baseline's recipe shows is known
+        shared = self.design.set.get("echo", True if "echo" in baseline else self.file.recipe.get("echo", True))
+        found = {arm: own.set.get("echo", shared) for arm, own in self.design.arms.items()}
+        found |= {run["arm"]: run["recipe"]["echo"] for run in self.runs if "echo" in run.get("recipe", {})}
+        return any(found.values())
+
     def label(self, arm: str) -> str:
         """The arm's name for readers."""
         return self.design.arms[arm].label or arm

@@ -24,8 +24,10 @@ from echo_lora.errors import EchoDataError, EchoTrainingError
 from echo_lora.evaluate import score
 from echo_lora.method.model import EchoModel
 from echo_lora.models import load_tokenizer
+from echo_lora.recipe.build import is_saved_as_lora, load_base
 from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.rows import evaluation_rows
+from echo_lora.recipe.schema import Recipe
 from echo_lora.recipe.train import train
 from echo_lora.study.design import GeneralText, RunKey, Study, recipe_of
 from echo_lora.study.records import record_path, write_record
@@ -62,6 +64,9 @@ def execute(study: Study, key: RunKey, *, wait: bool = False) -> bool:
 def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
     recipe = recipe_of(study, key)
     require_packages(recipe, trains=True, scores=True)
+    if recipe.training.report_to and recipe.training.run_name is None:  # the folder's name is only that of a seed
+        name = f"{Path(study.output).name} {key}"
+        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"run_name": name})})
     checkpoints = folder / "checkpoints"
     resume = has_complete_checkpoint(checkpoints)
     if not resume:
@@ -84,7 +89,8 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
             "scores": [],
             "history": [],
         }
-    save_verified(model, folder / "adapter", tokenizer=tokenizer, overwrite=True)
+    as_lora = is_saved_as_lora(model)
+    save_verified(model, folder / "adapter", tokenizer=tokenizer, overwrite=True, as_lora=as_lora)
     keeps_echo = study.arms[key.arm].keep_echo_on and isinstance(model, EchoModel) and key.stage == "confirmation"
     scores = []
     for echo in (False, True) if keeps_echo else (False,):
@@ -103,8 +109,14 @@ def _record(study: Study, key: RunKey, folder: Path) -> dict[str, Any]:
             json.dumps([[task.name, rows] for task, rows in tasks], sort_keys=True).encode()
         ).hexdigest(),
         "scores": scores,
-        "general": measure_forgetting(model, ids) if ids else None,
+        # without such an adapter the model is not the base, so it is measured as saved
+        "general": measure_forgetting(_as_saved(recipe, folder) if as_lora else model, ids) if ids else None,
     }
+
+
+def _as_saved(recipe: Recipe, folder: Path) -> PeftModel:
+    base = load_base(recipe)
+    return PeftModel.from_pretrained(base, str(folder / "adapter"), torch_device=str(base.device))
 
 
 def general_ids(tokenizer: Any, text: GeneralText) -> list[int]:

@@ -12,11 +12,22 @@ from contextlib import contextmanager
 from itertools import compress
 from typing import Any
 
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
 
 from echo_lora.errors import EchoConfigError
 from echo_lora.method.model import EchoModel
 from echo_lora.method.routing import echo_lr_factor
+
+
+def loraplus(model: PeftModel, ratio: float, args: TrainingArguments) -> Optimizer:
+    """PEFT's LoRA+ optimizer of the arguments' class: matrices B learn at `ratio` times the rate of matrices A."""
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    settings |= {"loraplus_lr_ratio": ratio, "loraplus_weight_decay": args.weight_decay}
+    return create_loraplus_optimizer(model, kind, **settings)
 
 
 def separate_echo(optimizer: Any, model: EchoModel) -> None:

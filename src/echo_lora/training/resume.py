@@ -63,6 +63,7 @@ class CheckpointMixin(Trainer):
 
     train_dataset: Any
     answer_weight: float
+    loraplus_lr_ratio: float | None
     name_of_key: Callable[[str], str]
     row_stream: RowStream | None = None  # where train_dataset comes from, if it is a recipe's stream
     initial_adapter_hash: str | None
@@ -185,6 +186,7 @@ class CheckpointMixin(Trainer):
         values = {f"training.{name}": getattr(self.args, name, None) for name in FINGERPRINT}
         values["training.batches"] = self._batches()
         values["training.answer_weight"] = self.answer_weight
+        values["training.loraplus_lr_ratio"] = self.loraplus_lr_ratio
         values["training.given_optimizer"] = self._given_optimizer
         if isinstance(model, PeftModel):
             adapter = model.peft_config[model.active_adapters[0]].to_dict()

@@ -105,6 +105,25 @@ def refuse_answer_weight(trainer: Any) -> None:
         )
 
 
+def refuse_loraplus(trainer: Any) -> None:
+    """Raises EchoConfigError for a bad loraplus_lr_ratio, and where another optimizer would be used instead."""
+    ratio = trainer.loraplus_lr_ratio
+    if ratio is None:
+        return
+    if not (isinstance(ratio, (int, float)) and 0 < ratio <= LARGEST_FACTOR):
+        raise EchoConfigError(f"loraplus_lr_ratio = {ratio!r} must be a number above 0, at most {LARGEST_FACTOR:g}.")
+    for what, is_set in {
+        "an optimizer of your own": trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        f"optim={trainer.args.optim!r}": trainer.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO),
+    }.items():
+        if is_set:
+            raise EchoConfigError(
+                f"loraplus_lr_ratio={ratio:g} can't be combined with {what}: LoRA+ makes its own groups of parameters. "
+                "Leave one out."
+            )
+
+
 def refuse_packed_data(dataset: Any, collator: Any) -> None:
     """Raises EchoDataError for packed rows, in the cases where the batch alone would not show it."""
     reasons = {

@@ -29,7 +29,7 @@ from echo_lora.training import support
 from echo_lora.training.callback import Watch
 from echo_lora.training.collator import RowCollator, WeightedForward, numbered
 from echo_lora.training.metrics import Meter
-from echo_lora.training.optimizer import refuse_shared_rate, separate_echo
+from echo_lora.training.optimizer import loraplus, refuse_shared_rate, separate_echo
 from echo_lora.training.resume import CheckpointMixin
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,15 @@ class EchoTrainerMixin(CheckpointMixin):
 
     _is_sft = False  # whether TRL computes the loss without the echo
     data_collator: Any
+    optimizer: Any
     train_dataset: Any
     _signature_columns: Any
 
-    def __init__(self, *args: Any, answer_weight: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, answer_weight: float = 1.0, loraplus_lr_ratio: float | None = None, **kwargs: Any
+    ) -> None:
         self.answer_weight = answer_weight
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         super().__init__(*args, **kwargs)
         self._base_accepts_loss_kwargs = self.model_accepts_loss_kwargs
         self._given_optimizer = None if self.optimizer is None else f"{type(self.optimizer).__name__}"
@@ -56,6 +60,7 @@ class EchoTrainerMixin(CheckpointMixin):
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
             support.refuse_unfit_data(dataset, f"{name} data", self.accelerator.unwrap_model(self.model))
         support.refuse_answer_weight(self)
+        support.refuse_loraplus(self)
         self._meter = Meter(self.answer_weight)
         self._loss_sum, self._summed_to = 0.0, 0
         self._rows_of_step: list[int] = []
@@ -165,7 +170,10 @@ class EchoTrainerMixin(CheckpointMixin):
     # --------------------------------------------------------------- optimizer
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer, or the one passed to it, with the echo networks in groups of their own."""
+        """Trainer's optimizer, LoRA+, or the one passed to it, with the echo networks in groups of their own."""
+        if self.loraplus_lr_ratio is not None and self.optimizer is None:
+            adapted = self.accelerator.unwrap_model(self.model)
+            self.optimizer = loraplus(adapted, self.loraplus_lr_ratio, self.args)
         optimizer = super().create_optimizer(model)
         echo = self._echo_model
         if echo is None or not echo.echo_enabled:

@@ -11,16 +11,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from echo_lora.errors import EchoCheckpointError
 from echo_lora.files import write_text
 from echo_lora.study.folder import STUDY_FILE, StudyRecords, read_study
 from echo_lora.study.report import outcome, side_effects, training
-from echo_lora.study.report.parts import PageSection, PageTable
-from echo_lora.study.report.texts import count_of, joined
+from echo_lora.study.report.parts import Link, PageSection, PageTable
+from echo_lora.study.report.texts import count_of, joined, with_range
 from echo_lora.study.report.verdict import (
     SIGN,
     Difference,
+    compared_text,
     declared_differences,
     difference_of,
     look_text,
@@ -46,6 +48,7 @@ class Page:
     meaning: str
     notices: list[str]  # warnings
     sections: list[PageSection]
+    overview: PageTable | None = None  # of several studies
 
 
 def write_report(folder: str | Path) -> Path:
@@ -54,21 +57,26 @@ def write_report(folder: str | Path) -> Path:
     In a folder of several studies, each gets its report, and the folder one of their verdicts. The same records give
     the same bytes. Raises EchoConfigError or EchoDataError as `read_study`, EchoCheckpointError if writing fails.
     """
-    sections = []
-    for one in _studies_in(folder) or [Path(folder)]:
+    folder = Path(folder)
+    studies = []
+    for one in _studies_in(folder) or [folder]:
         study = read_study(one)
         declared = declared_differences(study)
         path = _write(_report(study, declared), study.folder)
-        sections.append(_section_of_several(study, declared))
-    return path if one == Path(folder) else _write(_report_of_several(sections), Path(folder))
+        studies.append((study, declared))
+    return path if one == folder else _write(_report_of_several(studies, folder), folder)
 
 
 def _studies_in(folder: str | Path) -> list[Path]:
-    """The folders of studies in a folder that is not a study's."""
-    folder = Path(folder)
-    if os.path.exists(folder / STUDY_FILE) or not os.path.isdir(folder):
+    """The folders of studies in a folder that is not a study's, at any depth."""
+    if os.path.exists(Path(folder) / STUDY_FILE):
         return []
-    return sorted(path.parent for path in folder.glob(f"*/{STUDY_FILE}"))
+    found = []
+    for place, names, files in os.walk(folder):
+        if STUDY_FILE in files:
+            found.append(Path(place))
+            names.clear()  # its runs have no study of their own
+    return sorted(found)
 
 
 def _write(report: Page, folder: Path) -> Path:
@@ -108,15 +116,11 @@ def summary_lines(folder: str | Path) -> list[str]:
 def _report(study: StudyRecords, declared: list[Difference]) -> Page:
     others = [difference_of(study, *pair) for pair in study.others]
     primary = declared[0]
-    word = (
-        f"So far: {primary.verdict}"
-        if missing_runs(study, primary)
-        else f"{primary.verdict[0].upper()}{primary.verdict[1:]}"
-    )
+    about_echo = [training.teaching(study), training.echo_strength(study), training.ceiling(study)]
     return Page(
         title=study.design.title,
         question=study.design.question,
-        verdict=word,
+        verdict=_word(study, primary),
         sign=SIGN[primary.verdict],
         sentence=sentence_of(study, primary),
         meaning=f"{meaning_of(study, primary)} {not_worse_text(study, primary)}".rstrip(),
@@ -129,9 +133,7 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Page:
             outcome.controls(study, declared, others),
             training.learning_rates(study),
             training.losses(study),
-            training.teaching(study),
-            training.echo_strength(study),
-            training.ceiling(study),
+            *(about_echo if study.has_echo else []),
             side_effects.cost(study),
             side_effects.forgetting(study),
             side_effects.unreadable(study),
@@ -141,27 +143,52 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Page:
     )
 
 
-def _section_of_several(study: StudyRecords, declared: list[Difference]) -> PageSection:
-    name = study.folder.name
+def _word(study: StudyRecords, primary: Difference) -> str:
+    """The verdict of the first comparison."""
+    if missing_runs(study, primary):
+        return f"So far: {primary.verdict}"
+    return f"{primary.verdict[0].upper()}{primary.verdict[1:]}"
+
+
+def _section_of_several(study: StudyRecords, declared: list[Difference], name: str) -> PageSection:
     look = look_text(study, declared[0])
-    text = [study.design.question, *([look] if look else []), f"Full report: {name}/{HTML_FILE}"]
-    return PageSection(name, study.design.title, text, notices(study, declared[0]), items=_verdicts(study, declared))
+    text = [*filter(None, [study.design.question, look])]
+    verdicts, warnings = _verdicts(study, declared), notices(study, declared[0])
+    link = Link("Full report", f"{name}/{HTML_FILE}")
+    return PageSection(name, study.design.title, text, warnings, items=verdicts, link=link)
 
 
 def _verdicts(study: StudyRecords, declared: list[Difference]) -> list[str]:
     return [f"{one.verdict}: {sentence_of(study, one)} {not_worse_text(study, one)}".rstrip() for one in declared]
 
 
-def _report_of_several(sections: list[PageSection]) -> Page:
+def _report_of_several(studies: list[tuple[StudyRecords, list[Difference]]], folder: Path) -> Page:
+    # as in a URL: relative to this page
+    names = [quote(study.folder.relative_to(folder).as_posix()) for study, _ in studies]
+    rows = []
+    for name, (study, (primary, *_)) in zip(names, studies, strict=True):
+        effect = primary.overall
+        rows.append(
+            [
+                Link(study.design.title, f"{name}/{HTML_FILE}"),
+                f"{SIGN[primary.verdict]} {_word(study, primary)}",
+                with_range(effect) if effect else "none yet",
+                compared_text(study, primary),
+            ]
+        )
+    head = ["study", "verdict", "difference in points (interval)", "of the first comparison"]
     return Page(
         title="Several studies",
         question="",
-        verdict=f"{len(sections)} studies",
+        verdict="1 study" if len(studies) == 1 else f"{len(studies)} studies",
         sign="≡",
         sentence="Each has its own question, verdict and report.",
         meaning="",
         notices=[],
-        sections=sections,
+        sections=[
+            _section_of_several(study, declared, name) for name, (study, declared) in zip(names, studies, strict=True)
+        ],
+        overview=PageTable("What each study says", head, rows, is_text=True),
     )
 
 
@@ -179,7 +206,7 @@ def _settings(study: StudyRecords) -> PageSection:
         ),
         PageTable("The study", ["what", "value"], _study_settings(study), is_text=True),
     ]
-    if recipe := [[key, value] for key, value in _flat(study.file.recipe)]:
+    if recipe := [[key, value] for key, value in _flat(study.file.recipe) if _matters(study, key)]:
         tables.append(PageTable("Base recipe, of the baseline's first run", ["key", "value"], recipe, is_text=True))
     text = ["Everything needed to repeat the study."]
     return PageSection("settings", "Settings", text, warnings, tables=tables, items=[f"rows: {line}" for line in rows])
@@ -191,10 +218,15 @@ def _arm_settings(study: StudyRecords, arm: str) -> list[str]:
         study.label(arm),
         arm,
         own.role + (", baseline" if arm == study.design.baseline else ""),
-        _settings_text(own.set) or "none",
+        _settings_text({key: value for key, value in own.set.items() if _matters(study, key)}) or "none",
         joined(f"{rate:g}" for rate in study.design.rates(arm)),
         f"{study.chosen[arm]:g}" if arm in study.chosen else "not yet",
     ]
+
+
+def _matters(study: StudyRecords, key: str) -> bool:
+    """Whether a key of a recipe has an effect in this study."""
+    return study.has_echo or not key.startswith(("echo", "seeds.routing"))
 
 
 def _study_settings(study: StudyRecords) -> list[list[str]]:

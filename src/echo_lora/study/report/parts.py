@@ -10,6 +10,17 @@ from echo_lora.study.records import mean_of
 from echo_lora.study.report.plots import Rows, Style, axis, style_of, swatch
 
 
+class Link(str):
+    """A text that leads to another page; `href` is its place."""
+
+    href: str
+
+    def __new__(cls, text: str, href: str) -> Link:
+        link = super().__new__(cls, text)
+        link.href = href
+        return link
+
+
 @dataclass(frozen=True)
 class PageTable:
     """Texts in rows."""
@@ -49,6 +60,7 @@ class PageSection:
     figures: list[Figure] = field(default_factory=list)
     tables: list[PageTable] = field(default_factory=list)
     items: list[str] = field(default_factory=list)
+    link: Link | None = None
 
 
 def arm_style(study: StudyRecords, arm: str) -> Style:

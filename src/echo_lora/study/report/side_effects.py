@@ -31,7 +31,7 @@ def cost(study: StudyRecords) -> PageSection:
                 " ".join(sorted({str(run.get("steps", "")) for run in runs})),
                 f"{max(run.get('peak_memory', 0) for run in runs) / 1e9:.2f}",
                 counts_text(run.get("deployed_parameters") for run in runs),
-                counts_text(run.get("echo_parameters") for run in runs),
+                *([counts_text(run.get("echo_parameters") for run in runs)] if study.has_echo else []),
             ]
         )
     if not rows:
@@ -44,7 +44,8 @@ def cost(study: StudyRecords) -> PageSection:
     warnings = []
     if len(devices) > 1:
         warnings.append(f"Runs were done on different devices ({', '.join(devices)}): their times can't be compared.")
-    head = ["arm", "seconds", f"over {baseline}", "steps", "peak GB", "parameters deployed", "of the echo, discarded"]
+    head = ["arm", "seconds", f"over {baseline}", "steps", "peak GB", "parameters deployed"]
+    head += ["of the echo, discarded"] if study.has_echo else []
     figures = [_cost_figure(study, baseline, ratios)] if len(ratios) > 1 else []
     return PageSection("cost", title, text, warnings, figures, [PageTable("Training of one run", head, rows)])
 

@@ -17,6 +17,9 @@ from echo_lora.study.report.texts import joined, number_text, percent, points_te
 POINTS = 60  # of a curve; longer ones are averaged
 STEPS = 6  # steps of a curve that its table shows
 
+# a curve: its title, what it is, and its value in an entry of a run's log
+Part = tuple[str, str, Callable[[dict[str, Any]], float | None]]
+
 
 def learning_rates(study: StudyRecords) -> PageSection:
     """The results of tuning, and the chosen rates."""
@@ -90,13 +93,14 @@ def _tuning_figure(study: StudyRecords, curves: dict[str, dict[float, float]]) -
 
 def losses(study: StudyRecords) -> PageSection:
     """Losses of the confirmation runs, in training and on validation rows, and the distillation."""
-    parts = [
+    explained = "cross-entropy of the answers" + (", echo off" if study.has_echo else "")
+    parts: list[Part] = [
         (
             "Loss in training",
-            "cross-entropy of the answers, echo off",
+            explained,
             lambda e: e.get("ce_off", e.get("loss") if "ce_on" not in e else None),
         ),
-        ("Loss on validation rows", "cross-entropy of the answers, echo off", lambda e: e.get("eval_loss")),
+        ("Loss on validation rows", explained, lambda e: e.get("eval_loss")),
         ("Distillation", "divergence of the passes with and without the echo", lambda e: e.get("distillation")),
     ]
     caption = (
@@ -104,7 +108,7 @@ def losses(study: StudyRecords) -> PageSection:
         "shading spans the lowest to the highest seed."
     )
     text = []
-    if study.file.recipe.get("data", {}).get("train_on_prompt"):
+    if study.has_echo and study.file.recipe.get("data", {}).get("train_on_prompt"):
         text.append(
             "This study also trains on prompts. The training loss of arms with the echo covers answers only, so it "
             "can't be compared with that of arms without; the loss on validation rows can."
@@ -148,7 +152,7 @@ def _curves_section(
     study: StudyRecords,
     name: str,
     title: str,
-    parts: Sequence[tuple[str, str, Callable[[dict[str, Any]], float | None]]],
+    parts: Sequence[Part],
     unit: str,
     caption: str,
     text: list[str],
