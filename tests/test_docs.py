@@ -382,7 +382,7 @@ def test_the_reports_of_the_study_are_those_of_its_records(tmp_path):
     shutil.copytree(ROOT / "results" / "study", tmp_path / "study")
     write_report(tmp_path / "study")
     reports = sorted((ROOT / "results" / "study").rglob("report.*"))
-    assert len(reports) == 10
+    assert len(reports) == 12
     for path in reports:
         again = tmp_path / "study" / path.relative_to(ROOT / "results" / "study")
         assert again.read_bytes() == path.read_bytes(), path
