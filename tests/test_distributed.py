@@ -31,7 +31,7 @@ from echo_lora.recipe.record import RunResult
 from echo_lora.training.checkpoint import fill
 from echo_lora.training.support import refuse_parallelism
 from test_trainer import echo_model, trainer_of
-from tiny_recipe import tiny_recipe
+from tiny_recipe import tiny_document, tiny_recipe
 
 SCRIPT = Path(__file__).parent / "distributed_run.py"
 CONFIGS = Path(echo_lora.__file__).parent / "accelerate"
@@ -346,14 +346,20 @@ def launch_recipe(folder: Path, plan: str, *args: str, script: str | None = None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("echo", [True, False], ids=["echo", "plain"])
+@pytest.mark.parametrize(
+    ("echo", "init", "ratio"),
+    [(True, "default", None), (False, "default", None), (True, "pissa", 4), (False, "pissa", 4)],
+    ids=["echo", "plain", "echo, PiSSA, LoRA+", "PiSSA, LoRA+"],
+)
 @pytest.mark.parametrize("plan", ["ddp", "fsdp2"])
-def test_a_recipe_on_two_processes_gives_the_adapter_of_one(tmp_path, plan, echo):
+def test_a_recipe_on_two_processes_gives_the_adapter_of_one(tmp_path, plan, echo, init, ratio):
     training = {"steps": 4, "batch_size": 3, "learning_rate": 0.1, "log_every": 1, "optimizer": "sgd", "save_every": 2}
-    tiny_recipe(tmp_path, training=training | {"gradient_accumulation": 2}, output="one", echo=echo)
+    training |= {} if ratio is None else {"loraplus_lr_ratio": ratio}
+    settings = {"echo": echo, "lora": tiny_document()["lora"] | {"init": init}}
+    tiny_recipe(tmp_path, training=training | {"gradient_accumulation": 2}, output="one", **settings)
     done = launch_recipe(tmp_path, "one", "train", "recipe.yaml")
     assert done.returncode == 0, done.stderr[-5000:]
-    tiny_recipe(tmp_path, training=training, output="two", echo=echo)
+    tiny_recipe(tmp_path, training=training, output="two", **settings)
     script = None if plan == "ddp" else str(Path(__file__).parent / "distributed_recipe.py")
     done = launch_recipe(tmp_path, plan, "train", "recipe.yaml", script=script)
     assert done.returncode == 0, done.stderr[-5000:]
