@@ -438,9 +438,13 @@ def test_loftq_is_saved_as_it_is(tmp_path, monkeypatch):
 
 
 def test_a_folder_says_who_can_read_it(tmp_path):
-    for name, reader in (("plain LoRA", "servers that read"), ('`init_lora_weights="pissa"`', "no server")):
-        trained(name).save_pretrained(tmp_path / reader)
-        assert any(reader in line for line in inspect_adapter(tmp_path / reader).readers)
+    for name, is_served in (("plain LoRA", True), ('`init_lora_weights="pissa"`', False)):
+        folder = tmp_path / str(is_served)
+        trained(name).save_pretrained(folder)
+        found = inspect_adapter(folder)
+        assert any(line.startswith("PEFT: ") for line in found.readers)
+        assert any(line.startswith("vLLM") for line in found.readers) == is_served
+        assert any(line.startswith("vLLM") for line in found.refused_by) != is_served
 
 
 @pytest.mark.parametrize(
