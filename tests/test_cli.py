@@ -26,7 +26,7 @@ from echo_lora.terminal import path as parsed_path
 from tiny_recipe import ROWS, tiny_folder, tiny_recipe, write_rows
 
 COMMANDS = [
-    *("train", "preview", "plan", "chat", "generate", "eval", "merge", "doctor"),
+    *("init", "train", "preview", "plan", "schema", "chat", "generate", "eval", "merge", "doctor"),
     *("demo", "bench", "compare", "report", "data"),
 ]
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "lm_eval", "scipy", "matplotlib"}
@@ -211,7 +211,7 @@ def test_resume_continues_from_the_checkpoint(tmp_path, monkeypatch):
 
 
 def test_wrong_usage_exits_with_2():
-    assert "Missing argument" in invoke("train", code=2).output
+    assert "Missing argument" in invoke("plan", code=2).output
     assert "No such option" in invoke("plan", "tiny", "--steps", "3", code=2).output
     assert "No such command" in invoke("trian", code=2).output
     assert "'float64' is not one of" in invoke("merge", "a", "b", "--dtype", "float64", code=2).output
@@ -493,7 +493,8 @@ def test_every_help_example_works(tmp_path):
     for command in [[], *([name] for name in COMMANDS if name not in ("demo", "compare", "report"))]:
         text = " ".join(invoke(*command, "--help").output.split())
         examples.append(text.rpartition("Example")[2].rpartition(": ")[2])
-    assert len(examples) == 11
+    assert len(examples) == 13
+    (tmp_path / "rows.csv").write_text("prompt,completion\nWhat is 1 + 1?,2\nWhat is 1 + 2?,3\n")
     (tmp_path / "p.txt").write_text("What is 12 + 30?\n")
     row = {"instruction": "Is it?", "input": "", "output": "the correct answer is true", "answer": "true"}
     (tmp_path / "dataset" / "boolq").mkdir(parents=True)

@@ -17,6 +17,12 @@ MODULES = sorted(
     for path in SOURCE.rglob("*.py")
     if path.name != "__main__.py" and "lm_eval_tasks" not in path.parts
 )
+# Plug-ins import the program that they are for, which is not installed beside them.
+PLUGINS = {
+    "echo_lora.integrations.axolotl",
+    "echo_lora.integrations.axolotl_trainer",
+    "echo_lora.integrations.ms_swift",
+}
 # Modules that only some systems have. Other packages check the system before importing them, so only ours are watched.
 PROGRAM = """
 import builtins, importlib, sys
@@ -41,7 +47,8 @@ def import_without(*modules: str, folder: Path | None = None) -> subprocess.Comp
 
 def test_every_module_imports_without_platform_specific_modules():
     assert len(MODULES) > 50
-    done = import_without(*MODULES)
+    assert set(MODULES) > PLUGINS
+    done = import_without(*(name for name in MODULES if name not in PLUGINS))
     assert done.returncode == 0, done.stderr
 
 

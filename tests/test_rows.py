@@ -247,7 +247,7 @@ def test_every_path_of_the_command_line_takes_a_tilde():
             if "Path" in str(get_args(kind)[:1]):
                 found += 1
                 assert get_args(kind)[1].parser is parsed_path, f"{command.callback.__name__}: {name}"
-    assert found == 12
+    assert found == 13
 
 
 # ----------------------------------------------------------------------- memory

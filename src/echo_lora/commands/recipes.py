@@ -130,7 +130,7 @@ def plan(recipe: RecipeArgument, overrides: SetOption = None, traceback: Traceba
     print_pairs(plan_recipe(loaded).pairs())
 
 
-@app.command(epilog="Example: echo-lora schema > recipe.schema.json")
+@app.command(epilog="Example: echo-lora schema")
 def schema(traceback: TracebackOption = False) -> None:
     """Print the JSON schema of recipes. Editors complete and check keys by it."""
     from echo_lora.recipe.load import SCHEMA
