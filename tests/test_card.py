@@ -160,6 +160,7 @@ def test_the_validation_loss_is_a_result():
 
 
 @pytest.mark.parametrize("kind", ["messages", "plain"])
+@pytest.mark.slow
 def test_the_program_of_a_run_s_card_runs(tmp_path, kind):
     recipe = tiny_recipe(tmp_path)
     if kind == "messages":

@@ -496,6 +496,7 @@ def test_a_local_base_is_recorded_by_its_path_and_never_becomes_a_hub_name(tmp_p
         assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_no_hub_is_asked_for_what_is_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     asked = []

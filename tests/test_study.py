@@ -575,6 +575,7 @@ def kill_after(process: subprocess.Popen, runs: int, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("runs", [2])
+@pytest.mark.slow
 def test_a_study_killed_and_begun_again_ends_with_the_same_numbers(tmp_path, whole, runs):
     study_file(tmp_path)
     kill_after(start_study(tmp_path), runs, 0.5)
