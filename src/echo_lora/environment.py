@@ -87,8 +87,8 @@ def process_count() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process of the launch, which shows progress and results."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this is the first process of the launch, which writes the output and shows progress and results."""
+    return os.environ.get("WORLD_SIZE", "").strip() in ("", "0", "1") or os.environ.get("RANK", "0") == "0"
 
 
 def commit() -> str | None:

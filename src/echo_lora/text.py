@@ -1,10 +1,13 @@
-"""Checks of text that users' files hold."""
+"""Text: checks of what users' files hold, and the templates of what is written."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from echo_lora.errors import EchoDataError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def lone_surrogate(text: str) -> int | None:
@@ -29,3 +32,17 @@ def check_unicode(text: str, name: str, where: str) -> None:
             f"{where}: {name} holds half of a character, {text[position]!r} at position {position}, which is not valid "
             "Unicode. Write the whole character, or remove it."
         )
+
+
+def template_environment(*, autoescape: bool = False) -> Environment:
+    """jinja2's environment for the package's templates; an undefined name is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("echo_lora"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=autoescape,
+        keep_trailing_newline=True,
+    )

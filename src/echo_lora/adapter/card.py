@@ -21,6 +21,7 @@ from echo_lora.method import losses
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.variants import changes_base
 from echo_lora.packaged import LICENSE
+from echo_lora.text import template_environment
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -268,15 +269,7 @@ def _cell(text: str) -> str:
 
 @cache
 def _templates() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("echo_lora"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment()
     environment.filters["json"] = json.dumps
     environment.filters["cell"] = _cell
     return environment

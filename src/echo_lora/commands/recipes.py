@@ -89,8 +89,9 @@ def train(
             )
         with starting():
             from echo_lora.recipe.first import first_recipe
+            from echo_lora.recipe.record import RECIPE_FILE
         _, loaded = first_recipe(model, data, Path(), overrides or ())
-        command = f"echo-lora train {shlex.quote(str(Path(loaded.output) / 'recipe.yaml'))}"
+        command = f"echo-lora train {shlex.quote(str(Path(loaded.output) / RECIPE_FILE))}"
     if not resume:
         require_writable(loaded.output)
     with starting():

@@ -21,7 +21,7 @@ from echo_lora.models import load_tokenizer
 from echo_lora.progress import stage
 from echo_lora.recipe.load import SCHEMA, override, validated
 from echo_lora.recipe.needs import require_packages
-from echo_lora.recipe.plan import peak_memory_of, step_count
+from echo_lora.recipe.plan import peak_memory_of, shape_of, step_count
 from echo_lora.recipe.prepare import limits_of, prepare
 from echo_lora.recipe.schema import Recipe, source_of
 
@@ -128,9 +128,10 @@ def _fitting_batch(recipe: Recipe, prepared: list[PreparedData], rows: int, aske
     most = math.floor(math.log2(max(1, min(ROWS_PER_STEP, rows))))
     sizes = [asked] if asked else [2**power for power in range(most, -1, -1)]
     tries = [(batch, is_checkpointed) for is_checkpointed in (False, True) for batch in sizes]
+    shape = shape_of(prepared)
     for batch, is_checkpointed in tries:
         tried = _changed(recipe, "training", batch_size=batch, gradient_checkpointing=is_checkpointed)
-        size = peak_memory_of(tried, prepared)
+        size = peak_memory_of(tried, shape)
         if size <= USED_MEMORY * memory_size():
             break
     return batch, is_checkpointed, size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -122,7 +123,7 @@ def plan(recipe: Recipe) -> Plan:
         raise EchoModelError(f"echo_config.echo_step = shared_prefix is impossible: {reason}. Use auto.")
     deployed, echo = parameter_counts(model)
     with stage("Measuring what a step keeps", line=False):
-        memory = _memory(recipe, model, prepared, shares_prefix=reason is None)
+        memory = _memory(recipe, model, shape_of(prepared), shares_prefix=reason is None)
     return Plan(
         model=recipe.model,
         method=recipe.method,
@@ -176,11 +177,25 @@ def step_count(recipe: Recipe, rows: int) -> int:
     return math.ceil(epochs * math.ceil(batches / training.gradient_accumulation))
 
 
-def peak_memory_of(recipe: Recipe, prepared: list[PreparedData]) -> int:
-    """Estimated bytes at the peak of training on these rows, as in the plan. Raises EchoModelError."""
+class Shape(NamedTuple):
+    """What the memory of a batch depends on: the longest prompt and answer in tokens, and the number of rows."""
+
+    prompt: int
+    answer: int
+    rows: int
+
+
+def shape_of(prepared: list[PreparedData]) -> Shape:
+    rows = [row for data in prepared for row in data.rows]
+    answer = max(len(row.labels) - row.answer_start for row in rows)
+    return Shape(max(row.answer_start for row in rows), answer, len(rows))
+
+
+def peak_memory_of(recipe: Recipe, shape: Shape) -> int:
+    """Estimated bytes at the peak of training on such rows, as in the plan. Raises EchoModelError."""
     _, model = _on_meta(recipe)
     reason = model.why_full() if isinstance(model, EchoModel) else None
-    return _memory(recipe, model, prepared, shares_prefix=reason is None).total
+    return _memory(recipe, model, shape, shares_prefix=reason is None).total
 
 
 def _cost(prepared: list[PreparedData], mean_routing: float, shares_prefix: bool) -> float:
@@ -192,11 +207,9 @@ def _cost(prepared: list[PreparedData], mean_routing: float, shares_prefix: bool
     return (P + (1 + mean_routing) * A) / (P + A)
 
 
-def _memory(recipe: Recipe, model: PeftModel, prepared: list[PreparedData], shares_prefix: bool) -> Memory:
-    rows = [row for data in prepared for row in data.rows]
-    P = max(row.answer_start for row in rows)
-    A = max(len(row.labels) - row.answer_start for row in rows)
-    B = min(recipe.training.batch_size, len(rows))
+def _memory(recipe: Recipe, model: PeftModel, shape: Shape, shares_prefix: bool) -> Memory:
+    P, A, rows = shape
+    B = min(recipe.training.batch_size, rows)
     passes = (1 + A / (P + A) if shares_prefix else 2.0) if recipe.echo else 1.0
     scored = P + A if recipe.data.train_on_prompt else A  # columns with logits, in the echo-off pass
     kept = _kept_bytes(model, B, P + A, scored)

@@ -14,7 +14,7 @@ from echo_lora.data.stream import RowStream
 from echo_lora.models import empty_model, has_position_table, load_config, load_tokenizer
 from echo_lora.progress import stage
 from echo_lora.recipe.needs import require_packages
-from echo_lora.recipe.rows import check_rows, prepare_split, source_rows
+from echo_lora.recipe.rows import check_rows, prepare_split, training_parts
 from echo_lora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def prepare_stream(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, RowStream, 
     tokenizer, prepared = prepare(recipe, ("validation",))
     data, training = recipe.data, recipe.training
     stream = RowStream(
-        parts=[part for source in data.train for part in source_rows(recipe, source, "train")],
+        parts=training_parts(recipe),
         tokenizer=tokenizer,
         max_length=data.max_length,
         on_overlength=data.on_overlength,

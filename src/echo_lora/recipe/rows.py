@@ -55,6 +55,11 @@ def source_rows(recipe: Recipe, source: Source, split: str) -> list[FormattedRow
     return [replace(part, keeps=lambda row: held_out(row, share, seed) == is_held_out) for part in parts]
 
 
+def training_parts(recipe: Recipe) -> list[FormattedRows]:
+    """The rows of all sources of `data.train`, one part for each file."""
+    return [part for source in recipe.data.train for part in source_rows(recipe, source, "train")]
+
+
 def _whole_source(recipe: Recipe, source: Source, split: str) -> list[FormattedRows]:
     data = recipe.data
     if source.task is None:
@@ -137,15 +142,14 @@ def prompts_are_chats(recipe: Recipe) -> bool | None:
     """
     if recipe.data.chat:
         return True
-    parts = [part for source in recipe.data.train for part in source_rows(recipe, source, "train")]
-    forms = {not isinstance(row.get("prompt"), str) for part in parts for row in islice(part, LOOKED_AT)}
+    rows = (row for part in training_parts(recipe) for row in islice(part, LOOKED_AT))
+    forms = {not isinstance(row.get("prompt"), str) for row in rows}
     return forms.pop() if len(forms) == 1 else None
 
 
 def prompts_are_alpaca(recipe: Recipe) -> bool:
     """Whether training puts all prompts into Alpaca's layout."""
-    parts = [part for source in recipe.data.train for part in source_rows(recipe, source, "train")]
-    return not recipe.data.chat and {part.format.name for part in parts} == {"alpaca"}
+    return not recipe.data.chat and {part.format.name for part in training_parts(recipe)} == {"alpaca"}
 
 
 def join(prepared: list[PreparedData]) -> Dataset:

@@ -34,7 +34,7 @@ from echo_lora.adapter.export import save_verified
 from echo_lora.adapter.files import adapter_hash, adapter_tensors
 from echo_lora.data.prepared import PreparedData
 from echo_lora.data.stream import RowStream
-from echo_lora.environment import MemoryWatch, process_count, versions
+from echo_lora.environment import MemoryWatch, is_main_process, process_count, versions
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoError, EchoInterrupt
 from echo_lora.files import locked, write_file, write_text
 from echo_lora.method import losses
@@ -66,7 +66,7 @@ from echo_lora.recipe.rows import join, prompts_are_alpaca, prompts_are_chats
 from echo_lora.recipe.schema import Recipe
 from echo_lora.recipe.trackers import tracking
 from echo_lora.training.checkpoint import last_complete_checkpoint, step_of
-from echo_lora.training.processes import is_main, process_group, together
+from echo_lora.training.processes import process_group, together
 from echo_lora.training.sft import EchoSFTTrainer
 
 _ABOUT_RECIPE = f"""# The recipe of this run, with the defaults of echo-lora {__version__}.
@@ -89,7 +89,7 @@ def run(recipe: Recipe, *, resume: bool = False, command: str | None = None) -> 
     output = Path(recipe.output)
     with process_group(), ExitStack() as stack:
         with together():
-            if is_main():
+            if is_main_process():
                 stack.enter_context(_claimed(output, resume, command))
         return _run(recipe, output, output / "checkpoints", resume)
 
@@ -110,14 +110,14 @@ def _claimed(output: Path, resume: bool, command: str | None) -> Iterator[None]:
 
 
 def _run(recipe: Recipe, output: Path, checkpoints: Path, resume: bool) -> RunResult:
-    if not resume and is_main():
+    if not resume and is_main_process():
         started = json.dumps(recipe.to_dict(), indent=2)
         write_text(checkpoints / STARTED, started)
         write_text(output / RECIPE_FILE, f"{_ABOUT_RECIPE}\n{recipe_text(recipe)}")
     result, model, tokenizer = train(recipe, checkpoints, resume=resume)
     tensors = adapter_tensors(model, model.active_adapters[0])  # in every process: each may hold a part
     with stage("Saving the adapter and reading it back"), together():
-        if is_main():
+        if is_main_process():
             _save(recipe, result, whole_model(recipe, model, tensors), tokenizer)
     return result
 

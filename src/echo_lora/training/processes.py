@@ -30,11 +30,6 @@ def process_group() -> Iterator[None]:
     PartialState().destroy_process_group()
 
 
-def is_main() -> bool:
-    """Whether this is the first process, which writes the output and shows the progress."""
-    return process_count() == 1 or PartialState().is_main_process
-
-
 @contextmanager
 def together() -> Iterator[None]:
     """Wait for all processes at the end; an EchoError in one is raised in all, so that none waits for another forever.

@@ -32,6 +32,7 @@ from echo_lora.study.report.verdict import (
     notices,
     sentence_of,
 )
+from echo_lora.text import template_environment
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 
@@ -80,20 +81,11 @@ def _studies_in(folder: str | Path) -> list[Path]:
 
 
 def _write(report: Page, folder: Path) -> Path:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     for name in (MARKDOWN_FILE, HTML_FILE):
         if os.path.isdir(folder / name):
             raise EchoCheckpointError(f"{folder / name} is a folder, but the report has this name. Move the folder.")
     for name, is_html in ((MARKDOWN_FILE, False), (HTML_FILE, True)):
-        environment = Environment(
-            loader=PackageLoader("echo_lora"),
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            autoescape=is_html,
-            keep_trailing_newline=True,
-        )
+        environment = template_environment(autoescape=is_html)
         environment.filters["md"] = _markdown
         text = environment.get_template(f"{name}.jinja").render(report=report)
         write_text(folder / name, text)
