@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from architectures import collate, lora_config, one_row, random_row, tiny_base, tiny_echo_model
@@ -348,6 +349,51 @@ def test_comparing_the_output_layer_leaves_random_numbers_and_hooks_alone():
     model._usable_head(model.get_base_model(), one_row())
     assert torch.equal(torch.get_rng_state(), before)
     assert len(model.get_base_model().lm_head._forward_pre_hooks) == hooks
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for which the host waits until a device is done."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        sizes_depend_on_values = func.name() in {"aten::nonzero", "aten::masked_select", "aten::equal"} or (
+            func.name() in {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+            and any(index is not None and index.dtype == torch.bool for index in args[1])
+        )
+        if sizes_depend_on_values or func.name() in {"aten::_local_scalar_dense", "aten::item"}:
+            self.noted.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalization": "standardize", "source_gradient": True},
+        {"distillation_tokens": "teacher_better"},
+        {"echo_on_updates": "echo_only"},
+        {"distillation_direction": "off_to_on"},
+    ],
+    ids=str,
+)
+def test_nothing_waits_for_the_device_from_the_first_layer_to_the_end_of_backward(options, is_checkpointed):
+    model = tiny_echo_model(**options)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
+    batch = collate(rows_of((8, 3), (6, 2)), train_on_prompt="echo_on_updates" not in options)
+    model(**batch, num_items_in_batch=torch.tensor(5)).loss.backward()  # tried, and warm
+    noted = []  # at the start of each pass, the operations noted so far
+    with Waits() as waits:
+        layer = model.get_base_model().model.layers[0]
+        layer.register_forward_pre_hook(lambda *_: noted.append(len(waits.noted)))
+        model(**batch, num_items_in_batch=torch.tensor(5)).loss.backward()
+    assert len(noted) == 2
+    assert noted[0] > 0  # those of the alignment
+    assert waits.noted[noted[0] :] == []
 
 
 def test_an_unrouted_step_is_one_pass():

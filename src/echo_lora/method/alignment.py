@@ -4,6 +4,10 @@ Computes β, the boundary at which equation 1 reads, and a_t, the positions at w
 
 With all boundaries in one column, the echo-on pass can run on the columns from there on, for all rows at once. The
 drawing is in `step.py`. Shapes: `B` rows, `T` tokens in a row, `P` prompt, `A` answer.
+
+Whatever the host must know of a batch is read here, before the first pass, while the device has nothing to do yet. From
+there to the end of backward nothing waits for the device, so that the launches of the echo-on pass, which is short,
+overlap with the work of the passes around it.   [O]
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ class AlignedRows:
     targets: Tensor  # (B, A) int64: what columns P-1 … P+A-2 predict; -100 where not supervised
     prefix_length: int  # P - 1: columns before the first boundary
     boundary: Tensor  # (B,) int64: column of β in each row; P - 1 in all of them, unless the rows start in one column
+    answers: tuple[Tensor, ...]  # (N,) int64 each: row and column in `targets` of what is supervised
     prompt_targets: Tensor | None = None  # (B, T) int64: what columns 0 … T-1 predict outside answers, or -100
+    prompts: tuple[Tensor, ...] | None = None  # (M,) int64 each: the same in `prompt_targets`
 
 
 def boundary_positions(labels: Tensor) -> Tensor:
@@ -37,15 +43,16 @@ def boundary_positions(labels: Tensor) -> Tensor:
     """
     is_answer = labels != -100  # (B, T)
     first = is_answer.int().argmax(1)  # (B,)
-    for row in (~is_answer.any(1)).nonzero().flatten().tolist():
+    lacks_answer, starts_answer = torch.stack([~is_answer.any(1), is_answer[:, 0]]).tolist()  # one wait for the device
+    if any(lacks_answer):
         raise EchoDataError(
-            f"row {row} of the batch has no answer token: all its labels are -100. "
+            f"row {lacks_answer.index(True)} of the batch has no answer token: all its labels are -100. "
             "Drop such rows before training, or raise max_length if the answer was cut off."
         )
-    for row in (first == 0).nonzero().flatten().tolist():
+    if any(starts_answer):
         raise EchoDataError(
-            f"row {row} of the batch has no prompt: its first token is an answer token, so there is no boundary to "
-            "read the echo from. Give the row a prompt, or use a completion-only loss."
+            f"row {starts_answer.index(True)} of the batch has no prompt: its first token is an answer token, so there "
+            "is no boundary to read the echo from. Give the row a prompt, or use a completion-only loss."
         )
     return first - 1  # (B,)
 
@@ -82,8 +89,8 @@ def align_rows(
     prompt = boundary_positions(answer) + 1  # (B,) number of tokens up to and including the boundary
     columns = torch.arange(labels.shape[1], device=labels.device)  # (T,)
     length = torch.where(labels != -100, columns, -1).amax(1) + 1  # (B,) number of tokens up to the last supervised one
-    P, A = int(prompt.max()), int((length - prompt).max())
-    longest, shortest = int(length.max()), int(prompt.min())
+    extremes = torch.stack([prompt.max(), (length - prompt).max(), length.max(), prompt.min()])  # (4,)
+    P, A, longest, shortest = extremes.tolist()
     starts = P - prompt  # (B,) column of each row's first token
     if starts_together or 2 * longest - shortest < P + 2 * A:  # columns of both passes, in either layout
         P, A, starts = shortest, longest - shortest, torch.zeros_like(prompt)
@@ -100,15 +107,19 @@ def align_rows(
     if shows_length:
         position_ids[:, -1] = labels.shape[1] - 1
     # column c predicts the token of column c+1: inputs lose the last column, targets the first ones
+    targets, prompt_targets = targets[:, P:], prompt_targets[:, 1:]  # (B, A), (B, P-1+A)
+    trains_prompts = completion_mask is not None
     return AlignedRows(
         input_ids=ids[:, :-1],  # (B, P-1+A)
         attention_mask=inside[:, :-1].long(),  # (B, P-1+A)
         # None because some models start at another number (RoBERTa) or take no positions (BART)
         position_ids=None if starts_together and not shows_length else position_ids,
-        targets=targets[:, P:],  # (B, A)
+        targets=targets,  # (B, A)
         prefix_length=P - 1,
         boundary=starts + prompt - 1,  # (B,)
-        prompt_targets=None if completion_mask is None else prompt_targets[:, 1:],  # (B, P-1+A)
+        answers=(targets != -100).nonzero(as_tuple=True),  # (N,), (N,)
+        prompt_targets=prompt_targets if trains_prompts else None,
+        prompts=(prompt_targets != -100).nonzero(as_tuple=True) if trains_prompts else None,  # (M,), (M,)
     )
 
 

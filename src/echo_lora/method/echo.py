@@ -16,6 +16,7 @@ Shapes: `B` rows, `d` hidden width of the model, `width` features of the target 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,13 +84,11 @@ class Standardize(nn.Module):
     def _record(self, states: Tensor) -> None:
         """Add these rows, of all processes, to the current step's. states: (B, d)."""
         x = states.to(self.mean)
-        x = x[x.isfinite().all(1)]  # (≤ B, d): a float16 step that overflows is skipped, so its rows don't count
-        rows = _over_processes(x.new_tensor([float(len(x))]))
-        if not rows:
-            return
-        mean = _over_processes(x.sum(0)) / rows  # (d,)
-        squares = _over_processes((x - mean).square().sum(0))  # (d,)
-        shift, share = mean - self.new_mean, rows / (self.new_rows + rows)  # (d,), (1,)
+        counts = x.isfinite().all(1, keepdim=True)  # (B, 1): a float16 step that overflows is skipped, and its rows
+        rows = _over_processes(counts.sum(0).to(x))  # (1,)
+        mean = _over_processes(x.where(counts, 0.0).sum(0)) / rows.clamp(min=1)  # (d,)
+        squares = _over_processes((x - mean).where(counts, 0.0).square().sum(0))  # (d,)
+        shift, share = mean - self.new_mean, rows / (self.new_rows + rows).clamp(min=1)  # (d,), (1,)
         self.new_squares += squares + shift.square() * self.new_rows * share
         self.new_mean += share * shift
         self.new_rows += rows
@@ -97,16 +96,16 @@ class Standardize(nn.Module):
     @torch.no_grad()
     def end_step(self) -> None:
         """Update the statistics with the rows of the step that ended, if it had any."""
-        if not self.new_rows:
-            return
-        weight = (1 / (self.steps + 1)).clamp(min=self.MEMORY)
+        has_rows = (self.new_rows > 0).to(self.mean)  # (1,): a factor, because a branch would wait for the device
+        weight = has_rows * (1 / (self.steps + 1)).clamp(min=self.MEMORY)  # (1,)
         shift = self.new_mean - self.mean  # (d,)
         self.mean += weight * shift
         # the variance of a mixture includes the distance of the two means
         self.variance.copy_(
-            (1 - weight) * (self.variance + weight * shift.square()) + weight * self.new_squares / self.new_rows
+            (1 - weight) * (self.variance + weight * shift.square())
+            + weight * self.new_squares / self.new_rows.clamp(min=1)
         )
-        self.steps += 1
+        self.steps += has_rows
         for buffer in (self.new_rows, self.new_mean, self.new_squares):
             buffer.zero_()
 
@@ -142,7 +141,10 @@ def apply_control(z: Tensor, kind: str) -> Tensor:
 
 
 class EchoBranch(nn.Module):
-    """Projection e, gate g and scale λ_m of one target module, in float32.                 (equation 3)"""
+    """The parameters of equation 3 for one target module, in float32: projection e, gate g and scale λ_m.
+
+    `EchoNetworks` computes with those of all modules at once.
+    """
 
     def __init__(self, hidden_size: int, width: int, config: EchoConfig) -> None:
         super().__init__()
@@ -157,13 +159,6 @@ class EchoBranch(nn.Module):
         for last in (self.W2, self.U2):
             nn.init.zeros_(last.weight)
         nn.init.constant_(self.U2.bias, config.gate_bias_init)
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z: (B, d) float32. Returns δ (B, width) and the gate (B, width), in (0, 1)."""
-        z = z.to(self.W1.weight)  # the source layers may be on another device; float32 unless the model was cast
-        projection = self.W2(torch.tanh(self.W1(z)))  # e: (B, bottleneck) → (B, width)
-        gate = torch.sigmoid(self.U2(torch.tanh(self.U1(z))))  # g: (B, bottleneck) → (B, width), in (0, 1)
-        return self.scale * gate * projection, gate  # (B, width), (B, width)
 
 
 class EchoNetworks(nn.Module):
@@ -180,7 +175,9 @@ class EchoNetworks(nn.Module):
             self.branches = nn.ModuleDict(
                 {_key(name): EchoBranch(hidden_size, width, config) for name, width in widths.items()}
             )
-        self.names = list(widths)
+        self._names_of_width: dict[int, list[str]] = {}
+        for name, width in widths.items():
+            self._names_of_width.setdefault(width, []).append(name)
         self.standardize = Standardize(hidden_size) if config.normalization == "standardize" else None
 
     def branch(self, name: str) -> nn.Module:
@@ -194,16 +191,33 @@ class EchoNetworks(nn.Module):
     def forward(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """δ (B, width) by module name, and for the logs the means of δ's norm and of the gate over rows and modules.
 
-        z: (B, d) float32. The two means are float32 scalars without gradient.
+        z: (B, d) float32. The two means are float32 scalars without gradient. The branches of equal width (M of them)
+        are stacked, because on a GPU their many small products would take longer to launch than to compute. [O]
         """
-        deltas, norms, gates = {}, [], []
+        deltas: dict[str, Tensor] = {}
+        norms, gates = [], []
         # autocast would round the echo to 16 bits, although its parameters are float32
         with torch.autocast(z.device.type, enabled=False):
-            for name in self.names:
-                deltas[name], gate = self.branch(name)(z)  # (B, width), (B, width)
-                norms.append(deltas[name].detach().norm(dim=-1).mean())  # (B,) → scalar, stop-gradient: a metric
-                gates.append(gate.detach().mean())  # scalar, stop-gradient: a metric
-        return deltas, torch.stack(norms).mean(), torch.stack(gates).mean()
+            for names in self._names_of_width.values():
+                delta, gate = _projection_and_gate([self.branches[_key(name)] for name in names], z)  # (M, B, width)
+                deltas.update(zip(names, delta.unbind(0), strict=True))
+                norms.append(delta.detach().norm(dim=-1).mean(1))  # (M,), stop-gradient: a metric
+                gates.append(gate.detach().mean((1, 2)))  # (M,), stop-gradient: a metric
+        return deltas, torch.cat(norms).mean(), torch.cat(gates).mean()
+
+
+def _projection_and_gate(branches: list[Any], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Equation 3 for M branches of one width. z: (B, d). Returns δ (M, B, width) and the gate, in (0, 1)."""
+    # the source layers may be on another device; float32 unless the model was cast
+    z = z.to(branches[0].W1.weight).expand(len(branches), *z.shape)  # (M, B, d)
+    W1, W2, U1, U2 = (
+        torch.stack([getattr(branch, name).weight for branch in branches]).mT for name in ("W1", "W2", "U1", "U2")
+    )  # (M, d, bottleneck), (M, bottleneck, width), and the same
+    c = torch.stack([branch.U2.bias[None] for branch in branches])  # (M, 1, width)
+    scale = torch.stack([branch.scale[:, None] for branch in branches])  # λ_m: (M, 1, 1)
+    projection = torch.bmm(torch.tanh(torch.bmm(z, W1)), W2)  # e: (M, B, width)
+    gate = torch.sigmoid(torch.baddbmm(c, torch.tanh(torch.bmm(z, U1)), U2))  # g: (M, B, width), in (0, 1)
+    return scale * gate * projection, gate  # (M, B, width), (M, B, width)
 
 
 def _key(name: str) -> str:

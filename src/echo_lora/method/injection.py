@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,14 @@ class Injection:
 
     deltas: dict[str, Tensor]
     mask: Tensor
+    _positions: dict[Any, Tensor] = field(default_factory=dict)
+
+    def positions(self, x: Tensor) -> Tensor:
+        """a_t as (B, columns, 1) zeros and ones of x's dtype and device, made once for all modules."""
+        key = x.dtype, x.device
+        if key not in self._positions:
+            self._positions[key] = self.mask[..., None].to(x.device, x.dtype)
+        return self._positions[key]
 
 
 class Injector:
@@ -151,6 +159,6 @@ def _add(x: Tensor, injection: Injection, name: str) -> Tensor:
             "the layer regroups tokens, so the echo can't tell which row each one belongs to. "
             "Leave this module out of LoraConfig.target_modules."
         )
-    delta = injection.deltas[name].to(x.device, x.dtype)  # (B, width)
-    added = torch.where(mask_BT.to(x.device)[..., None], delta[:, None, :], 0)  # (B, T, width)
-    return x + added.reshape(x.shape)  # (B, T, width) or (B·T, width)
+    delta = injection.deltas[name].to(x.device, x.dtype)[:, None, :]  # (B, 1, width)
+    by_row = x.reshape(*mask_BT.shape, -1)  # (B, T, width)
+    return torch.addcmul(by_row, injection.positions(x), delta).reshape(x.shape)  # (B, T, width) or (B·T, width)

@@ -145,11 +145,11 @@ def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) 
     ce_on = F.nll_loss(log_on, targets_n, reduction="sum")  # scalar
     on_teaches = config.distillation_direction == "on_to_off"
     teacher, student = (on, off) if on_teaches else (off, on)  # (n, V) each
+    kl_n = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)  # (n,)
     if config.distillation_tokens == "teacher_better":
         log_teacher, log_student = (log_on, log_off) if on_teaches else (log_off, log_on)  # (n, V) each
-        is_followed = is_better(log_teacher, log_student, targets_n)  # (n,)
-        teacher, student = teacher[is_followed], student[is_followed]  # (≤ n, V) each
-    kl = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)  # scalar
+        kl_n = kl_n.where(is_better(log_teacher, log_student, targets_n), 0.0)  # (n,)
+    kl = kl_n.sum()
     return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, zero, entropy, correct)
 
 
@@ -164,11 +164,11 @@ def is_better(log_teacher_NV: Tensor, log_student_NV: Tensor, targets_N: Tensor)
 
 
 def distillation(*, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:
-    """τ² · Σ_N KL(teacher ‖ student) at temperature τ; (N, V) logits in, a float32 scalar out.
+    """τ² · KL(teacher ‖ student) at temperature τ; (N, V) logits in, (N,) float32 out.
 
     τ² keeps the gradient's size roughly independent of τ.
     """
     # (N, V), stop-gradient: the student moves towards the teacher, not the teacher towards the student
     teacher = F.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)
     student = F.log_softmax(student_NV.float() / temperature, dim=-1)  # (N, V)
-    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)  # scalar
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)  # (N,)

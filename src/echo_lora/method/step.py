@@ -62,7 +62,7 @@ class EchoOutput(Terms):
     tokens; `ce_prompt` is None unless prompts are trained on.
     """
 
-    routed: Tensor | None = None  # bool: whether there was an echo-on pass
+    routed: Tensor | None = None  # bool, on the CPU: whether there was an echo-on pass
     echo_norm: Tensor | None = None  # mean norm of δ
     gate_mean: Tensor | None = None  # mean gate, in (0, 1)
     logits = None  # not a field: the step keeps none, but trainers such as ms-swift's ask
@@ -141,7 +141,7 @@ def training_step(
     zero = means["ce_off"].new_zeros(())
     return EchoOutput(
         **means,
-        routed=torch.tensor(is_routed, device=off_BKd.device),
+        routed=torch.tensor(is_routed),
         echo_norm=zero if echo_norm is None else echo_norm,
         gate_mean=zero if gate_mean is None else gate_mean,
     )
@@ -152,14 +152,13 @@ def _loss_sums(
 ) -> tuple[Terms, int]:
     """Equation 7 as sums over tokens, and the number of supervised tokens. weight: of the answer losses."""
     A = rows.targets.shape[1]
-    is_answer = rows.targets != -100  # (B, A): the mask of both cross-entropies and of the distillation
-    targets_N = rows.targets[is_answer]  # (N,)
-    off_Nd = off_BKd[:, -A:][is_answer]  # (N, d)
-    on_Nd = None if on_BAd is None else on_BAd[is_answer]  # (N, d)
+    answers = rows.answers  # (N,), (N,): where both cross-entropies and the distillation are
+    targets_N = rows.targets[answers]  # (N,)
+    off_Nd = off_BKd[:, -A:][answers]  # (N, d)
+    on_Nd = None if on_BAd is None else on_BAd[answers]  # (N, d)
     tokens, prompt = len(targets_N), None
-    if rows.prompt_targets is not None:
-        is_prompt = rows.prompt_targets != -100  # (B, T)
-        prompt = off_BKd[is_prompt], rows.prompt_targets[is_prompt]  # (M, d), (M,)
+    if rows.prompt_targets is not None and rows.prompts is not None:
+        prompt = off_BKd[rows.prompts], rows.prompt_targets[rows.prompts]  # (M, d), (M,)
         tokens += len(prompt[1])
     return loss_terms(off_Nd, on_Nd, targets_N, config, head, prompt, answer_weight=weight), tokens
 

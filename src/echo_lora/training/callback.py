@@ -119,6 +119,7 @@ class Watch(_Clock):
         model = self.trainer.accelerator.unwrap_model(kwargs["model"])
         super().on_step_begin(args, state, control, model=model)
         self.trainer._rows_of_step.clear()
+        self.trainer._losses_of_step.clear()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = self.trainer.accelerator.unwrap_model(kwargs["model"])

@@ -8,6 +8,7 @@ finite. With a plain PEFT model it adds all of these except the echo's parts, so
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,7 @@ class EchoTrainerMixin(CheckpointMixin):
         self._meter = Meter(self.answer_weight)
         self._loss_sum, self._summed_to = 0.0, 0
         self._rows_of_step: list[int] = []
+        self._losses_of_step: list[tuple[str, Tensor]] = []
         self.initial_adapter_hash: str | None = None
         self.name_of_key: Callable[[str], str] = str  # the user's name for a configuration key, in messages
         self._base: dict[str, Any] = {}
@@ -116,11 +118,11 @@ class EchoTrainerMixin(CheckpointMixin):
         self._rows_of_step += [] if rows is None else rows.tolist()
         if is_plain:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            self._check_loss({"loss": result[0] if return_outputs else result})
+            self._keep_loss({"loss": result[0] if return_outputs else result})
             return result
         weight = {} if self.answer_weight == 1 else {"answer_weight": self.answer_weight}
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **weight)
-        self._check_loss({name: outputs[name] for name in (*losses.SHOWN, "loss") if name in outputs})
+        self._keep_loss({name: outputs[name] for name in (*losses.SHOWN, "loss") if name in outputs})
         loss = outputs.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # num_items_in_batch counts the tokens of all ranks, but DDP averages gradients over ranks
@@ -128,10 +130,18 @@ class EchoTrainerMixin(CheckpointMixin):
         self._meter.add(outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _check_loss(self, terms: dict[str, Tensor]) -> None:
-        for name, value in terms.items():
-            if not torch.isfinite(value.detach()).all():
-                self._stop(f"{name} is {value.item()}")
+    def _keep_loss(self, terms: dict[str, Tensor]) -> None:
+        """Keep the terms to check before the optimizer step: a look at them now would wait for the device."""
+        self._losses_of_step += [(name, value.detach().float().mean()) for name, value in terms.items()]
+        if self.is_deepspeed_enabled:  # its backward takes the optimizer step
+            self._check_losses()
+
+    def _check_losses(self) -> None:
+        names, values = zip(*self._losses_of_step, strict=True) if self._losses_of_step else ((), ())
+        self._losses_of_step.clear()
+        for name, value in zip(names, torch.stack(values).tolist() if values else [], strict=True):
+            if not math.isfinite(value):
+                self._stop(f"{name} is {value}")
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self._check_gradients()  # clipping would spread one bad gradient to all
@@ -145,20 +155,19 @@ class EchoTrainerMixin(CheckpointMixin):
         return norm
 
     def _check_gradients(self) -> None:
+        self._check_losses()
         if self.accelerator.scaler is not None:  # the GradScaler of fp16 skips such steps
             return
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         if not named:  # DeepSpeed keeps gradients elsewhere
             return
         parts = [grad.to_local() if isinstance(grad, DTensor) else grad for _, grad in named]
-        norms = torch.stack([grad.detach().float().norm().to(self.args.device) for grad in parts])
-        if not torch.isfinite(norms).all():
-            bad = [
-                name
-                for (name, _), is_finite in zip(named, torch.isfinite(norms).tolist(), strict=True)
-                if not is_finite
-            ]
-            self._stop(f"the gradient of {bad[0]} is not finite ({len(bad)} of {len(named)} parameters)")
+        if not torch.isfinite(torch.nn.utils.get_total_norm(parts)):
+            bad = [name for (name, _), grad in zip(named, parts, strict=True) if not torch.isfinite(grad).all()]
+            if bad:
+                self._stop(f"the gradient of {bad[0]} is not finite ({len(bad)} of {len(named)} parameters)")
+            elif self.args.max_grad_norm:  # clipping would scale them all to zero
+                self._stop(f"the norm of all gradients together overflows {parts[0].dtype}")
 
     def _stop(self, what: str) -> None:
         rows = ", ".join(map(str, self._rows_of_step)) or "of unknown number"
