@@ -9,7 +9,7 @@
     | 2      z = norm(mean of stopgrad(h^s))                     | echo.echo_representation                   |
     |        norm: LayerNorm, or `standardize`                   | echo.Standardize                           |
     |        controls in place of z (zero, noise, shuffled)      | echo.apply_control                         |
-    | 3      e = W2 tanh(W1 z), g = sigmoid(U2 tanh(U1 z) + c),  | echo.EchoBranch.forward                    |
+    | 3      e = W2 tanh(W1 z), g = sigmoid(U2 tanh(U1 z) + c),  | echo.projection_and_gate                   |
     |        δ_m = λ_m · (g ⊙ e)                                 |                                            |
     | 4      injection of a_t δ_m at module m                    | injection.Injector, its hooks; `_add`      |
     |        a_t, the positions that receive δ                   | alignment.injection_mask                   |

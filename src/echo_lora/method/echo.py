@@ -199,14 +199,14 @@ class EchoNetworks(nn.Module):
         # autocast would round the echo to 16 bits, although its parameters are float32
         with torch.autocast(z.device.type, enabled=False):
             for names in self._names_of_width.values():
-                delta, gate = _projection_and_gate([self.branches[_key(name)] for name in names], z)  # (M, B, width)
+                delta, gate = projection_and_gate([self.branches[_key(name)] for name in names], z)  # (M, B, width)
                 deltas.update(zip(names, delta.unbind(0), strict=True))
                 norms.append(delta.detach().norm(dim=-1).mean(1))  # (M,), stop-gradient: a metric
                 gates.append(gate.detach().mean((1, 2)))  # (M,), stop-gradient: a metric
         return deltas, torch.cat(norms).mean(), torch.cat(gates).mean()
 
 
-def _projection_and_gate(branches: list[Any], z: Tensor) -> tuple[Tensor, Tensor]:
+def projection_and_gate(branches: list[Any], z: Tensor) -> tuple[Tensor, Tensor]:
     """Equation 3 for M branches of one width. z: (B, d). Returns δ (M, B, width) and the gate, in (0, 1)."""
     # the source layers may be on another device; float32 unless the model was cast
     z = z.to(branches[0].W1.weight).expand(len(branches), *z.shape)  # (M, B, d)
