@@ -89,12 +89,7 @@ def align_rows(
     prompt = boundary_positions(answer) + 1  # (B,) number of tokens up to and including the boundary
     columns = torch.arange(labels.shape[1], device=labels.device)  # (T,)
     length = torch.where(labels != -100, columns, -1).amax(1) + 1  # (B,) number of tokens up to the last supervised one
-    extremes = torch.stack([prompt.max(), (length - prompt).max(), length.max(), prompt.min()])  # (4,)
-    P, A, longest, shortest = extremes.tolist()
-    starts = P - prompt  # (B,) column of each row's first token
-    if starts_together or 2 * longest - shortest < P + 2 * A:  # columns of both passes, in either layout
-        P, A, starts = shortest, longest - shortest, torch.zeros_like(prompt)
-
+    P, A, starts = _layout(prompt, length, starts_together)
     A += shows_length
     position = torch.arange(P + A, device=labels.device)[None] - starts[:, None]  # (B, P+A), negative at padding
     inside = (position >= 0) & (position < length[:, None])  # (B, P+A)
@@ -121,6 +116,15 @@ def align_rows(
         prompt_targets=prompt_targets if trains_prompts else None,
         prompts=(prompt_targets != -100).nonzero(as_tuple=True) if trains_prompts else None,  # (M,), (M,)
     )
+
+
+def _layout(prompt: Tensor, length: Tensor, starts_together: bool) -> tuple[int, int, Tensor]:
+    """P, A, and the column (B,) of each row's first token. prompt, length: (B,) tokens, of the prompt and of the row."""
+    extremes = torch.stack([prompt.max(), (length - prompt).max(), length.max(), prompt.min()])  # (4,)
+    P, A, longest, shortest = extremes.tolist()
+    if starts_together or 2 * longest - shortest < P + 2 * A:  # columns of both passes, in either layout
+        return shortest, longest - shortest, torch.zeros_like(prompt)
+    return P, A, P - prompt
 
 
 def injection_mask(targets: Tensor, kind: str) -> Tensor:
