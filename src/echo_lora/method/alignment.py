@@ -119,7 +119,7 @@ def align_rows(
 
 
 def _layout(prompt: Tensor, length: Tensor, starts_together: bool) -> tuple[int, int, Tensor]:
-    """P, A, and the column (B,) of each row's first token. prompt, length: (B,) tokens, of the prompt and of the row."""
+    """P, A, and the column (B,) of each row's first token. prompt, length: (B,) tokens of prompt and of row."""
     extremes = torch.stack([prompt.max(), (length - prompt).max(), length.max(), prompt.min()])  # (4,)
     P, A, longest, shortest = extremes.tolist()
     if starts_together or 2 * longest - shortest < P + 2 * A:  # columns of both passes, in either layout
