@@ -57,7 +57,7 @@ ROOMS = {
         *("trackers", "plan", "first", "train", "scoring", "speaker", "generation"),
     ],
     "integrations": ["axolotl_trainer", "axolotl", "ms_swift"],
-    "bench": ["programs", "report", "measure"],
+    "bench": ["programs", "floors", "estimate", "report", "record", "measure"],
     "study": [
         *("statistics", "power", "looks", "design", "records", "folder"),
         *(

@@ -18,13 +18,15 @@ ROWS = [
 ]
 
 
-def tiny_folder(folder: Path, *, width: int = 32, layers: int = 4, seed: int = 0) -> Path:
+def tiny_folder(
+    folder: Path, *, width: int = 32, layers: int = 4, inner: int = 48, vocabulary: int = 400, seed: int = 0
+) -> Path:
     """A base model with a tokenizer of 400 tokens, as save_pretrained writes it."""
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
-        vocab_size=400,
+        vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=48,
+        intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -148,8 +148,10 @@ def print_wide_table(title: str, rows: list[dict[str, str]]) -> None:
 
     console = new_console()
     if not console.is_terminal:
-        console.width = 140
-    table = Table(*rows[0], title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        console.width = 160
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")  # an ellipsis would hide digits
     for row in rows:
         table.add_row(*row.values())
     console.print(table, soft_wrap=False)

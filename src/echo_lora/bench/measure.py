@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -23,13 +23,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from echo_lora.bench.programs import CASES, Batch, Case, Program, own_batch, parse_shape, random_batch
-from echo_lora.bench.report import BenchReport, BenchTable, StepMemory, table_of, write_bench
+from echo_lora.bench.estimate import TimeLeft, left_text
+from echo_lora.bench.floors import count_weights, operations
+from echo_lora.bench.programs import (
+    VARIANTS,
+    Batch,
+    Case,
+    Program,
+    chosen_cases,
+    own_batch,
+    parse_shape,
+    random_batch,
+)
+from echo_lora.bench.record import Record, tidy, unfinished
+from echo_lora.bench.report import BenchReport, Measured, StepMemory
 from echo_lora.environment import MemoryWatch, commit, devices, processor, versions
-from echo_lora.errors import EchoConfigError, EchoError, EchoModelError
-from echo_lora.files import refuse_existing
+from echo_lora.errors import EchoConfigError, EchoError, EchoInterrupt, EchoModelError
+from echo_lora.files import locked
 from echo_lora.models import load_tokenizer
-from echo_lora.progress import progress_console, stage
+from echo_lora.progress import duration, progress_console, stage
 from echo_lora.recipe.build import load_base
 from echo_lora.recipe.load import load_recipe
 from echo_lora.recipe.needs import require_packages
@@ -47,116 +59,233 @@ def run_bench(
     overrides: Sequence[str] = (),
     *,
     shapes: Sequence[str] = (),
+    variants: Sequence[str] = (),
+    checkpointing: str | None = None,
     rows: int | None = None,
     rounds: int | None = None,
     quick: bool = False,
     output: str | Path = "runs/bench",
     command: str = "",
 ) -> BenchReport:
-    """Measure every case, and write bench.json, bench.md and bench.png into the new folder `output`.
+    """Measure the chosen cases, and write bench.json, bench.md and bench.png into the folder `output`.
 
     A shape such as 96x8 means random rows. Without shapes, the batch is the recipe's first rows; without a recipe
-    either, SHAPES on `tiny`. quick: fewer rows, rounds and shapes unless given.
+    either, SHAPES on `tiny`. variants, checkpointing: see `chosen_cases`. quick: fewer rows, rounds and shapes unless
+    given. bench.json is written after every round; called again, an interrupted measurement of the same settings
+    resumes.
 
     Raises an EchoError for what is wrong from the start, and then writes nothing. A case that fails later, for example
     for lack of memory, is in the report with its error.
     """
-    refuse_existing(output)
-    source = commit()  # before the files change
-    if recipe is None and not shapes:
-        shapes = SHAPES[:1] if quick else SHAPES
-    prompts_and_answers = [parse_shape(shape) for shape in shapes]
-    loaded = load_recipe(recipe or RECIPE, overrides)
-    if loaded.data.train_on_prompt:
-        raise EchoConfigError(
-            "bench compares steps with a loss on answers, but the recipe has data.train_on_prompt = true. "
-            "Add `--set data.train_on_prompt=false`."
-        )
-    require_packages(loaded, trains=True)
-    rows = rows or (QUICK_ROWS if quick else loaded.training.batch_size)
-    rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
-    with stage(f"Reading rows with the tokenizer of {loaded.model}"):
-        tokenizer = load_tokenizer(loaded.model, loaded.trust_remote_code)
-        batches = [random_batch(loaded, tokenizer, P, A, rows) for P, A in prompts_and_answers]
-        batches = batches or [own_batch(loaded, tokenizer, Path(recipe or RECIPE).stem, rows)]
-    memory = [{case: _memory(case, loaded, batch) for case in CASES} for batch in batches]
-    report = BenchReport(
-        command=command,
-        arguments={"recipe": recipe, "set": [*overrides], "shapes": [*shapes], "rows": rows, "rounds": rounds},
-        recipe=loaded.to_dict(),
-        seed=loaded.seeds.initialisation,
-        versions=versions(),
-        commit=source,
-        machine=f"{platform.system()} {platform.machine()}, {processor()}",
-        device=devices()[0],
-        threads=torch.get_num_threads(),
-        tables=_tables(loaded, tokenizer, batches, memory, rounds),
-    )
-    write_bench(report, output)
-    return report
+    with locked(output):
+        tidy(Path(output))
+        unfinished(Path(output))  # refuses any other folder that is not empty, before the seconds of reading rows
+        source = commit()  # before the files change
+        if recipe is None and not shapes:
+            shapes = SHAPES[:1] if quick else SHAPES
+        prompts_and_answers = [parse_shape(shape) for shape in shapes]
+        loaded = load_recipe(recipe or RECIPE, overrides)
+        if loaded.data.train_on_prompt:
+            raise EchoConfigError(
+                "bench compares steps with a loss on answers, but the recipe has data.train_on_prompt = true. "
+                "Add `--set data.train_on_prompt=false`."
+            )
+        cases = chosen_cases(loaded, variants, checkpointing)
+        require_packages(loaded, trains=True)
+        rows = rows or (QUICK_ROWS if quick else loaded.training.batch_size)
+        rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
+        with stage(f"Reading rows with the tokenizer of {loaded.model}"):
+            tokenizer = load_tokenizer(loaded.model, loaded.trust_remote_code)
+            batches = [random_batch(loaded, tokenizer, P, A, rows) for P, A in prompts_and_answers]
+            batches = batches or [own_batch(loaded, tokenizer, Path(recipe or RECIPE).stem, rows)]
+        arguments = {"recipe": recipe, "set": [*overrides], "shapes": [*shapes], "rows": rows, "rounds": rounds}
+        arguments |= {"cases": [str(case) for case in cases]}
+        settings = {"command": command, "arguments": arguments, "recipe": loaded.to_dict(), "commit": source}
+        settings |= {"seed": loaded.seeds.initialisation} | _machine()
+        measured = [{case: Measured() for case in cases} for _ in batches]
+        record = Record(Path(output), settings, batches, count_weights(loaded), measured)
+        return _Measurement(loaded, tokenizer, record, rounds).run()
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "machine": f"{platform.system()} {platform.machine()}, {processor()}",
+        "device": devices()[0],
+        "threads": torch.get_num_threads(),
+    }
+
+
+class _Measurement:
+    """Measures what is missing in a record, and writes it down after every step of the way."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, record: Record, rounds: int) -> None:
+        self.recipe, self.tokenizer, self.record, self.rounds = recipe, tokenizer, record, rounds
+        self.is_said = False
+        self.warm: set[int] = set()  # batches whose warm-up is over
+
+    def run(self) -> BenchReport:
+        record = self.record
+        resumed = record.resume()
+        cost = [
+            {
+                case: sum(operations(record.weights, case, batch, VARIANTS[case.variant].routing or 0.0))
+                for case in found
+            }
+            for batch, found in zip(record.batches, record.measured, strict=True)
+        ]
+        self.time = TimeLeft(cost, MEMORY_STEPS)
+        if resumed:
+            for index, found in enumerate(record.measured):
+                for case, own in found.items():
+                    if own.seconds:
+                        self.time.add_step(index, case, *own.seconds)
+            progress_console().print(f"Resuming: {self._kept()} are kept in {record.output}.", markup=False)
+            self._say_time()
+        try:
+            self._measure_memory()
+            self._measure_seconds()
+        except KeyboardInterrupt as error:
+            raise EchoInterrupt(
+                f"Interrupted. {self._kept()} are kept in {record.output}. Run the same command to resume."
+            ) from error
+        return record.finish()
+
+    def _measure_memory(self) -> None:
+        """The memory of each case in a process of its own, or the error, which is printed too."""
+        for index, case in self._pending():
+            batch, own = self.record.batches[index], self.record.measured[index][case]
+            start = time.monotonic()
+            try:
+                with stage(f"{batch.name}: memory of {case}{left_text(self._left())}"):
+                    own.memory, step = in_own_process(measure_memory, case, self.recipe, batch)
+                self.time.add_process(index, case, time.monotonic() - start, step)
+            except ChildError as error:
+                progress_console().print(f"{case}: {error}", markup=False)
+                own.error = str(error)
+            self.record.write()
+            self._say_time()
+
+    def _measure_seconds(self) -> None:
+        """The steps of the cases whose memory could be measured, in turns."""
+        if not any(self._rounds_left()):
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            with stage(f"Loading {self.recipe.model}{left_text(self._left())}"):
+                base = load_base(self.recipe)
+                works = dict.fromkeys(case for counts in self._rounds_left() for case in counts)
+                first = self.record.batches[0]
+                programs = {case: Program(case, self.recipe, base, self.tokenizer, first, scratch) for case in works}
+            for index, counts in enumerate(self._rounds_left()):
+                if counts:
+                    self._measure_rounds(index, {case: programs[case] for case in counts})
+
+    def _measure_rounds(self, index: int, programs: dict[Case, Program]) -> None:
+        """The missing rounds of one batch, each written down when it ends."""
+        found = self.record.measured[index]
+        left = range(self._done(index), self.rounds)
+        steps = time_steps(programs, self.record.batches[index], left, self.recipe.seeds.initialisation, self._left)
+        for is_warm_up, seconds in steps:
+            self.warm.add(index)
+            for case, value in seconds.items():
+                self.time.add_step(index, case, value)
+                if not is_warm_up:
+                    found[case].seconds.append(value)
+                    found[case].routed = programs[case].routed
+            if not is_warm_up:
+                self.record.write()
+            self._say_time()
+
+    # ---------------------------------------------------------------- what is left
+
+    def _pending(self) -> list[tuple[int, Case]]:
+        """Batch and case of each memory that is yet to be measured."""
+        return [
+            (i, case) for i, found in enumerate(self.record.measured) for case, own in found.items() if own.is_pending
+        ]
+
+    def _done(self, index: int) -> int:
+        """Rounds of a batch that are measured."""
+        return max(len(own.seconds) for own in self.record.measured[index].values())
+
+    def _rounds_left(self) -> list[dict[Case, int]]:
+        """By batch, the steps that each case is yet to take, with warm-up; nothing for a case that failed."""
+        left = []
+        for index, found in enumerate(self.record.measured):
+            count = self.rounds - self._done(index)
+            count += count > 0 and index not in self.warm
+            left.append({case: count for case, own in found.items() if count and own.error is None})
+        return left
+
+    def _left(self) -> float | None:
+        return self.time.seconds(self._pending(), self._rounds_left())
+
+    def _say_time(self) -> None:
+        """Say once, as soon as it is known, how long this will take."""
+        left = self._left()
+        if left is not None and not self.is_said:
+            self.is_said = True
+            total = self.rounds * len(self.record.batches)
+            progress_console().print(
+                f"This will take about {duration(left)}: {len(self._pending())} more measurements of memory, then "
+                f"{total - self._rounds()} rounds. It can be interrupted and resumed.",
+                markup=False,
+            )
+
+    def _rounds(self) -> int:
+        return sum(self._done(index) for index in range(len(self.record.batches)))
+
+    def _kept(self) -> str:
+        cases = [own for found in self.record.measured for own in found.values()]
+        memory = f"{sum(not own.is_pending for own in cases)} of {len(cases)} measurements of memory"
+        return f"{memory} and {self._rounds()} of {self.rounds * len(self.record.batches)} rounds"
 
 
 # --------------------------------------------------------------------- seconds
 
 
-def _tables(
-    recipe: Recipe, tokenizer: Any, batches: list[Batch], memory: list[dict[Case, StepMemory | str]], rounds: int
-) -> list[BenchTable]:
-    """The cases whose memory could be measured, timed on each batch."""
-    tables = []
-    with tempfile.TemporaryDirectory() as scratch:
-        with stage(f"Loading {recipe.model}"):
-            base = load_base(recipe)
-            works = [case for case in CASES if any(isinstance(found[case], StepMemory) for found in memory)]
-            programs = {case: Program(case, recipe, base, tokenizer, batches[0], scratch) for case in works}
-        for batch, found in zip(batches, memory, strict=True):
-            chosen = {case: program for case, program in programs.items() if isinstance(found[case], StepMemory)}
-            seconds = time_steps(chosen, batch, rounds, recipe.seeds.initialisation)
-            routed = {case: program.routed for case, program in chosen.items()}
-            tables.append(table_of(batch, seconds, routed, found))
-    return tables
+def time_steps(
+    programs: dict[Case, Program], batch: Batch, rounds: range, seed: int, left: Callable[[], float | None]
+) -> Iterator[tuple[bool, dict[Case, float]]]:
+    """Seconds of a step of each program, for each of these rounds (from 0), after one of warm-up, which is marked.
 
-
-def time_steps(programs: dict[Case, Program], batch: Batch, rounds: int, seed: int) -> dict[Case, list[float]]:
-    """Seconds of a step of each program, one value per round, after a round of warm-up."""
+    left: gives the seconds left. The order within a round depends on the seed and the round alone.
+    """
     inputs = {case: program.inputs_of(batch) for case, program in programs.items()}
-    seconds: dict[Case, list[float]] = {case: [] for case in programs}
-    cases, rng = list(programs), np.random.default_rng(seed)
+    cases = list(programs)
     gc.collect()
     gc.freeze()  # shortens the collections between steps, and makes those within them equal
-    for round_ in range(rounds + 1):
-        with stage(f"{batch.name}: " + (f"round {round_} of {rounds}" if round_ else "warm-up")):
-            for case in (cases[index] for index in rng.permutation(len(cases))):
-                gc.collect()
-                start = time.perf_counter()
-                try:
-                    programs[case].step(*inputs[case])
-                except torch.OutOfMemoryError as error:
-                    raise EchoModelError(
-                        f"{case}, {batch.name}: out of memory. Timing needs memory for the adapters of all programs at "
-                        f"once: {error} Use fewer --rows or a smaller --shape."
-                    ) from error
-                if round_:
-                    seconds[case].append(time.perf_counter() - start)
-    gc.unfreeze()
-    return seconds
+    try:
+        for round_ in (-1, *rounds):
+            name = "warm-up" if round_ < 0 else f"round {round_ + 1} of {rounds.stop}"
+            seconds = {}
+            with stage(f"{batch.name}: {name}{left_text(left())}"):
+                for index in np.random.default_rng((seed, round_ + 1)).permutation(len(cases)):
+                    case = cases[index]
+                    gc.collect()
+                    start = time.perf_counter()
+                    _step(case, programs[case], inputs[case], batch)
+                    seconds[case] = time.perf_counter() - start
+            yield round_ < 0, seconds
+    finally:
+        gc.unfreeze()
+
+
+def _step(case: Case, program: Program, inputs: tuple[dict[str, Any], Any], batch: Batch) -> None:
+    try:
+        program.step(*inputs)
+    except torch.OutOfMemoryError as error:
+        raise EchoModelError(
+            f"{case}, {batch.name}: out of memory. Timing needs memory for the adapters of all programs at once: "
+            f"{error} Use fewer --rows, a smaller --shape or fewer --variant, and another --output."
+        ) from error
 
 
 # ---------------------------------------------------------------------- memory
 
 
-def _memory(case: Case, recipe: Recipe, batch: Batch) -> StepMemory | str:
-    """The memory of a case, or its error, which is printed too."""
-    try:
-        with stage(f"{batch.name}: memory of {case}"):
-            return in_own_process(measure_memory, case, recipe, batch)
-    except ChildError as error:
-        progress_console().print(f"{case}: {error}", markup=False)
-        return str(error)
-
-
-def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> StepMemory:
-    """StepMemory of a few steps of one case in this process."""
+def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> tuple[StepMemory, float]:
+    """StepMemory of a few steps of one case in this process, and the seconds of the last."""
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
         program = Program(case, recipe, load_base(recipe), tokenizer, batch, scratch)
@@ -164,8 +293,10 @@ def measure_memory(case: Case, recipe: Recipe, batch: Batch) -> StepMemory:
         gc.collect()
         with MemoryWatch() as watch:
             for _ in range(MEMORY_STEPS):
+                start = time.perf_counter()
                 program.step(*inputs)
-    return StepMemory(before=watch.before, peak=watch.peak)
+                seconds = time.perf_counter() - start
+    return StepMemory(before=watch.before, peak=watch.peak), seconds
 
 
 class ChildError(Exception):

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from echo_lora.data.tokenize import TokenizedRow
-from echo_lora.errors import EchoConfigError
+from echo_lora.errors import EchoConfigError, nearest
 from echo_lora.method.alignment import boundary_positions, injection_mask
 from echo_lora.method.echo import apply_control, echo_representation
 from echo_lora.method.injection import Injection
@@ -123,10 +126,15 @@ class Batch:
     def answer_tokens(self) -> int:
         return sum(len(row.labels) - row.answer_start for row in self.rows)
 
-    def floor(self, routed: float) -> float:
-        """(P + (1 + p)·A) / (P + A): tokens that the model processes, relative to a step without the echo. [O]"""
-        P, A = self.prompt_tokens, self.answer_tokens
-        return (P + (1 + routed) * A) / (P + A)
+    @property
+    def supervised_tokens(self) -> int:
+        """Answer tokens that a loss is computed at."""
+        return sum(label != -100 for row in self.rows for label in row.labels)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the rows' tokens and labels."""
+        return hashlib.sha256(json.dumps(self.features()).encode()).hexdigest()
 
     def features(self) -> list[dict[str, list[int]]]:
         """The rows as input of a collator."""
@@ -209,6 +217,22 @@ class Case:
 
 
 CASES = [Case(variant, checkpointing) for checkpointing, variant in product((False, True), VARIANTS)]
+SETTINGS = {"off": (False,), "on": (True,), "both": (False, True)}  # of gradient checkpointing
+
+
+def chosen_cases(recipe: Recipe, variants: Sequence[str], checkpointing: str | None) -> list[Case]:
+    """The cases that the user asks for, in the order of CASES. Raises EchoConfigError for a name that is unknown.
+
+    Without variants: TRL's step and ours of the recipe's method. checkpointing: off, on or both; None: the recipe's.
+    """
+    for name in variants:
+        if name not in VARIANTS:
+            raise EchoConfigError(f"--variant {name}: there is no such step.{nearest(name, [*VARIANTS])}")
+    if checkpointing is not None and checkpointing not in SETTINGS:
+        raise EchoConfigError(f"--checkpointing {checkpointing}: write {', '.join(SETTINGS)}.")
+    default = ("trl_dora", "echo_dora") if recipe.method == "dora" else ("trl_lora", "lora", "echo")
+    settings = (recipe.training.gradient_checkpointing,) if checkpointing is None else SETTINGS[checkpointing]
+    return [case for case in CASES if case.variant in (variants or default) and case.checkpointing in settings]
 
 
 class Program:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import quantile_test
 
-from echo_lora.bench.programs import CASES, VARIANTS, Batch, Case
-from echo_lora.files import new_folder
+from echo_lora.bench.floors import Floors, Weights, floors
+from echo_lora.bench.programs import VARIANTS, Batch, Case
 
 NOTES = (
-    "Medians over rounds with 95 % bootstrap intervals; ratios are taken within rounds.",
+    "Medians over rounds with 95 % intervals from order statistics; below 6 rounds, the range. Ratios are taken within "
+    "rounds.",
+    "fastest: the fastest step, and the ratio of the fastest steps.",
     "over TRL: relative to a step of TRL's SFTTrainer with the same method (LoRA or DoRA) and checkpointing.",
-    "over floor: that ratio relative to the arithmetic floor, (P + (1 + p)·A) / (P + A); p = 0 without the echo.",
     "over lora: relative to this package's LoRA step, with logits of answer tokens only and the same checkpointing.",
+    "floor: arithmetic relative to this package's LoRA step, of decoder layers / output layer / both.",
+    "over floor: over lora divided by the floor of both.",
     "peak GB: the most memory during a few steps in a process of its own; step GB: what the steps added.",
     "TRL computes the logits of every position without a GPU, and of answer tokens only on a GPU with Triton.",
 )
@@ -27,7 +28,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A median and its 95 % bootstrap interval; a format such as `.2f` applies to each number."""
+    """A median and its 95 % interval; a format such as `.2f` applies to each number."""
 
     median: float
     low: float
@@ -52,6 +53,21 @@ class StepMemory:
         return self.peak - self.before
 
 
+@dataclass
+class Measured:
+    """What is known of one case on one batch so far."""
+
+    memory: StepMemory | None = None
+    error: str | None = None  # why its memory could not be measured
+    routed: float = 0.0  # share of steps with an echo-on pass
+    seconds: list[float] = field(default_factory=list)  # one value per round
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether its memory is yet to be measured."""
+        return self.memory is None and self.error is None
+
+
 @dataclass(frozen=True)
 class CaseResult:
     """One case on one batch: figures, or an error."""
@@ -59,15 +75,19 @@ class CaseResult:
     variant: str
     checkpointing: bool
     error: str | None = None
-    routed: float | None = None  # share of steps with an echo-on pass
-    floor: float | None = None  # arithmetic relative to a step without the echo
-    seconds: list[float] = field(default_factory=list)  # one value per round
+    routed: float | None = None
+    floors: Floors | None = None  # none for DoRA
+    seconds: list[float] = field(default_factory=list)
     step: Interval | None = None  # of the seconds
+    fastest: float | None = None
     over_trl: Interval | None = None
-    over_floor: Interval | None = None
+    fastest_over_trl: float | None = None
     over_lora: Interval | None = None  # none for DoRA
+    fastest_over_lora: float | None = None
+    over_floors: float | None = None  # over_lora's median divided by the floor of both
     memory: StepMemory | None = None
     memory_over_trl: float | None = None  # ratio of the peaks
+    memory_over_lora: float | None = None  # the same, none for DoRA
 
 
 @dataclass(frozen=True)
@@ -76,31 +96,42 @@ class BenchTable:
 
     name: str
     rows: int
+    rows_sha256: str
     prompt_tokens: int  # of all rows
     answer_tokens: int
-    floor: float  # of a step with an echo-on pass
+    supervised_tokens: int
     lines: list[CaseResult]
 
     @property
     def title(self) -> str:
-        return (
-            f"{self.name}: {self.rows} rows, {self.prompt_tokens} prompt and {self.answer_tokens} answer tokens, "
-            f"floor {self.floor:.2f}"
-        )
+        return f"{self.name}: {self.rows} rows, {self.prompt_tokens} prompt and {self.answer_tokens} answer tokens"
 
     def cells(self) -> list[dict[str, str]]:
-        """The lines as text, by column."""
+        """Seconds as text, by column."""
         return [
             {
-                "step": line.variant,
-                "checkpointing": "on" if line.checkpointing else "off",
-                "seconds": "failed" if line.step is None else f"{line.step:.3g}",
+                **_case_cells(line),
+                "seconds": "failed" if line.error is not None else _text(line.step, ".3g"),
+                "fastest": _text(line.fastest, ".3g"),
                 "over TRL": _text(line.over_trl, ".2f"),
-                "over floor": "" if line.over_floor is None else f"{line.over_floor.median:.2f}",
+                "fastest/TRL": _text(line.fastest_over_trl, ".2f"),
                 "over lora": _text(line.over_lora, ".2f"),
-                "peak GB": "" if line.memory is None else f"{line.memory.peak / 1e9:.2f}",
+                "fastest/lora": _text(line.fastest_over_lora, ".2f"),
+                "floor": "" if line.floors is None else str(line.floors),
+                "over floor": _text(line.over_floors, ".2f"),
+            }
+            for line in self.lines
+        ]
+
+    def memory_cells(self) -> list[dict[str, str]]:
+        """Memory as text, by column."""
+        return [
+            {
+                **_case_cells(line),
+                "peak GB": "failed" if line.memory is None else f"{line.memory.peak / 1e9:.2f}",
                 "step GB": "" if line.memory is None else f"{line.memory.step / 1e9:.2f}",
                 "peak over TRL": _text(line.memory_over_trl, ".2f"),
+                "peak over lora": _text(line.memory_over_lora, ".2f"),
             }
             for line in self.lines
         ]
@@ -108,7 +139,7 @@ class BenchTable:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What `bench.json` holds."""
+    """What `bench.json` holds, from the first measurement on."""
 
     command: str
     arguments: dict[str, Any]
@@ -119,6 +150,7 @@ class BenchReport:
     machine: str
     device: str
     threads: int
+    is_finished: bool
     tables: list[BenchTable]
 
     @property
@@ -133,47 +165,51 @@ class BenchReport:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The median of two or more values, with its percentile bootstrap interval."""
-    rng = np.random.default_rng(0)
-    found = bootstrap((values,), np.median, confidence_level=0.95, method="percentile", rng=rng).confidence_interval
-    return Interval(float(np.median(values)), float(found.low), float(found.high))
+    """The median, with a 95 % interval from order statistics, which assumes no distribution.
+
+    Below 6 values there is none, and this is their range: it holds the median in 94 % of all cases with 5 values, in
+    75 % with 3.
+    """
+    found = quantile_test(values, p=0.5).confidence_interval(0.95)
+    has_none = np.isnan(found.low)
+    low, high = (min(values), max(values)) if has_none else found
+    return Interval(float(np.median(values)), float(low), float(high))
 
 
-def table_of(
-    batch: Batch,
-    seconds: Mapping[Case, list[float]],
-    routed: Mapping[Case, float],
-    memory: Mapping[Case, StepMemory | str],
-) -> BenchTable:
-    """The figures of all cases. memory: an error if it could not be measured. Ratios are taken within rounds."""
-    lines = []
-    for case in CASES:
-        figures: dict[str, Any] = {}
-        own, trl = memory[case], memory[case.trl]
-        if isinstance(own, str):
-            figures["error"] = own
-        else:
-            figures["memory"] = own
-            figures["memory_over_trl"] = None if isinstance(trl, str) else own.peak / trl.peak
-        if case in seconds:
-            floor = batch.floor(routed[case])
-            figures |= {"routed": routed[case], "floor": floor, "seconds": seconds[case]}
-            figures |= {"step": interval(seconds[case])}
-            if case.trl in seconds:
-                ratios = _paired(seconds[case], seconds[case.trl])
-                figures |= {"over_trl": interval(ratios), "over_floor": interval([ratio / floor for ratio in ratios])}
-            if case.lora in seconds and not VARIANTS[case.variant].is_dora:
-                figures["over_lora"] = interval(_paired(seconds[case], seconds[case.lora]))
-        lines.append(CaseResult(case.variant, case.checkpointing, **figures))
-    return BenchTable(batch.name, len(batch.rows), batch.prompt_tokens, batch.answer_tokens, batch.floor(1.0), lines)
+def table_of(batch: Batch, measured: Mapping[Case, Measured], weights: Weights) -> BenchTable:
+    """The figures of all cases, as far as they are measured. Ratios are taken within rounds."""
+    return BenchTable(
+        batch.name,
+        len(batch.rows),
+        batch.sha256,
+        batch.prompt_tokens,
+        batch.answer_tokens,
+        batch.supervised_tokens,
+        [_result(case, batch, measured, weights) for case in measured],
+    )
 
 
-def write_bench(report: BenchReport, output: str | Path) -> None:
-    """Write bench.json, bench.md and bench.png into the new folder `output`: all of them or none."""
-    with new_folder(output) as folder:
-        (folder / "bench.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
-        (folder / "bench.md").write_text(to_markdown(report), encoding="utf-8")
-        plot(report, folder / "bench.png")
+def _result(case: Case, batch: Batch, measured: Mapping[Case, Measured], weights: Weights) -> CaseResult:
+    own, trl, lora = measured[case], measured.get(case.trl), measured.get(case.lora)
+    figures: dict[str, Any] = {"error": own.error, "memory": own.memory}
+    if own.memory is not None and trl is not None and trl.memory is not None:
+        figures["memory_over_trl"] = own.memory.peak / trl.memory.peak
+    is_dora = VARIANTS[case.variant].is_dora
+    if own.memory is not None and lora is not None and lora.memory is not None and not is_dora:
+        figures["memory_over_lora"] = own.memory.peak / lora.memory.peak
+    if own.seconds:
+        figures |= {"routed": own.routed, "seconds": own.seconds}
+        figures |= {"step": interval(own.seconds), "fastest": min(own.seconds)}
+        if trl is not None and trl.seconds:
+            figures["over_trl"] = interval(_paired(own.seconds, trl.seconds))
+            figures["fastest_over_trl"] = min(own.seconds) / min(trl.seconds)
+        if not is_dora:
+            figures["floors"] = floor = floors(weights, case, batch, own.routed)
+            if lora is not None and lora.seconds:
+                figures["over_lora"] = ratio = interval(_paired(own.seconds, lora.seconds))
+                figures["fastest_over_lora"] = min(own.seconds) / min(lora.seconds)
+                figures["over_floors"] = ratio.median / floor.both
+    return CaseResult(case.variant, case.checkpointing, **figures)
 
 
 def to_markdown(report: BenchReport) -> str:
@@ -188,41 +224,52 @@ def to_markdown(report: BenchReport) -> str:
         f"Commit {report.commit or 'unknown'}; {packages}.",
     ]
     for table in report.tables:
-        cells = table.cells()
-        lines += ["", f"## {table.title}", ""]
-        for row in ([*cells[0]], ["---" for _ in cells[0]], *([*row.values()] for row in cells)):
-            lines.append(f"| {' | '.join(row)} |")
+        lines += ["", f"## {table.title}"]
+        for cells in (table.cells(), table.memory_cells()):
+            lines.append("")
+            for row in ([*cells[0]], ["---" for _ in cells[0]], *([*row.values()] for row in cells)):
+                lines.append(f"| {' | '.join(row)} |")
     lines += ["", *(f"- {note}" for note in NOTES), *(f"- failed: {failure}" for failure in report.failures)]
     return "\n".join(lines) + "\n"
 
 
 def plot(report: BenchReport, path: Path) -> None:
-    """A PNG of ratios to TRL's step with intervals, in a panel for each batch and checkpointing setting."""
+    """A PNG of seconds of each step, in a panel for each batch and checkpointing setting: every round, and the median.
+
+    Dashed: our LoRA step times the floor of an echo step, layers and output layer together.
+    """
     from matplotlib.figure import Figure
 
-    names = [name for name in VARIANTS if not name.startswith("trl")]
-    figure = Figure(figsize=(1.5 + 3.6 * len(report.tables), 5.2), layout="constrained")
-    panels = figure.subplots(2, len(report.tables), sharex="col", sharey=True, squeeze=False)
+    settings = sorted({line.checkpointing for line in report.tables[0].lines})
+    names = [name for name in VARIANTS if any(line.variant == name for line in report.tables[0].lines)]
+    height = 0.8 + len(settings) * (0.7 + 0.35 * len(names))
+    figure = Figure(figsize=(1.5 + 3.6 * len(report.tables), height), layout="constrained")
+    panels = figure.subplots(len(settings), len(report.tables), sharex="col", sharey=True, squeeze=False)
     for column, table in enumerate(report.tables):
-        for axes, checkpointing in zip(panels[:, column], (False, True), strict=True):
-            ratios = {line.variant: line.over_trl for line in table.lines if line.checkpointing is checkpointing}
-            axes.axvline(1.0, color="0.7", linewidth=1)
-            axes.axvline(table.floor, color="black", linewidth=1, linestyle="--")
+        for axes, checkpointing in zip(panels[:, column], settings, strict=True):
+            lines = {line.variant: line for line in table.lines if line.checkpointing is checkpointing}
             for y, name in enumerate(names):
-                ratio = ratios[name]
-                if ratio is None:
-                    axes.annotate("failed", (1.0, y), fontsize=8)
+                line = lines[name]
+                if line.step is None:
+                    axes.annotate("failed", (0, y), fontsize=8)
                     continue
-                ends = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
-                axes.errorbar(ratio.median, y, xerr=ends, fmt="o", color="black", markersize=5, capsize=4)
-                above: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
-                axes.annotate(f"{ratio.median:.2f}", (ratio.median, y), fontsize=8, **above)
+                axes.plot(line.seconds, [y] * len(line.seconds), "|", color="0.6", markersize=9)
+                axes.plot(line.step.median, y, "o", color="black", markersize=5)
+                above: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center"}
+                axes.annotate(f"{line.step.median:.3g}", (line.step.median, y), fontsize=8, **above)
+            lora, echo = lines.get("lora"), lines.get("echo")
+            if lora is not None and lora.step is not None and echo is not None and echo.floors is not None:
+                axes.axvline(lora.step.median * echo.floors.both, color="black", linewidth=1, linestyle="--")
             axes.set_title(f"{table.name}, checkpointing {'on' if checkpointing else 'off'}", fontsize=9)
             axes.set_yticks(range(len(names)), names)
             axes.set_ylim(len(names) - 0.5, -0.8)
-            axes.margins(x=0.15)
-        panels[1, column].set_xlabel("seconds over TRL's step\n(dashed: floor of a step with echo)")
+            axes.set_xlim(left=0)
+        panels[-1, column].set_xlabel("seconds of a step\n(dashed: floor of a step with echo)")
     figure.savefig(path, format="png", dpi=120)
+
+
+def _case_cells(line: CaseResult) -> dict[str, str]:
+    return {"step": line.variant, "checkpointing": "on" if line.checkpointing else "off"}
 
 
 def _paired(own: list[float], other: list[float]) -> list[float]:

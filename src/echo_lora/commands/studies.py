@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -62,17 +62,31 @@ def bench(
     shape: Annotated[
         list[str] | None, typer.Option(metavar="PxA", help="random rows of P prompt and A answer tokens; repeatable")
     ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="step to measure: trl_lora, trl_dora, lora, three_pass, echo or echo_dora; repeatable; "
+            "default: trl_lora, lora and echo, or with method dora trl_dora and echo_dora",
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        Literal["off", "on", "both"] | None, typer.Option(help="gradient checkpointing; default: the recipe's")
+    ] = None,
     rows: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="rows per step; default: training.batch_size")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=2, max=MAX_COUNT, help="timed steps of each method; default: 7")
+        int | None, typer.Option(min=2, max=MAX_COUNT, help="timed steps of each variant; default: 7")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="quick trial: 2 rows, 3 rounds, one shape")] = False,
     output: Annotated[Path, typer.Option(help="folder for bench.json, .md and .png", parser=path)] = Path("runs/bench"),
     traceback: TracebackOption = False,
 ) -> None:
-    """Measure time and memory of a training step. Compares Echo-LoRA, LoRA, and TRL's SFTTrainer."""
+    """Measure time and memory of a training step. Compares Echo-LoRA, LoRA, and TRL's SFTTrainer.
+
+    If it is interrupted, run the same command to resume.
+    """
     require_writable(output)
     with starting():
         from echo_lora.bench import NOTES, run_bench
@@ -81,6 +95,8 @@ def bench(
         recipe,
         overrides or (),
         shapes=shape or (),
+        variants=variant or (),
+        checkpointing=checkpointing,
         rows=rows,
         rounds=rounds,
         quick=quick,
@@ -89,6 +105,7 @@ def bench(
     )
     for table in report.tables:
         print_wide_table(table.title, table.cells())
+        print_wide_table(f"{table.name}: memory", table.memory_cells())
     typer.echo("\n".join(NOTES))
     typer.echo(f"\nWritten to {output}")
     if report.failures:
