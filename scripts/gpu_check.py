@@ -38,17 +38,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from architectures import collate, random_row, tiny_echo_model  # noqa: E402
-from oracle import oracle_step  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from architectures import collate, random_row, tiny_echo_model  # noqa: E402
 from echo_lora.bench.programs import VARIANTS, Batch, Case, Program  # noqa: E402
 from echo_lora.data.tokenize import TokenizedRow  # noqa: E402
 from echo_lora.environment import commit, devices, processor, versions  # noqa: E402
 from echo_lora.files import write_text  # noqa: E402
 from echo_lora.recipe.load import load_recipe  # noqa: E402
+from oracle import oracle_step  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODELS = {
@@ -309,13 +309,13 @@ def pieces(is_tiny: bool) -> dict[str, Callable[[], dict[str, Any]]]:
         for (prompt, answer), rows in (TINY_SHAPES if is_tiny else SHAPES).items():
             lora = [Case(variant, False) for variant in ("trl_lora", "lora", "echo")]
             found[f"steps {model} {prompt}x{answer}"] = partial(steps, base, prompt, answer, rows, lora)
-        (prompt, answer), rows = list((TINY_SHAPES if is_tiny else SHAPES).items())[0]
+        (prompt, answer), rows = next(iter((TINY_SHAPES if is_tiny else SHAPES).items()))
         dora = [Case(variant, False) for variant in ("trl_dora", "echo_dora")]
         found[f"steps {model} {prompt}x{answer} DoRA"] = partial(steps, base, prompt, answer, rows, dora)
         (prompt, answer), rows = list((TINY_SHAPES if is_tiny else SHAPES).items())[-1]
         saved = [Case(variant, True) for variant in ("trl_lora", "lora", "echo")]
         found[f"steps {model} {prompt}x{answer} checkpointing"] = partial(steps, base, prompt, answer, rows, saved)
-        (prompt, answer), rows = list((TINY_SHAPES if is_tiny else SHAPES).items())[0]
+        (prompt, answer), rows = next(iter((TINY_SHAPES if is_tiny else SHAPES).items()))
         found[f"second {model} {prompt}x{answer}"] = partial(second, base, prompt, answer, rows)
     return found | {"compiled": compiled}
 
