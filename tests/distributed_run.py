@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from architectures import lora_config, tiny_echo_model
 from echo_lora import EchoSFTTrainer, EchoTrainer
+from test_packing import DATA as UNEQUAL
 from test_trainer import DATASETS, ROUTED, Stop, arguments, collator, rows, sft_arguments, sft_base
 
 
@@ -32,7 +33,8 @@ def make_trainer(
     if kind == "EchoSFTTrainer":
         base, tokenizer = sft_base()
         base.save_pretrained(folder / f"base{os.environ.get('RANK', '')}")  # each process reads a model of its own
-        texts = Dataset.from_dict({name: column * 2 for name, column in DATASETS["conversational"].items()})
+        columns = UNEQUAL["pairs"] if kwargs.get("packing") else DATASETS["conversational"]
+        texts = Dataset.from_dict({name: column * 2 for name, column in columns.items()})
         return EchoSFTTrainer(
             model=str(folder / f"base{os.environ.get('RANK', '')}"),
             args=prepared(sft_arguments(folder, **kwargs)),

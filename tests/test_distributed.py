@@ -140,6 +140,16 @@ def test_sft_on_two_processes_gives_what_one_does(tmp_path, reference, plan):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("plan", ["ddp", "fsdp2"])
+def test_packed_rows_on_two_processes_give_what_one_does(tmp_path, reference, plan, checkpointing):
+    """Eight packed rows, so two steps of four make an epoch. Steps only: TRL weighs packs in `eval_loss` equally."""
+    settings = {"kind": "EchoSFTTrainer", "packing": True, "max_length": 24, "method": "dora"}
+    two = train(tmp_path, plan, activation_checkpointing=checkpointing, **settings)
+    assert_same(reference(**settings), two)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

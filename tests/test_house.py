@@ -25,7 +25,18 @@ ROOT = SOURCE.parent.parent
 ROOMS = {
     "": ["errors", "text", "files", "environment", "progress"],
     "method": [
-        *("config", "routing", "echo", "alignment", "checkpointing", "targets", "injection", "prefix", "neftune"),
+        *(
+            "config",
+            "routing",
+            "echo",
+            "packing",
+            "alignment",
+            "checkpointing",
+            "targets",
+            "injection",
+            "prefix",
+            "neftune",
+        ),
         *("lm_head", "losses", "step", "sharing", "kernels", "refusals", "trial", "variants"),
         *("kept_echo", "model", "attach"),
     ],

@@ -27,6 +27,7 @@ from echo_lora.method.injection import Injector
 from echo_lora.method.kept_echo import KeptEchoMixin
 from echo_lora.method.lm_head import Head
 from echo_lora.method.neftune import with_one_noise
+from echo_lora.method.packing import unpacked
 from echo_lora.method.prefix import PrefixSharing, fitting
 from echo_lora.method.routing import default_clock, distillation_weight, is_routed
 from echo_lora.method.sharing import angles_depend_on_length
@@ -145,10 +146,11 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
 
         input_ids, attention_mask, labels: (B, T) int64, padded on either side, labels -100 outside the answer. If the
         labels cover prompt tokens too, completion_mask (B, T) is 1 at answer tokens; prompt tokens are trained in the
-        echo-off pass only, and answer_weight weighs the answer losses against theirs. num_items_in_batch: supervised
-        tokens of the whole optimizer step; Trainer passes it.
-        Raises EchoDataError for rows without prompt or answer and for packed rows, EchoModelError if the routing clock
-        is not set or a forced `echo_step` is impossible.
+        echo-off pass only, and answer_weight weighs the answer losses against theirs. Rows may be packed, with
+        position_ids instead of the attention_mask (`packing.unpacked`). num_items_in_batch: supervised tokens of the
+        whole optimizer step; Trainer passes it.
+        Raises EchoDataError for rows without prompt or answer, EchoModelError if the routing clock is not set or a
+        forced `echo_step` is impossible.
         """
         kwargs |= {
             "input_ids": input_ids,
@@ -196,7 +198,13 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
                 "a step with the echo needs input_ids and labels, but one of them is missing; inputs_embeds can't be "
                 "aligned at the boundary. Pass both, or set model.echo_enabled = False."
             )
-        refusals.refuse_batch(attention_mask, kwargs)
+        columns = input_ids.shape[1]
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = unpacked(batch | {"completion_mask": completion_mask} | kwargs)
+        rows_of_batch: list[Any] = [
+            batch.pop(name) for name in ("input_ids", "attention_mask", "labels", "completion_mask")
+        ]
+        refusals.refuse_batch(rows_of_batch[1], batch)
         config = self.echo_config
         if distillation_weight is not None:
             config = dataclasses.replace(config, distillation_weight=distillation_weight)
@@ -205,15 +213,12 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         reason = self.why_full(input_ids.device)
         shares_prefix = self._shares_prefix(reason)
         rows = align_rows(
-            input_ids,
-            attention_mask,
-            labels,
-            completion_mask,
+            *rows_of_batch,
             shows_length=angles_depend_on_length(base.config),
             starts_together=reason is not None,
         )
         return training_step(
-            with_one_noise(self._plain_forward, base.get_input_embeddings(), input_ids.shape[1]),
+            with_one_noise(self._plain_forward, base.get_input_embeddings(), columns),
             self._source_layers,
             self.echo,
             self._injector,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.method.kernels import fused_kernels
+from echo_lora.method.packing import BOUNDARIES
 from echo_lora.method.targets import outermost_lists
 
 WORKING = "docs/architectures.md lists the models that work."
@@ -211,22 +212,17 @@ def refuse_batch(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> No
 
 
 def _refuse_packed(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
-    """Packed rows would attend across rows once they carry a cache; transformers detects them only without one."""
-    position_ids = kwargs.get("position_ids")
-    restarts = position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=-1) < 0).any())
-    packed = [
-        key for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "seq_lengths") if kwargs.get(key) is not None
-    ]
-    if restarts or packed:
-        what = "position_ids restart within a row" if restarts else f"the batch holds {packed[0]}"
+    """What `packing.unpacked` can't unpack: packed rows would attend across rows once they carry a cache."""
+    packed = [key for key in (*BOUNDARIES, "seq_lengths") if kwargs.get(key) is not None]
+    if packed:
         raise EchoDataError(
-            f"the batch is packed ({what}), but each row needs its own boundary. Set packing=False and "
-            "padding_free=False."
+            f"the batch holds {packed[0]} beside an attention_mask, so it is unknown which of them separates the rows. "
+            "Pass packed rows without an attention_mask, or padded rows without position_ids."
         )
     if attention_mask is not None and attention_mask.dim() == 2 and bool((attention_mask > 1).any()):
         raise EchoDataError(
-            f"the batch is packed (attention_mask numbers the rows up to {int(attention_mask.max())}), but each row "
-            "needs its own boundary. Set packing=False, and give a mask with 1 at tokens and 0 at padding."
+            f"attention_mask numbers packed rows up to {int(attention_mask.max())}, but a step with the echo finds "
+            "them by position_ids. Leave the attention_mask out, or give one with 1 at tokens and 0 at padding."
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise EchoDataError(
