@@ -17,7 +17,8 @@ from echo_lora.method.targets import outermost_lists
 
 WORKING = "docs/architectures.md lists the models that work."
 
-# Inputs that request outputs without changing any; a batch may hold them.
+# Inputs of the step, and inputs that request outputs without changing any; a batch may hold them.
+INPUTS = {"input_ids", "attention_mask", "labels", "completion_mask"}
 IGNORED_INPUTS = {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits"}
 
 # Settings that change what an adapter computes without changing the names and shapes of its tensors.
@@ -195,15 +196,15 @@ def refuse_other_scaling(other: LoraConfig, own: LoraConfig, problem: str) -> No
         )
 
 
-def refuse_batch(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+def refuse_batch(batch: Mapping[str, Any]) -> None:
     """Raises EchoDataError for rows that can't be aligned, EchoModelError for a loss that TRL computes."""
-    _refuse_packed(attention_mask, kwargs)
-    if kwargs.get("fused_lm_head"):
+    _refuse_packed(batch.get("attention_mask"), batch)
+    if batch.get("fused_lm_head"):
         raise EchoModelError(
             "TRL's SFTTrainer computes the loss itself, from log-probabilities, so the echo would have no effect. Use "
             "EchoSFTTrainer with the same arguments."
         )
-    unknown = [key for key, value in kwargs.items() if value is not None and key not in IGNORED_INPUTS]
+    unknown = [key for key, value in batch.items() if value is not None and key not in INPUTS | IGNORED_INPUTS]
     if unknown:
         raise EchoDataError(
             f"a step with the echo takes input_ids, attention_mask and labels, but the batch also holds "
@@ -211,9 +212,9 @@ def refuse_batch(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> No
         )
 
 
-def _refuse_packed(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+def _refuse_packed(attention_mask: Tensor | None, batch: Mapping[str, Any]) -> None:
     """What `packing.unpacked` can't unpack: packed rows would attend across rows once they carry a cache."""
-    packed = [key for key in (*BOUNDARIES, "seq_lengths") if kwargs.get(key) is not None]
+    packed = [key for key in (*BOUNDARIES, "seq_lengths") if batch.get(key) is not None]
     if packed:
         raise EchoDataError(
             f"the batch holds {packed[0]} beside an attention_mask, so it is unknown which of them separates the rows. "
