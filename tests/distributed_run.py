@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from architectures import lora_config, tiny_echo_model
 from echo_lora import EchoSFTTrainer, EchoTrainer
+from echo_lora.method import grouping
 from test_packing import DATA as UNEQUAL
 from test_trainer import DATASETS, ROUTED, Stop, arguments, collator, rows, sft_arguments, sft_base
 
@@ -54,6 +55,7 @@ def make_trainer(
 
 def main(folder: Path, settings: dict[str, Any]) -> None:
     stop, resume = settings.pop("stop"), settings.pop("resume")
+    grouping.CPU_PRICE = settings.pop("price")
     trainer = make_trainer(folder, **settings)
     if stop is not None:
         trainer.add_callback(Stop(stop))

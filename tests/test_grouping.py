@@ -27,7 +27,13 @@ def rows_of(shapes, seed=0):
 
 
 @pytest.fixture
-def sizes(monkeypatch):
+def is_cheap(monkeypatch):
+    """Groups cost so little that batches of a few short rows are split."""
+    monkeypatch.setattr(grouping, "CPU_PRICE", 16)
+
+
+@pytest.fixture
+def sizes():
     """The number of rows of each group that the model's first layer sees, in order."""
     seen = []
 
@@ -47,7 +53,7 @@ def sizes(monkeypatch):
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("side", ["right", "left", "packed"])
-def test_groups_equal_the_oracle(side, method, is_checkpointed, sizes):
+def test_groups_equal_the_oracle(side, method, is_checkpointed, sizes, is_cheap):
     model = tiny_echo_model(method=method, echo_step="shared_prefix")
     prepare = checkpointed if is_checkpointed else None
     seen = []
@@ -71,7 +77,7 @@ STEPS = [
 @pytest.mark.parametrize("echo_step", ["shared_prefix", "full"])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: next(iter(step)))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_steps_in_groups_equal_the_oracle(name, step, echo_step):
+def test_steps_in_groups_equal_the_oracle(name, step, echo_step, is_cheap):
     assert_equals_oracle(tiny_echo_model(name, echo_step=echo_step), rows_of(SHAPES), **step)
 
 
@@ -88,7 +94,7 @@ CONFIGS = [
 def test_groups_give_what_one_group_gives(config, monkeypatch, sizes):
     """Also what the oracle doesn't know: metrics, and the statistics for the next step."""
     outputs, found, states, passes = [], [], [], []
-    for price in (math.inf, CPU_PRICE):
+    for price in (math.inf, 16):
         monkeypatch.setattr(grouping, "CPU_PRICE", price)
         model = tiny_echo_model(**config)
         seen = sizes(model)
@@ -163,7 +169,7 @@ def test_the_price_of_a_group():
     assert price == pytest.approx(1e12 / (4 * layer), rel=0.1)  # its output layer is small
 
 
-def test_a_row_without_answer_is_named_by_its_place_in_the_batch():
+def test_a_row_without_answer_is_named_by_its_place_in_the_batch(is_cheap):
     rows = rows_of(SHAPES)
     rows[5] = (rows[5][0], [-100] * len(rows[5][0]))
     with pytest.raises(EchoDataError, match="row 5 of the batch has no answer"):
@@ -224,7 +230,7 @@ def test_many_rows_are_cut_between_blocks():
 )
 def test_rows_of_like_length_stay_together(shapes, count):
     layout = {"shows_length": False, "starts_together": False}
-    groups = aligned_groups(collate(rows_of(shapes)), price=CPU_PRICE, passes=(1, 1), **layout)
+    groups = aligned_groups(collate(rows_of(shapes)), price=16, passes=(1, 1), **layout)
     assert (len(groups) == 1) if count == 1 else (len(groups) >= count)
 
 

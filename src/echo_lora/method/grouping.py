@@ -27,10 +27,11 @@ from echo_lora.method.losses import NAMES
 from echo_lora.method.sharing import angles_depend_on_length
 from echo_lora.method.step import EchoOutput, router_aux_loss_coef
 
-# The price of a group, in columns of one row that it must save. On a CPU, calls of operators cost little beside the
-# arithmetic. On a GPU, a layer's two passes and their backward launch about 500 kernels of 5 µs; at 400 TFLOP/s that is
-# the time of 10^12 operations, of which a column takes 4 per parameter. LLaMA-7B's layers: 1,240 columns. [O]
-CPU_PRICE = 32
+# The price of a group, in columns of one row that it must save. On a CPU, measured: about 65 columns with LoRA and 150
+# with DoRA, which computes the norms of its weights once more (hidden size 576). On a GPU, estimated: the two passes of
+# a layer and their backward launch about 500 kernels of 5 µs; at 400 TFLOP/s that is the time of 10^12 operations, of
+# which a column takes 4 per parameter. For a layer of LLaMA-7B that is 1,240 columns, for smaller ones more.       [O]
+CPU_PRICE = 128
 LAUNCHES = 1e12 / 4
 MOST_BLOCKS = 32  # places to cut are looked for between at most as many blocks of rows
 
