@@ -8,6 +8,7 @@ import torch
 import transformers
 from peft import LoraConfig
 from torch import nn
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from echo_lora import EchoConfig, EchoModel, get_echo_model
 from echo_lora.method.alignment import AlignedRows, align_rows
@@ -138,10 +139,12 @@ def random_row(generator: torch.Generator, prompt: int, answer: int, *, gap: tup
 
 
 def collate(rows: list[Row], side: str = "right", *, train_on_prompt: bool = False) -> dict[str, torch.Tensor]:
-    """Pad rows on one side, as a data collator does; side "both" gives padding on either.
+    """Pad rows on one side, as a data collator does; side "both" gives padding on either, "packed" joins the rows.
 
     train_on_prompt: labels of all tokens, and a completion_mask with 1 where the rows have a label.
     """
+    if side == "packed":
+        return _joined(rows, train_on_prompt)
     width = max(len(ids) for ids, _ in rows) + (2 if side == "both" else 0)
     batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for ids, labels in rows:
@@ -158,6 +161,17 @@ def collate(rows: list[Row], side: str = "right", *, train_on_prompt: bool = Fal
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
     return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def _joined(rows: list[Row], train_on_prompt: bool) -> dict[str, Any]:
+    """What TRL's collator makes of the rows if it joins them, with padding at the end."""
+    collate = DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=8)
+    batch = collate([{"input_ids": ids, "labels": ids if train_on_prompt else labels} for ids, labels in rows])
+    if train_on_prompt:
+        is_answer = [int(label != -100) for _, labels in rows for label in labels]
+        is_answer += [0] * (batch["input_ids"].shape[1] - len(is_answer))
+        batch["completion_mask"] = torch.tensor([is_answer])
+    return batch
 
 
 def one_row() -> AlignedRows:

@@ -15,6 +15,8 @@ from datasets import Dataset
 
 from architectures import lora_config, tiny_echo_model
 from echo_lora import EchoSFTTrainer, EchoTrainer
+from echo_lora.method import grouping
+from test_packing import DATA as UNEQUAL
 from test_trainer import DATASETS, ROUTED, Stop, arguments, collator, rows, sft_arguments, sft_base
 
 
@@ -32,7 +34,8 @@ def make_trainer(
     if kind == "EchoSFTTrainer":
         base, tokenizer = sft_base()
         base.save_pretrained(folder / f"base{os.environ.get('RANK', '')}")  # each process reads a model of its own
-        texts = Dataset.from_dict({name: column * 2 for name, column in DATASETS["conversational"].items()})
+        columns = UNEQUAL["pairs"] if kwargs.get("packing") else DATASETS["conversational"]
+        texts = Dataset.from_dict({name: column * 2 for name, column in columns.items()})
         return EchoSFTTrainer(
             model=str(folder / f"base{os.environ.get('RANK', '')}"),
             args=prepared(sft_arguments(folder, **kwargs)),
@@ -52,6 +55,7 @@ def make_trainer(
 
 def main(folder: Path, settings: dict[str, Any]) -> None:
     stop, resume = settings.pop("stop"), settings.pop("resume")
+    grouping.CPU_PRICE = settings.pop("price")
     trainer = make_trainer(folder, **settings)
     if stop is not None:
         trainer.add_callback(Stop(stop))

@@ -196,7 +196,10 @@ SFT = {
         "max_length",
         "truncation_mode",
         "shuffle_dataset",
+        "packing",
         "packing_strategy",
+        "padding_free",
+        "eval_packing",
         "pad_to_multiple_of",
         "completion_only_loss",
         "assistant_only_loss",
@@ -206,7 +209,7 @@ SFT = {
     "the model": ["model_init_kwargs", "trust_remote_code", "router_aux_loss_coef"],
     "the machine": ["activation_offloading"],  # needs an accelerator, so nothing here runs it
 }
-SFT_REFUSED = {"packing": True, "padding_free": True, "eval_packing": True, "loss_type": "dft"}
+SFT_REFUSED = {"loss_type": "dft"}
 
 # Parameters of Trainer and SFTTrainer.
 PARAMETERS = {

@@ -25,8 +25,8 @@ ROOT = SOURCE.parent.parent
 ROOMS = {
     "": ["errors", "text", "files", "environment", "progress"],
     "method": [
-        *("config", "routing", "echo", "alignment", "checkpointing", "targets", "injection", "prefix", "neftune"),
-        *("lm_head", "losses", "step", "sharing", "kernels", "refusals", "trial", "variants"),
+        *("config", "routing", "echo", "packing", "alignment", "checkpointing", "targets", "injection", "prefix"),
+        *("neftune", "lm_head", "losses", "step", "sharing", "grouping", "kernels", "refusals", "trial", "variants"),
         *("kept_echo", "model", "attach"),
     ],
     "base": ["packaged", "models"],

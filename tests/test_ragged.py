@@ -1,4 +1,4 @@
-"""Long rows, rows of very different lengths, rows of several turns, and packed rows, which are refused."""
+"""Long rows, rows of very different lengths, and rows of several turns."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import DataCollatorWithFlattening, TrainingArguments
+from transformers import TrainingArguments
 from trl import SFTConfig
-from trl.data_utils import pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import architectures
 from architectures import collate, lora_config, random_row, tiny_base, tiny_echo_model
 from echo_lora import EchoConfig, EchoSFTTrainer, EchoTrainer
-from echo_lora.errors import EchoDataError
 from echo_lora.method.alignment import align_rows
 from test_oracle import assert_equals_oracle
 from tiny import tiny_tokenizer
@@ -229,52 +226,3 @@ def test_length_grouping(trainer_class, tmp_path):
         epochs, spreads[strategy] = spread_of_batches(trainer_class, data, tmp_path, strategy, config_class, **kwargs)
         assert epochs == [list(range(32))] * 2
     assert spreads["group_by_length"] < 0.75 * spreads["random"]
-
-
-# ------------------------------------------------------------------------- packed
-
-
-ROWS = [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}, {"input_ids": [6, 7], "labels": [-100, 7]}]
-PACKED = {
-    "trl padding_free": (lambda: DataCollatorForLanguageModeling(0, padding_free=True)(ROWS), "cu_seq_lens_q|restart"),
-    "trl packed": (
-        lambda: DataCollatorForLanguageModeling(0, padding_free=True)(
-            list(pack_dataset(Dataset.from_list(ROWS), seq_length=8, strategy="bfd"))
-        ),
-        "cu_seq_lens_q|restart",
-    ),
-    "flattening": (lambda: DataCollatorWithFlattening()(ROWS), "position_ids restart"),
-    "flattening for flash attention": (
-        lambda: DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=False)(ROWS),
-        "cu_seq_lens_q",
-    ),
-    "flattening with seq_idx": (
-        lambda: DataCollatorWithFlattening(return_seq_idx=True, return_position_ids=False)(ROWS),
-        "seq_idx",
-    ),
-    "position_ids that restart under a mask": (
-        lambda: flat() | {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "attention_mask": torch.ones(1, 5).long()},
-        "position_ids",
-    ),
-    "position_ids that stand still": (  # two rows of one token
-        lambda: flat() | {"position_ids": torch.tensor([[0, 0, 1, 2, 3]])},
-        "position_ids",
-    ),
-    "position_ids with an offset": (lambda: flat() | {"position_ids": torch.arange(7, 12)[None]}, "position_ids"),
-    "a mask that numbers the rows": (
-        lambda: flat() | {"attention_mask": torch.tensor([[1, 1, 1, 2, 2]])},
-        "numbers the rows up to 2",
-    ),
-    "a mask for each token": (lambda: flat() | {"attention_mask": torch.ones(1, 1, 5, 5)}, r"shape \(1, 1, 5, 5\)"),
-}
-
-
-def flat():
-    return {"input_ids": torch.tensor([[3, 4, 5, 6, 7]]), "labels": torch.tensor([[-100, 4, 5, -100, 7]])}
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_packed_rows_are_refused(name):
-    batch, words = PACKED[name]
-    with pytest.raises(EchoDataError, match=words):
-        tiny_echo_model()(**batch())

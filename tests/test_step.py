@@ -469,21 +469,6 @@ def test_checkpointing_with_a_shared_prefix_says_nothing_of_caches(caplog):
     assert "Caching" not in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [
-        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "attention_mask": None}, "position_ids restart"),
-        ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, "cu_seq_lens_q"),
-        ({"attention_mask": torch.ones(1, 1, 5, 5)}, r"shape \(1, 1, 5, 5\)"),
-    ],
-)
-def test_packed_rows_are_refused(extra, words):
-    model = tiny_echo_model()
-    batch = {"input_ids": torch.tensor([[3, 4, 5, 6, 7]]), "labels": torch.tensor([[-100, 4, -100, 6, 7]])}
-    with pytest.raises(EchoDataError, match=words):
-        model(**batch | extra)
-
-
 @pytest.mark.parametrize("is_routed", [True, False])
 def test_mixture_of_experts_keeps_its_auxiliary_loss(is_routed):
     model = tiny_echo_model("mixtral")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from architectures import VOCAB, collate, lora_config, random_row, tiny_base
@@ -296,15 +296,6 @@ def test_every_control_trains(tmp_path, kind):
 def test_shuffled_refuses_a_lonely_row(tmp_path):
     with pytest.raises(EchoConfigError, match="batches of 1"):
         trainer_of(tmp_path, echo_model(echo_kind="shuffled"), per_device_train_batch_size=1)
-
-
-def test_rows_that_were_packed_are_refused_before_training(tmp_path):
-    arguments_of = {"model": echo_model(), "args": arguments(tmp_path), "train_dataset": rows(8)}
-    with pytest.raises(EchoDataError, match="DataCollatorWithFlattening"):
-        EchoTrainer(**arguments_of, data_collator=DataCollatorWithFlattening(return_position_ids=False))
-    packed = rows(8).add_column("seq_lengths", [[2, 3]] * 8)
-    with pytest.raises(EchoDataError, match="the column seq_lengths"):
-        EchoTrainer(**arguments_of | {"train_dataset": packed}, data_collator=collator)
 
 
 def test_compiling_with_checkpointing_is_refused(tmp_path):
@@ -675,12 +666,10 @@ def test_sft_with_gradient_checkpointing_matches_without(tmp_path, caplog):
     ("data", "kwargs", "error", "words"),
     [
         ({"text": ["one two"] * 4}, {}, EchoDataError, r"train data has no boundary.*\['text'\]"),
-        (DATASETS["conversational"], {"packing": True, "max_length": 32}, EchoConfigError, "packing=True"),
-        (DATASETS["conversational"], {"padding_free": True}, EchoConfigError, "padding_free=True"),
         (DATASETS["conversational"], {"loss_type": "dft"}, EchoConfigError, "loss_type='dft'"),
         ({"prompt": ["one two three"] * 4, "completion": [" four"] * 4}, {"max_length": 2}, EchoDataError, "row 0"),
     ],
-    ids=["text", "packing", "padding-free", "dft", "overlength"],
+    ids=["text", "dft", "overlength"],
 )
 def test_sft_refuses(tmp_path, data, kwargs, error, words):
     with pytest.raises(error, match=words):

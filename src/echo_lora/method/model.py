@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,16 @@ from transformers import Cache, PreTrainedModel
 
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.method import losses, refusals
-from echo_lora.method.alignment import AlignedRows, align_rows
+from echo_lora.method.alignment import AlignedRows
 from echo_lora.method.checkpointing import Checkpointing, Freezing
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.echo import EchoNetworks
+from echo_lora.method.grouping import aligned_groups, in_groups, price_of_group
 from echo_lora.method.injection import Injector
 from echo_lora.method.kept_echo import KeptEchoMixin
 from echo_lora.method.lm_head import Head
 from echo_lora.method.neftune import with_one_noise
+from echo_lora.method.packing import unpacked
 from echo_lora.method.prefix import PrefixSharing, fitting
 from echo_lora.method.routing import default_clock, distillation_weight, is_routed
 from echo_lora.method.sharing import angles_depend_on_length
@@ -145,10 +148,11 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
 
         input_ids, attention_mask, labels: (B, T) int64, padded on either side, labels -100 outside the answer. If the
         labels cover prompt tokens too, completion_mask (B, T) is 1 at answer tokens; prompt tokens are trained in the
-        echo-off pass only, and answer_weight weighs the answer losses against theirs. num_items_in_batch: supervised
-        tokens of the whole optimizer step; Trainer passes it.
-        Raises EchoDataError for rows without prompt or answer and for packed rows, EchoModelError if the routing clock
-        is not set or a forced `echo_step` is impossible.
+        echo-off pass only, and answer_weight weighs the answer losses against theirs. Rows may be packed, with
+        position_ids instead of the attention_mask (`packing.unpacked`). num_items_in_batch: supervised tokens of the
+        whole optimizer step; Trainer passes it.
+        Raises EchoDataError for rows without prompt or answer, EchoModelError if the routing clock is not set or a
+        forced `echo_step` is impossible.
         """
         kwargs |= {
             "input_ids": input_ids,
@@ -196,38 +200,41 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
                 "a step with the echo needs input_ids and labels, but one of them is missing; inputs_embeds can't be "
                 "aligned at the boundary. Pass both, or set model.echo_enabled = False."
             )
-        refusals.refuse_batch(attention_mask, kwargs)
+        columns = input_ids.shape[1]
+        rows_of_batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = unpacked(kwargs | rows_of_batch | {"completion_mask": completion_mask})
+        refusals.refuse_batch(batch)
         config = self.echo_config
         if distillation_weight is not None:
             config = dataclasses.replace(config, distillation_weight=distillation_weight)
         base = self.get_base_model()
         is_checkpointed = self._checkpointing.is_on(base)
         reason = self.why_full(input_ids.device)
-        shares_prefix = self._shares_prefix(reason)
-        rows = align_rows(
-            input_ids,
-            attention_mask,
-            labels,
-            completion_mask,
+        sharing = self._sharing if self._shares_prefix(reason) and is_routed else None
+        groups = aligned_groups(
+            batch,
+            price=price_of_group(base, config, starts_together=reason is not None),
+            passes=(1 + is_routed, 0) if sharing is None else (1, 1),
             shows_length=angles_depend_on_length(base.config),
             starts_together=reason is not None,
         )
-        return training_step(
-            with_one_noise(self._plain_forward, base.get_input_embeddings(), input_ids.shape[1]),
-            self._source_layers,
-            self.echo,
-            self._injector,
-            config,
-            rows,
-            is_routed=is_routed,
-            sharing=self._sharing if is_routed and shares_prefix else None,
-            head=self._usable_head(base, rows),
-            is_checkpointed=is_checkpointed,
-            num_items=num_items_in_batch,
-            answer_weight=answer_weight,
-            echo_only=self._freezing.in_echo_on_pass(self.base_model, config, is_checkpointed) if is_routed else None,
-            router_aux_loss_coef=router_aux_loss_coef(base.config),
-        )
+        frozen = partial(self._freezing.in_echo_on_pass, self.base_model, config, is_checkpointed)
+
+        def step(rows: AlignedRows, num_items: Tensor | int | None) -> EchoOutput:
+            return training_step(
+                with_one_noise(self._plain_forward, base.get_input_embeddings(), columns),
+                *(self._source_layers, self.echo, self._injector, config, rows),
+                is_routed=is_routed,
+                sharing=sharing,
+                head=self._usable_head(base, rows),
+                is_checkpointed=is_checkpointed,
+                num_items=num_items,
+                answer_weight=answer_weight,
+                echo_only=frozen() if is_routed else None,
+                router_aux_loss_coef=router_aux_loss_coef(base.config),
+            )
+
+        return in_groups(step, groups, num_items_in_batch)
 
     def set_routing_clock(self, step: int, total_steps: int) -> None:
         """Set which optimizer step (from 0) of how many comes next; the routing is a function of it.

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from echo_lora.errors import EchoDataError, EchoModelError
 from echo_lora.method.kernels import fused_kernels
+from echo_lora.method.packing import BOUNDARIES
 from echo_lora.method.targets import outermost_lists
 
 WORKING = "docs/architectures.md lists the models that work."
 
-# Inputs that request outputs without changing any; a batch may hold them.
+# Inputs of the step, and inputs that request outputs without changing any; a batch may hold them.
+INPUTS = {"input_ids", "attention_mask", "labels", "completion_mask"}
 IGNORED_INPUTS = {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits"}
 
 # Settings that change what an adapter computes without changing the names and shapes of its tensors.
@@ -194,15 +196,15 @@ def refuse_other_scaling(other: LoraConfig, own: LoraConfig, problem: str) -> No
         )
 
 
-def refuse_batch(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+def refuse_batch(batch: Mapping[str, Any]) -> None:
     """Raises EchoDataError for rows that can't be aligned, EchoModelError for a loss that TRL computes."""
-    _refuse_packed(attention_mask, kwargs)
-    if kwargs.get("fused_lm_head"):
+    _refuse_packed(batch.get("attention_mask"), batch)
+    if batch.get("fused_lm_head"):
         raise EchoModelError(
             "TRL's SFTTrainer computes the loss itself, from log-probabilities, so the echo would have no effect. Use "
             "EchoSFTTrainer with the same arguments."
         )
-    unknown = [key for key, value in kwargs.items() if value is not None and key not in IGNORED_INPUTS]
+    unknown = [key for key, value in batch.items() if value is not None and key not in INPUTS | IGNORED_INPUTS]
     if unknown:
         raise EchoDataError(
             f"a step with the echo takes input_ids, attention_mask and labels, but the batch also holds "
@@ -210,23 +212,18 @@ def refuse_batch(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> No
         )
 
 
-def _refuse_packed(attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
-    """Packed rows would attend across rows once they carry a cache; transformers detects them only without one."""
-    position_ids = kwargs.get("position_ids")
-    restarts = position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=-1) < 0).any())
-    packed = [
-        key for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "seq_lengths") if kwargs.get(key) is not None
-    ]
-    if restarts or packed:
-        what = "position_ids restart within a row" if restarts else f"the batch holds {packed[0]}"
+def _refuse_packed(attention_mask: Tensor | None, batch: Mapping[str, Any]) -> None:
+    """What `packing.unpacked` can't unpack: packed rows would attend across rows once they carry a cache."""
+    packed = [key for key in (*BOUNDARIES, "seq_lengths") if batch.get(key) is not None]
+    if packed:
         raise EchoDataError(
-            f"the batch is packed ({what}), but each row needs its own boundary. Set packing=False and "
-            "padding_free=False."
+            f"the batch holds {packed[0]} beside an attention_mask, so it is unknown which of them separates the rows. "
+            "Pass packed rows without an attention_mask, or padded rows without position_ids."
         )
     if attention_mask is not None and attention_mask.dim() == 2 and bool((attention_mask > 1).any()):
         raise EchoDataError(
-            f"the batch is packed (attention_mask numbers the rows up to {int(attention_mask.max())}), but each row "
-            "needs its own boundary. Set packing=False, and give a mask with 1 at tokens and 0 at padding."
+            f"attention_mask numbers packed rows up to {int(attention_mask.max())}, but a step with the echo finds "
+            "them by position_ids. Leave the attention_mask out, or give one with 1 at tokens and 0 at padding."
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise EchoDataError(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoProcessor, PreTrainedModel, TrainingArguments
@@ -27,8 +28,8 @@ from echo_lora.method.attach import attach_echo
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.model import EchoModel, get_echo_model
 from echo_lora.models import canonical
-from echo_lora.training.collator import numbered
-from echo_lora.training.support import refuse_arguments
+from echo_lora.training.collator import LENGTHS, holds_packed, numbered, packed
+from echo_lora.training.support import packed_before, refuse_arguments
 from echo_lora.training.trainer import EchoTrainerMixin
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
     Two more arguments: on_overlength, what to do with rows longer than `max_length` (an answer is never cut), and
     answer_weight, the weight of answer tokens in a loss on whole rows, with and without the echo. Without `echo_config`
     it trains as SFTTrainer does. A model with a LoRA adapter gets the echo by `attach_echo`. completion_only_loss=False
-    trains on prompts too, in the echo-off pass, like `data.train_on_prompt` in a recipe. Not supported: packing and
-    padding_free (each row needs its own boundary), text-only rows (no boundary), and losses other than `nll`.
+    trains on prompts too, in the echo-off pass, like `data.train_on_prompt` in a recipe. packing and padding_free join
+    whole rows, which the step takes apart again. Not supported: text-only rows (no boundary), packing_strategy
+    "wrapped" (it cuts rows), and losses other than `nll`.
     """
 
     _is_sft = True
@@ -86,19 +88,21 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         first = _first(dataset, dataset_name)
         if not isinstance(dataset, Dataset) and ROW in first and "input_ids" not in first:
             raise EchoDataError(f"the {dataset_name} data has {KEPT_NAME}")
+        if self._has_echo and LENGTHS in first:
+            if packing and holds_packed(dataset):
+                return dataset  # TRL prepares what `evaluate` gets, prepared or not
+            raise packed_before(f"{dataset_name} data")
         dataset = numbered(dataset, f"{dataset_name} data")
         if not self._has_echo:
             dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         _refuse_text(first, dataset_name, args, formatting_func)
         dataset = self._tokenize_what_trl_gets_wrong(dataset, first, args, formatting_func, dataset_name)
-        # TRL truncates at max_length and so may cut the answer; the check below never does
+        # TRL cuts rows at max_length, also when it packs, and so may cut the answer; the check below never does
         uncut = copy.copy(args)
         uncut.max_length = None
         try:
-            prepared = super()._prepare_dataset(
-                dataset, processing_class, uncut, packing, formatting_func, dataset_name
-            )
+            prepared = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
         except RuntimeError as error:
             if "assistant" not in str(error):
                 raise
@@ -113,6 +117,11 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
                     "the whole dataset."
                 )
             logger.warning("The %s data is a stream: its rows are checked as they come, not in advance.", dataset_name)
+            if packing:
+                raise EchoConfigError(
+                    f"packing=True needs the whole dataset, but the {dataset_name} data is a stream. Load it, or leave "
+                    "packing out."
+                )
             return prepared
         prepared, counts = check_tokenized_dataset(
             prepared,
@@ -123,7 +132,14 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
             bos_token_id=added_bos(self._tokenizer),
         )
         logger.info("%s data: %s", dataset_name, counts)
-        return prepared
+        return self._packed(prepared, args) if packing else prepared
+
+    def _packed(self, prepared: Dataset, args: Any) -> Dataset:
+        """The rows packed and shuffled as TRL does, except that all of them fit."""
+        if args.max_length is None:
+            raise EchoConfigError("packing=True needs max_length, the number of tokens to pack rows into. Set it.")
+        prepared = packed(prepared, args.max_length, args.packing_strategy, args.dataset_num_proc)
+        return prepared.shuffle(seed=args.seed) if args.shuffle_dataset else prepared
 
     def _tokenize_what_trl_gets_wrong(
         self, dataset: Any, first: dict[str, Any], args: Any, formatting_func: Any, dataset_name: str
@@ -170,7 +186,9 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
         if echo is not None and echo.applies(
             inputs.get("labels")
         ):  # TRL's own loss, which is not called, would count these
-            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            mask = inputs.get("attention_mask")
+            tokens = torch.ones_like(inputs["input_ids"]).sum() if mask is None else mask.sum()
+            tokens = self.accelerator.gather_for_metrics(tokens).sum().item()
             self._total_train_tokens += tokens // self._tp_size
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -17,12 +17,14 @@ from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.method.config import LARGEST_FACTOR
 from echo_lora.method.model import EchoModel
 from echo_lora.models import has_position_table
+from echo_lora.training.collator import LENGTHS, holds_packed, rows_of_packed
 
 
 def refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
     """Raises EchoDataError for an empty dataset, and for rows that the model has no embeddings for."""
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return
+    dataset = rows_of_packed(dataset) if holds_packed(dataset) else dataset
     vocabulary = len(model.get_input_embeddings().weight)
     if not len(dataset):
         raise EchoDataError(f"the {source} has no row. Pass at least one.")
@@ -41,7 +43,6 @@ def refuse_unfit_data(dataset: Any, source: str, model: Any) -> None:
 def refuse_arguments(args: Any) -> None:
     """Raises EchoConfigError, which names the argument, for settings that contradict the echo."""
     reasons = {
-        **dict.fromkeys(("packing", "padding_free", "eval_packing"), "each row needs its own boundary"),
         "label_smoothing_factor": "the step computes its own losses",
         "use_liger_kernel": "it replaces the forward that the step calls",
         "optim_target_modules": "its patterns would match the echo networks",
@@ -57,6 +58,7 @@ def refuse_arguments(args: Any) -> None:
             raise EchoConfigError(
                 f"{name}={getattr(args, name)} can't be combined with the echo: {reason}. Leave it out."
             )
+    _refuse_packing(args)
     is_checkpointed = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
     if getattr(args, "torch_compile", None) and is_checkpointed:
         raise EchoConfigError(
@@ -65,6 +67,21 @@ def refuse_arguments(args: Any) -> None:
         )
     if (getattr(args, "loss_type", None) or "nll") != "nll":
         raise EchoConfigError(f"loss_type={args.loss_type!r} can't be combined with the echo. Use 'nll'.")
+
+
+def _refuse_packing(args: Any) -> None:
+    """Raises EchoConfigError for packing that cuts rows or lets them see each other. args: an SFTConfig, or others."""
+    packs = [name for name in ("packing", "eval_packing") if getattr(args, name, None)]
+    if packs and getattr(args, "packing_strategy", None) == "wrapped":
+        raise EchoConfigError(
+            "packing_strategy='wrapped' can't be combined with the echo: it cuts rows to fill up a batch, and a piece "
+            "may have no prompt or no answer. Use 'bfd', which keeps rows whole."
+        )
+    if packs == ["eval_packing"] and not getattr(args, "padding_free", None):
+        raise EchoConfigError(
+            "eval_packing=True needs packing=True: otherwise TRL pads the packed rows and no longer says where each "
+            "begins, so they would see each other. Set packing=True too, or leave eval_packing out."
+        )
 
 
 def refuse_deepspeed(deepspeed: Any, model: EchoModel) -> None:
@@ -124,18 +141,26 @@ def refuse_loraplus(trainer: Any) -> None:
             )
 
 
-def refuse_packed_data(dataset: Any, collator: Any) -> None:
-    """Raises EchoDataError for packed rows, in the cases where the batch alone would not show it."""
-    reasons = {
-        "the column seq_lengths of the train data": "seq_lengths" in (getattr(dataset, "column_names", None) or []),
-        "DataCollatorWithFlattening": isinstance(collator, DataCollatorWithFlattening),
-    }
-    for what, is_packed in reasons.items():
-        if is_packed:
-            raise EchoDataError(
-                f"the rows are packed (as {what} shows), but each row needs its own boundary. Use unpacked rows "
-                "and a collator that pads."
-            )
+def refuse_packed_data(trainer: Any, dataset: Any, source: str) -> None:
+    """Raises EchoDataError for packed rows whose batch would not say where each begins."""
+    collator = trainer.data_collator.collate
+    is_packing = trainer._is_sft and getattr(collator, "padding_free", False)
+    if LENGTHS in (getattr(dataset, "column_names", None) or []) and not (is_packing and holds_packed(dataset)):
+        raise packed_before(source)
+    says_where = ("return_position_ids", "return_seq_idx", "return_flash_attn_kwargs")
+    if isinstance(collator, DataCollatorWithFlattening) and not any(getattr(collator, name) for name in says_where):
+        raise EchoDataError(
+            "DataCollatorWithFlattening joins rows, and with return_position_ids=False the batch does not say where "
+            "each begins. Leave that argument out."
+        )
+
+
+def packed_before(source: str) -> EchoDataError:
+    """The error for rows that somebody else packed."""
+    return EchoDataError(
+        f"the {source} is packed already (it has a column {LENGTHS}), so its rows can't be checked. Pass the rows as "
+        "they were before; EchoSFTTrainer packs them with packing=True."
+    )
 
 
 def refuse_parallelism(state: Any, *, has_echo: bool) -> None:
@@ -179,6 +204,8 @@ def refuse_lonely_rows(trainer: Any) -> None:
         return
     batch = trainer.args.per_device_train_batch_size
     rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else 0  # unknown for a stream
+    if holds_packed(trainer.train_dataset) and min(map(len, trainer.train_dataset[LENGTHS])) > 1:
+        return
     if batch < 2 or (rows % batch == 1 and not trainer.args.dataloader_drop_last):
         raise EchoConfigError(
             f"echo_kind='shuffled' gives each row the echo of another row of its batch, but {rows} rows in batches of "

@@ -25,6 +25,7 @@ from echo_lora.data.tokenize import ANSWER
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoTrainingError
 from echo_lora.method import losses
 from echo_lora.method.model import EchoModel
+from echo_lora.method.packing import unpacked
 from echo_lora.method.routing import routing_probability
 from echo_lora.training import support
 from echo_lora.training.callback import Watch
@@ -77,7 +78,8 @@ class EchoTrainerMixin(CheckpointMixin):
             self.model_accepts_loss_kwargs |= self._echo_model.echo_enabled
             support.refuse_arguments(self.args)
             support.refuse_deepspeed(self.is_deepspeed_enabled, self._echo_model)
-            support.refuse_packed_data(self.train_dataset, self.data_collator.collate)
+            for name, dataset in {"train": self.train_dataset, **evaluated}.items():
+                support.refuse_packed_data(self, dataset, f"{name} data")
             support.refuse_lonely_rows(self)
             support.keep_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
             if self.compute_loss_func is not None:
@@ -246,7 +248,7 @@ class EchoTrainerMixin(CheckpointMixin):
         sums: dict[str, float] = {}
         count = 0
         for batch in dataloader:
-            batch = self._prepare_inputs(batch)
+            batch = unpacked(self._prepare_inputs(batch))
             if "labels" not in batch:
                 continue  # prediction only
             if len(batch["labels"]) == 1 and model.echo_config.mixes_rows:
