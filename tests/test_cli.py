@@ -362,6 +362,18 @@ def test_scores_locked_by_another_process_are_not_written(trained, tmp_path):
     assert "scores.json is in use by process" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nowhere/run", "Error: nowhere/run: there is no such file. Correct the path.\n"),
+        ("mine.yaml", "Error: mine.yaml: there is no such file. Correct the path.\n"),
+        ("tinny", "Error: tinny: there is no such file, and no shipped recipe of that name. Did you mean 'tiny'?\n"),
+    ],
+)
+def test_a_path_that_is_missing_is_not_taken_for_a_name(name, expected):
+    assert invoke("plan", name, code=1).stderr == expected
+
+
 def test_doctor_lists_every_tracker(monkeypatch):
     monkeypatch.setattr(environment, "installed", lambda name: "1.2" if name == "wandb" else None)
     shown = dict(line.split(maxsplit=1) for line in invoke("doctor").stdout.splitlines() if line)

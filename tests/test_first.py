@@ -290,6 +290,15 @@ def test_a_file_that_exists_is_kept(folder):
     invoke("init", "sums.csv", "--model", "base", "--output", "other.yaml")
 
 
+@pytest.mark.parametrize("output", ["missing/rows.yaml", "base"])
+def test_where_no_file_can_be_written_nothing_is_read(folder, output):
+    (folder / "missing").write_text("a file")
+    assert (
+        f"{output} can't be written as a file"
+        in invoke("init", "x", "--model", "m", "--output", output, status=1).output
+    )
+
+
 def test_what_training_would_refuse_leaves_no_file(folder):
     (folder / "sums.jsonl").write_text(lines_of([{"question": "1+1?", "answer": "2"}]))
     output = invoke("init", "sums.jsonl", "--model", "base", status=1).output

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_lora.data import json_file
-from echo_lora.data.forms import check_forms
+from echo_lora.data.forms import check_forms, unused_texts
 from echo_lora.data.prepared import prepare_rows
 from echo_lora.data.sources import ROW, RowFile, read_rows
 from echo_lora.data.tokenize import IGNORED, TokenizedRow, render_prompt, tokenize_row
@@ -462,6 +462,22 @@ def test_a_system_message_that_the_template_drops_is_named(caplog: pytest.LogCap
 # ----------------------------------------------------------------------------------------- columns and files
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "is_text"),
+    [
+        ("id", "identity_0", False),
+        ("conversation_id", "a1-b2", False),
+        ("UUID", "0-0", False),
+        ("id", "what is this about?", True),
+        ("kid", "Anna", True),
+        ("source", "wiki", True),
+        ("id", ["a"], True),
+    ],
+)
+def test_a_word_that_identifies_a_row_is_no_text_that_is_lost(column: str, value: Any, is_text: bool) -> None:
+    assert unused_texts({"prompt": "a", "completion": "b", column: value}) == [column] * is_text
+
+
 def test_a_column_of_text_that_nothing_uses_is_an_error_with_its_line(tmp_path: Path, tokenizer: Any) -> None:
     rows = [
         {"instruction": "Add the numbers.", "input": "", "output": "0"},
@@ -473,7 +489,7 @@ def test_a_column_of_text_that_nothing_uses_is_an_error_with_its_line(tmp_path: 
     with pytest.raises(EchoDataError) as caught:
         prepare_rows(read, tokenizer, max_length=64, source=str(path))
     assert str(caught.value).startswith(f"{path}:2: row 1 has text that is not used, in the columns 'input', 'note'. ")
-    assert "set data.ignore_columns to [input, note]" in str(caught.value)
+    assert "set data.ignore_columns to [input, note] (--set 'data.ignore_columns=[input, note]')" in str(caught.value)
     data = prepare_rows(read, tokenizer, max_length=64, ignore_columns=["input", "note"])
     assert data.counts.kept == 2
 

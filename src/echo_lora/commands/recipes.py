@@ -50,6 +50,7 @@ def init(
         from echo_lora.recipe.prepare import preview_of
 
     file = output or Path(f"{name_of(data)}.yaml")
+    require_writable(file, is_file=True)
     refuse_existing_file(file)
     first = first_recipe(model, data, file.parent, overrides or ())
     _show(preview_of(first.recipe, first.tokenizer, first.rows, 2))
