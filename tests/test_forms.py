@@ -575,6 +575,21 @@ def test_a_row_whose_number_is_none_is_named(tokenizer: Any) -> None:
         prepare_rows([row, row | {ROW: "abc"}], tokenizer, max_length=None)
 
 
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"question": "a", "answer": "b"}, "{prompt: question, completion: answer}"),
+        ({"frage": "a", "antwort": "b"}, "{prompt: frage, completion: antwort}"),
+        ({"prompt": "a", "reply": "b"}, "{completion: reply}"),
+        ({"a": "a", "b": "b", "c": "c"}, "{prompt: question, completion: answer}"),
+    ],
+)
+def test_a_missing_column_is_an_error_with_what_to_type(row: dict[str, str], mapping: str) -> None:
+    with pytest.raises(EchoDataError) as caught:
+        check_forms([row], "rows.csv")
+    assert str(caught.value).endswith(f"as in data.columns: {mapping} (--set 'data.columns={mapping}').")
+
+
 def test_the_form_of_all_rows_is_checked_before_the_first_is_tokenised() -> None:
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the tokenizer was called")

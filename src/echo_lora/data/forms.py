@@ -142,13 +142,16 @@ def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where} has only text: nothing marks where the prompt ends and the answer begins, and the echo is read "
             "at this boundary. Split it into prompt and completion."
         )
-    for column in ("prompt", "completion"):
-        if column not in row:
-            present = ", ".join(name for name in row if name != ROW) or "none"
-            raise EchoDataError(
-                f"{where} has no {column}. Present: {present}. Add it, or name the column that holds it, as in "
-                f"data.columns: {{{column}: question}}."
-            )
+    if missing := [column for column in ("prompt", "completion") if column not in row]:
+        others = [name for name in row if name not in (ROW, "prompt", "completion")]
+        # with as many other columns as are missing, this is what to type
+        names = others if len(others) == len(missing) else ["question", "answer"][-len(missing) :]
+        mapping = ", ".join(f"{column}: {name}" for column, name in zip(missing, names, strict=True))
+        present = ", ".join(name for name in row if name != ROW) or "none"
+        raise EchoDataError(
+            f"{where} has no {missing[0]}. Present: {present}. Add it, or name the column that holds it, as in "
+            f"data.columns: {{{mapping}}} (--set 'data.columns={{{mapping}}}')."
+        )
     row.pop("messages", None)
     kinds = {type(row["prompt"]), type(row["completion"])}
     if kinds == {list}:
