@@ -97,7 +97,7 @@ def test_init_writes_a_recipe_for_every_kind_of_rows(folder, name):
     assert text.startswith(f"# echo-lora train {file}\n# yaml-language-server: $schema=file:")
     assert f"train: {name}  # 25 rows, {found}" in text
     recipe = load_recipe(file)
-    assert (recipe.data.chat, recipe.training.epochs, recipe.training.batch_size) == (True, 3, 16)
+    assert (recipe.data.chat, recipe.training.epochs, recipe.training.batch_size) == (True, 3, 4)
     assert recipe.model == str(folder / "base")
     assert recipe.output == f"runs/{name.partition('.')[0]}"
 
@@ -127,9 +127,9 @@ def test_the_file_is_the_recipe_that_was_fitted(folder):
     paths = {"model": str(folder / "base"), "data": loaded.data, "output": recipe.output}
     assert loaded == recipe.model_copy(update=paths)
     assert loaded.data.train[0].file == str(folder / "sums.csv")
-    # 7 passes over 25 rows in batches of 16
+    # 7 passes over 25 rows in batches of 4
     assert "epochs: 7\n" in text
-    assert recipe.training.warmup_steps == 1
+    assert recipe.training.warmup_steps == 4  # of 49
 
 
 def test_enough_rows_leave_some_for_validation(folder):
@@ -139,7 +139,7 @@ def test_enough_rows_leave_some_for_validation(folder):
     held_out = len(prepare(first.recipe)[1]["validation"][0].rows)
     assert 10 < held_out < 30
     assert f"validation_share: 0.05  # {held_out} rows are held out, for eval_loss" in first.text
-    assert first.recipe.training.evaluate_every == 7  # of 72 steps
+    assert first.recipe.training.evaluate_every == 14  # of 144 steps
     (folder / "valid.jsonl").write_text(lines_of(rows[:3]))
     own = ["data.validation=valid.jsonl", "training.evaluate_every=5"]
     recipe = first_recipe("base", "many.jsonl", folder, own).recipe
@@ -223,6 +223,7 @@ def test_the_batch_is_the_largest_that_fits(folder, monkeypatch):
             return plan.Memory(batch_size * self.each, 0, 0, 0)
 
     monkeypatch.setattr(first, "PeakMemory", PeakMemory)
+    monkeypatch.setattr(first, "FEWEST_STEPS", 1)
     for memory, expected in [(10_000, (16, False)), (300, (2, False)), (100, (1, True)), (10, (1, True))]:
         monkeypatch.setattr(first, "memory_size", lambda memory=memory: memory)
         training = first_recipe("base", "sums.csv", folder).recipe.training
@@ -236,6 +237,13 @@ def test_the_batch_is_the_largest_that_fits(folder, monkeypatch):
     recipe = first_recipe("base", "sums.csv", folder, settings).recipe
     assert (recipe.training.gradient_checkpointing, recipe.lora.r, recipe.echo) == (True, 2, False)
     assert {each for _, each in asked} == {50}
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 2), (25, 4), (400, 8), (600, 16)])
+def test_few_rows_are_taken_in_smaller_steps(folder, rows, size):
+    (folder / "some.jsonl").write_text(lines_of([{"prompt": f"{n}?", "completion": str(n)} for n in range(rows)]))
+    training = first_recipe("base", "some.jsonl", folder).recipe.training
+    assert (training.batch_size, training.gradient_accumulation) == (size, 1)
 
 
 @pytest.mark.parametrize("text", ["data.train=other.csv", "model=other", "data={train: other.csv}"])

@@ -31,7 +31,8 @@ from echo_lora.recipe.schema import Recipe, source_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS_PER_STEP = 16
+ROWS_PER_STEP = (4, 16)  # fewest and most
+FEWEST_STEPS = 100  # few rows are taken in smaller steps, or the training ends before it has learned them
 EPOCHS = 3
 LONGEST = 4096  # tokens; longer rows are left out
 HELD_OUT = 0.05  # share of the rows for validation, if there are enough
@@ -113,7 +114,7 @@ def _fitted(
     max_length = limit if dropped else min(64 * math.ceil(longest / 64), limit)
     data: Document = {"train": given["data"]["train"], "chat": recipe.data.chat, "max_length": max_length}
     length: Document = {"steps": wanted["steps"]} if wanted.get("steps") else {"epochs": wanted.get("epochs") or EPOCHS}
-    accumulation = wanted.get("gradient_accumulation") or max(1, min(ROWS_PER_STEP, len(lengths)) // batch)
+    accumulation = wanted.get("gradient_accumulation") or max(1, _rows_per_step(len(lengths)) // batch)
     training = length | {"batch_size": batch, "gradient_accumulation": accumulation}
     steps = step_count(_changed(recipe, "training", **training), len(lengths) - held_out)
     training |= {"learning_rate": 2e-4, "warmup_steps": min(steps // 10, 100)}
@@ -154,9 +155,15 @@ def _held_out(recipe: Recipe, rows: int) -> int:
     return count if count < rows else 0  # if all prompts are equal, they are on one side
 
 
+def _rows_per_step(rows: int) -> int:
+    fewest, most = ROWS_PER_STEP
+    wanted = 2 ** math.floor(math.log2(EPOCHS * rows / FEWEST_STEPS))
+    return min(max(fewest, min(wanted, most)), rows)
+
+
 def _fitting_batch(recipe: Recipe, prepared: list[PreparedData], rows: int, asked: Document) -> tuple[int, bool, int]:
     """The largest batch that is expected to fit, whether it needs checkpointing, and its bytes; else the smallest."""
-    most = math.floor(math.log2(max(1, min(ROWS_PER_STEP, rows))))
+    most = math.floor(math.log2(_rows_per_step(rows)))
     sizes = [asked["batch_size"]] if asked.get("batch_size") else [2**power for power in range(most, -1, -1)]
     peak_memory, shape = PeakMemory(recipe), shape_of(prepared)
     for is_checkpointed in [True] if asked.get("gradient_checkpointing") else [False, True]:
