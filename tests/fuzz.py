@@ -145,6 +145,8 @@ def _import_everything() -> None:
     import echo_lora.bench
     import echo_lora.benchmarks.importing
     import echo_lora.cli
+    import echo_lora.recipe.first
+    import echo_lora.recipe.generation
     import echo_lora.recipe.plan
     import echo_lora.recipe.scoring
     import echo_lora.recipe.train

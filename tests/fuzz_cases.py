@@ -69,6 +69,8 @@ def all_cases(template: Path, rng: random.Random) -> dict[str, list[Case]]:
         "adapter": adapters(template, rng),
         "base": bases(),
         "run": runs(template, rng),
+        "first recipe": first_recipes(template),
+        "answer": answers(template),
         "checkpoint": checkpoints(template, rng),
         "study key": study_keys(),
         "study record": study_records(template, rng),
@@ -1012,6 +1014,16 @@ def paths(template: Path) -> list[Case]:
     add(
         "scores", scores | {"a folder": NO_FOLDER["a full folder"]}, ["eval", "recipe.yaml", "--output", "PATH"], RECIPE
     )
+    answered = {name: kind for name, kind in NO_OUTPUT.items() if name not in ("a full folder", "dangling")}
+    args = ["generate", str(template / "run"), "train.jsonl", "--max-new-tokens", "2", "--output", "PATH"]
+    add("answers", answered | {"a folder": NO_FOLDER["a full folder"]}, args, RECIPE)
+    add("what to talk to", NO_FOLDER, ["chat", "PATH", "--prompt", "a", "--max-new-tokens", "2"])
+    add("prompts", NO_FILE, ["generate", str(template / "run"), "PATH", "--output", "answers.jsonl"])
+    no_rows = {name: kind for name, kind in NO_FILE.items() if name != "dot"}
+    add("rows for a recipe", no_rows, ["init", "PATH", "--model", base])
+    add("model for a recipe", NO_FOLDER, ["init", "train.jsonl", "--model", "PATH"], RECIPE)
+    written = {name: kind for name, kind in NO_OUTPUT.items() if name not in ("a full folder",)}
+    add("a recipe to write", written, ["init", "train.jsonl", "--model", base, "--output", "PATH"], RECIPE)
     add("study to report", NO_FOLDER, ["report", "PATH"])
     add("study", NO_FILE, ["compare", "PATH", "--minutes", "0"])
     add("output of a study", NO_OUTPUT, ["compare", "study.yaml", "--minutes", "0", "--set", "output=PATH"], STUDY)
@@ -1713,6 +1725,204 @@ def runs(template: Path, rng: random.Random) -> list[Case]:
             place = rng.randrange(len(changed))
             changed[place : place + rng.choice((0, 1, 3))] = rng.choice((b"", b"9", b'"', b"[", b"-", b"null", b"\xff"))
         add(f"changed run.json {number}", writes("run/run.json", bytes(changed)), None)
+    return cases
+
+
+def first_recipes(template: Path) -> list[Case]:
+    """`init`, and `train` without a recipe."""
+    base, cases = str(template / "base"), []
+
+    def add(
+        name: str,
+        is_sound: bool | None,
+        data: str = "train.jsonl",
+        *options: str,
+        arrange: Arrange = _nothing,
+        model: str = base,
+        makes: tuple[str, ...] = ("train.yaml",),
+        **more: Any,
+    ) -> None:
+        args = ["init", data, "--model", model, *options]
+        cases.append(Case(name, args, is_sound, ROW_FILES, arrange, makes=makes, **more))
+
+    add("as it is", True)
+    add("a file that exists", False, arrange=writes("train.yaml", "mine"), says="train.yaml")
+    add("an output that is the data", False, "train.jsonl", "--output", "train.jsonl", says="train.jsonl")
+    add("a pattern", True, "*.jsonl", makes=("data.yaml",))
+    add("a pattern of nothing", False, "*.nothing", says="*.nothing")
+    add("no hub", False, "owner/name", says="owner/name")
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    for name, row, is_sound in (
+        ("Alpaca", {"instruction": "a", "input": "", "output": "b"}, True),
+        ("Alpaca without an output", {"instruction": "a", "input": ""}, False),
+        ("ShareGPT", {"conversations": said}, True),
+        ("ShareGPT without an answer", {"conversations": said[:1]}, False),
+        ("ShareGPT of nobody", {"conversations": [{"from": "nobody", "value": "a"}, *said]}, False),
+        ("messages", {"messages": [user, assistant]}, True),
+        ("a column of text that goes unused", {"prompt": "a", "completion": "b", "context": "c"}, False),
+        ("other columns", {"question": "a", "answer": "b"}, False),
+        ("an empty answer", {"prompt": "a", "completion": ""}, False),
+        ("a prompt that is too long", {"prompt": "one " * 10_000, "completion": "b"}, False),
+        ("a number", {"prompt": "a", "completion": 3}, False),
+    ):
+        add(name, is_sound, arrange=writes("train.jsonl", lines(row)), says="" if is_sound else "train.jsonl")
+    for name, content, is_sound in (
+        ("CSV", "prompt,completion\na,b\n", True),
+        ("CSV without a header", "a,b\n" * 3, False),
+        ("CSV of two headers", "prompt,prompt\na,b\n", False),
+        ("CSV of a header", "prompt,completion\n", False),
+        ("CSV that is empty", "", False),
+        ("CSV with more cells than columns", "prompt,completion\na,b,c\n", False),
+        ("CSV with an open quote", 'prompt,completion\n"a,b\n', False),
+        ("CSV in UTF-16", "prompt,completion\na,b\n".encode("utf-16"), False),
+        ("CSV of zeros", bytes(4000), False),
+    ):
+        add(name, is_sound, "rows.csv", arrange=writes("rows.csv", content), makes=("rows.yaml",))
+    for name, content in {
+        "gzip": gzip.compress(lines(*ROWS).encode()),
+        "bytes": b"\x1f\x8b" + bytes(range(99)),
+    }.items():
+        add(f"{name} in a .gz", name == "gzip", "a.jsonl.gz", arrange=writes("a.jsonl.gz", content), makes=("a.yaml",))
+    for text, is_sound in {
+        "training.steps=2": True,
+        "lora.r=2": True,
+        "method=dora": True,
+        "data.max_length=64": True,
+        "data.max_length=null": True,
+        "data.on_overlength=truncate_prompt": True,
+        "data.chat=false": True,
+        "data.validation=validation.jsonl": True,
+        "training.evaluate_every=2": False,
+        "training.gradient_checkpointing=true": True,
+        **dict.fromkeys(("training=3", "training.steps=x", "training.batch_size=0", "lora=4", "lora.r=4096"), False),
+        **dict.fromkeys(("data=3", "data={train: test.jsonl}", "data.train=test.jsonl", "model=x", "output="), False),
+        **dict.fromkeys(("data.format=alpaca", "data.max_length=2", "data.stream=true", "nothing=3", "=", ""), False),
+        **dict.fromkeys(("data.validation_share=1", "data.validation_share=0", "data.weight=2", "a=["), False),
+    }.items():
+        add(f"--set {text}", is_sound, "train.jsonl", "--set", text)
+    for model in ("", " ", "nowhere/x", "./nowhere", "packaged:nothing", "train.jsonl", "/dev/null", "x" * 300):
+        add(f"model {shown(model)}", False, model=model)
+    train = ["train", "--model", base, "--data"]
+    short = ["--set", "training.steps=2", "--set", "output=new"]
+    cases += [
+        Case("train", [*train, "train.jsonl", *short], True, ROW_FILES, makes=("new",)),
+        Case("train on nothing", [*train, "nowhere.jsonl", *short], False, says="nowhere.jsonl"),
+        Case("train on other columns", [*train, "x.jsonl", *short], False, (), writes("x.jsonl", lines({"a": "b"}))),
+        Case("train into a full folder", [*train, "train.jsonl", "--set", "output=full"], False, ROW_FILES, _full),
+        Case("train without rows", ["train", "--model", base], False),
+        Case("train without a model", ["train", "--data", "train.jsonl"], False, ROW_FILES),
+        Case("train a recipe and rows", ["train", "recipe.yaml", "--data", "train.jsonl"], False, RECIPE),
+        Case("resume rows", [*train, "train.jsonl", "--resume"], False, ROW_FILES),
+    ]
+    return cases
+
+
+def answers(template: Path) -> list[Case]:
+    """`chat` and `generate`."""
+    cases: list[Case] = []
+    short = ["--max-new-tokens", "2"]
+    run = ("run", *RECIPE)
+
+    def chat(name: str, is_sound: bool | None, *args: str, arrange: Arrange = _nothing, **more: Any) -> None:
+        cases.append(Case(f"chat: {name}", ["chat", *args], is_sound, run, arrange, **more))
+
+    def generate(
+        name: str,
+        is_sound: bool | None,
+        content: str | bytes,
+        *options: str,
+        file: str = "prompts.jsonl",
+        arrange: Arrange = _nothing,
+        **more: Any,
+    ) -> None:
+        args = ["generate", "run", file, "--output", "answers.jsonl", *short, *options]
+        arranged = both(writes(file, content), arrange)
+        cases.append(Case(f"generate: {name}", args, is_sound, run, arranged, makes=("answers.jsonl",), **more))
+
+    ask = ["--prompt", "Count:", *short]
+    for target, is_sound in (("run", True), ("run/adapter", True), ("recipe.yaml", True), ("base", False)):
+        chat(f"of {target}", is_sound, target, *ask)
+    chat("of a recipe that was not trained", False, "recipe.yaml", *ask, arrange=lambda f: shutil.rmtree(f / "run"))
+    chat("beside the base", True, "run", "--base", *ask)
+    chat("without a prompt or a terminal", True, "run")
+    for prompt in ("", " ", "\n"):
+        chat(f"prompt {prompt!r}", False if not prompt else None, "run", "--prompt", prompt, *short)
+    for prompt in ("漢字 👩‍👩‍👧", "/quit", "<|im_end|>", "\x1b[31mred", "one " * 20):
+        chat(f"prompt {shown(prompt)}", True, "run", "--prompt", prompt, *short)
+    chat("a prompt that is no UTF-8", False, "run", "--prompt", "\udcff", *short)
+    chat("a prompt that is too long", False, "run", "--prompt", "one " * 5000, *short, says="limit")
+    chat("a prompt of a megabyte", False, "run", "--prompt", "one " * 250_000, *short)
+    chat("a system message without a template", False, "run", "--system", "a", *ask, says="--system")
+    chat("a system message", None, "run", "--template", "--system", "a", *ask)
+    chat("a template", True, "run", "--template", *ask)
+    chat("no template", True, "run", "--no-template", *ask)
+    for text in (*NO_COUNT, "0"):
+        most = text == "1" + "0" * 18  # an answer ends where the model does
+        chat(
+            f"--max-new-tokens {shown(text)}", None if most else False, "run", "--prompt", "a", "--max-new-tokens", text
+        )
+    for text in ("-1", "nan", "inf", "-inf", "1e400", "x", "", "101", "1:30"):
+        chat(f"--temperature {text}", False, "run", *ask, "--temperature", text)
+    for text in ("0", "1", "100", "1e-30", "1e-320"):
+        chat(f"--temperature {text}", True if text in "01" else None, "run", *ask, "--temperature", text)
+    for text in ("-1", "x", "1.5", str(2**32), "9" * 5000):
+        chat(f"--seed {shown(text)}", False, "run", *ask, "--temperature", "1", "--seed", text)
+    for text in ("", " ", "./nowhere", "nowhere/x", "packaged:nothing", "train.jsonl", "/dev/null"):
+        chat(f"--base-model {text}", None if not text else False, "run", *ask, "--base-model", text)
+    for name, content in NO_JSON.items():
+        chat(f"run.json is {name}", False, "run", *ask, arrange=writes("run/run.json", content), says="run.json")
+    for key in ("is_chat", "is_alpaca"):
+        for value in (3, "x", [], {}, None, REMOVED):
+            chat(f"{key} = {value!r}", None, "run", *ask, arrange=setting("run/run.json", key, value))
+    chat("a base that is gone", False, "run", *ask, arrange=setting("run/run.json", "recipe/model", "./nowhere"))
+
+    generate("rows", True, lines(*ROWS[:3]))
+    generate("rows, the base beside", True, lines(*ROWS[:3]), "--base", "--batch-size", "2")
+    generate("text", True, "Count:\n\nSay:\r\n", file="prompts.txt")
+    generate("a byte order mark", True, b"\xef\xbb\xbfCount:\n", file="prompts.txt")
+    for name, content in {
+        "nothing": "",
+        "blank lines": " \n\n",
+        "UTF-16": "Count:\n".encode("utf-16"),
+        "random bytes": bytes(range(128, 256)),
+        "a line that is too long": "one " * 5000,
+    }.items():
+        generate(f"text of {name}", False, content, file="prompts.txt", says="prompts.txt")
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    for name, row, is_sound in (
+        ("a prompt", {"prompt": "Count:"}, True),
+        ("messages", {"messages": [user]}, True),
+        ("messages and the answer", {"messages": [user, assistant]}, True),
+        ("an answer alone", {"messages": [assistant]}, False),
+        ("no message", {"messages": []}, False),
+        ("messages that are text", {"messages": "a"}, False),
+        ("a message that is text", {"messages": ["a"]}, False),
+        ("a message without a role", {"messages": [{"content": "a"}]}, False),
+        ("a role that is a number", {"messages": [{"role": 3, "content": "a"}]}, False),
+        ("content that is a number", {"messages": [{"role": "user", "content": 3}]}, False),
+        ("tools that are a number", {"messages": [user], "tools": 3}, None),
+        ("an empty prompt", {"prompt": ""}, False),
+        ("a prompt that is a number", {"prompt": 3}, False),
+        ("a prompt that is null", {"prompt": None}, False),
+        ("a prompt that is a list", {"prompt": []}, False),
+        ("a prompt that is an object", {"prompt": {"a": 1}}, False),
+        ("a lone surrogate", {"prompt": "\ud800"}, False),
+        ("other columns", {"question": "a"}, False),
+        ("an answer that is there", {"prompt": "a", "generated": "b"}, False),
+        ("a prompt that is too long", {"prompt": "one " * 5000}, False),
+        ("a column that is a list", {"prompt": "a", "tags": ["x", None, 3]}, True),
+        ("nothing", {}, False),
+    ):
+        generate(name, is_sound, lines({"prompt": "Say:"}, row), says="" if is_sound is not False else "prompts.jsonl")
+    for name, content in NO_JSON.items():
+        generate(f"a file that is {name}", False, content, says="prompts.jsonl")
+    for text in (*NO_COUNT, "0"):
+        is_sound = None if text == "1" + "0" * 18 else False
+        generate(f"--batch-size {shown(text)}", is_sound, lines({"prompt": "a"}), "--batch-size", text)
+    generate("an output that exists", False, lines({"prompt": "a"}), arrange=writes("answers.jsonl", "mine"))
+    same = ["generate", "run", "train.jsonl", "--output", "train.jsonl"]
+    cases.append(Case("generate: an output that is the prompts", same, False, run, says="train.jsonl"))
     return cases
 
 

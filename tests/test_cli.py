@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from echo_lora import __version__
+from echo_lora import __version__, environment
 from echo_lora.cli import app
 from echo_lora.errors import EchoConfigError
 from echo_lora.recipe.load import shipped_recipes
 from echo_lora.recipe.record import RunResult
+from echo_lora.recipe.trackers import FOLDERS
 from echo_lora.recipe.train import run
 from echo_lora.terminal import path as parsed_path
 from tiny_recipe import ROWS, tiny_folder, tiny_recipe, write_rows
@@ -359,6 +360,26 @@ def test_scores_locked_by_another_process_are_not_written(trained, tmp_path):
     with held_by_another(tmp_path / "scores.json"):
         result = invoke("eval", trained / "run", "--output", tmp_path / "scores.json", code=1)
     assert "scores.json is in use by process" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nowhere/run", "Error: nowhere/run: there is no such file. Correct the path.\n"),
+        ("mine.yaml", "Error: mine.yaml: there is no such file. Correct the path.\n"),
+        ("tinny", "Error: tinny: there is no such file, and no shipped recipe of that name. Did you mean 'tiny'?\n"),
+    ],
+)
+def test_a_path_that_is_missing_is_not_taken_for_a_name(name, expected):
+    assert invoke("plan", name, code=1).stderr == expected
+
+
+def test_doctor_lists_every_tracker(monkeypatch):
+    monkeypatch.setattr(environment, "installed", lambda name: "1.2" if name == "wandb" else None)
+    shown = dict(line.split(maxsplit=1) for line in invoke("doctor").stdout.splitlines() if line)
+    assert list(FOLDERS) == ["tensorboard", "wandb", "mlflow", "trackio", "swanlab"]
+    expected = dict.fromkeys(FOLDERS, "not installed (an experiment tracker)") | {"wandb": "1.2"}
+    assert {name: shown[name] for name in FOLDERS} == expected
 
 
 def test_doctor_refuses_a_corrupted_adapter(trained, tmp_path):

@@ -19,6 +19,7 @@ import pytest
 
 import echo_lora
 from echo_lora.adapter.serving import serving_table
+from echo_lora.packaged import PACKAGED
 from echo_lora.recipe.load import load_recipe, shipped_recipes
 from echo_lora.recipe.table import recipe_table
 from echo_lora.study.folder import read_study
@@ -111,6 +112,21 @@ def test_the_trl_script_of_the_readme_runs(tmp_path):
     assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert (adapter / "adapter_model.safetensors").is_file()
     assert not list(adapter.glob("echo*"))
+
+
+def test_the_first_page_of_the_docs_agrees_with_the_readme():
+    def plain(name: str) -> str:
+        text = re.sub(r"\(\[[^]]*\]\([^)]*\)\)|\]\([^)]*\)|\[", "", page(name))  # links, whose places differ
+        return " ".join(text.split())
+
+    readme, index = plain("README.md"), plain("index")
+    status = re.search(r"An independent implementation .*? \(`echo: false`\)\.", readme)
+    assert status
+    assert status[0] in index
+    assert blocks("index", "sh")[0] == blocks("README.md", "sh")[0]
+    assert "pip install" in blocks("index", "sh")[0]
+    models = (text for name in ("README.md", "index") for text in re.findall(r"packaged:[\w-]+", page(name)))
+    assert set(models) <= {PACKAGED}
 
 
 # ------------------------------------------------------------------------------------------------- the pages

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_lora.data import json_file
-from echo_lora.data.forms import check_forms
+from echo_lora.data.forms import check_forms, unused_texts
 from echo_lora.data.prepared import prepare_rows
 from echo_lora.data.sources import ROW, RowFile, read_rows
 from echo_lora.data.tokenize import IGNORED, TokenizedRow, render_prompt, tokenize_row
@@ -462,6 +462,22 @@ def test_a_system_message_that_the_template_drops_is_named(caplog: pytest.LogCap
 # ----------------------------------------------------------------------------------------- columns and files
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "is_text"),
+    [
+        ("id", "identity_0", False),
+        ("conversation_id", "a1-b2", False),
+        ("UUID", "0-0", False),
+        ("id", "what is this about?", True),
+        ("kid", "Anna", True),
+        ("source", "wiki", True),
+        ("id", ["a"], True),
+    ],
+)
+def test_a_word_that_identifies_a_row_is_no_text_that_is_lost(column: str, value: Any, is_text: bool) -> None:
+    assert unused_texts({"prompt": "a", "completion": "b", column: value}) == [column] * is_text
+
+
 def test_a_column_of_text_that_nothing_uses_is_an_error_with_its_line(tmp_path: Path, tokenizer: Any) -> None:
     rows = [
         {"instruction": "Add the numbers.", "input": "", "output": "0"},
@@ -473,7 +489,7 @@ def test_a_column_of_text_that_nothing_uses_is_an_error_with_its_line(tmp_path: 
     with pytest.raises(EchoDataError) as caught:
         prepare_rows(read, tokenizer, max_length=64, source=str(path))
     assert str(caught.value).startswith(f"{path}:2: row 1 has text that is not used, in the columns 'input', 'note'. ")
-    assert "set data.ignore_columns to [input, note]" in str(caught.value)
+    assert "set data.ignore_columns to [input, note] (--set 'data.ignore_columns=[input, note]')" in str(caught.value)
     data = prepare_rows(read, tokenizer, max_length=64, ignore_columns=["input", "note"])
     assert data.counts.kept == 2
 
@@ -557,6 +573,21 @@ def test_a_row_whose_number_is_none_is_named(tokenizer: Any) -> None:
     row = {"prompt": "a:", "completion": "b"}
     with pytest.raises(EchoDataError, match="row 1 has a column '_echo_row', a name that is reserved"):
         prepare_rows([row, row | {ROW: "abc"}], tokenizer, max_length=None)
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"question": "a", "answer": "b"}, "{prompt: question, completion: answer}"),
+        ({"frage": "a", "antwort": "b"}, "{prompt: frage, completion: antwort}"),
+        ({"prompt": "a", "reply": "b"}, "{completion: reply}"),
+        ({"a": "a", "b": "b", "c": "c"}, "{prompt: question, completion: answer}"),
+    ],
+)
+def test_a_missing_column_is_an_error_with_what_to_type(row: dict[str, str], mapping: str) -> None:
+    with pytest.raises(EchoDataError) as caught:
+        check_forms([row], "rows.csv")
+    assert str(caught.value).endswith(f"as in data.columns: {mapping} (--set 'data.columns={mapping}').")
 
 
 def test_the_form_of_all_rows_is_checked_before_the_first_is_tokenised() -> None:

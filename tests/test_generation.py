@@ -253,6 +253,13 @@ def test_samples_repeat_with_their_seed(speaker):
     assert first == same != other
 
 
+def test_a_temperature_that_logits_overflow_at_is_none(speaker):
+    coldest, greedy = (
+        Conversation(speaker, Decoding(4, temperature)).ask("Count", lambda piece: None) for temperature in (1e-320, 0)
+    )
+    assert coldest == greedy
+
+
 def test_a_conversation_remembers_and_an_interrupted_answer_stays(chat_speaker):
     talk = Conversation(chat_speaker, Decoding(max_new_tokens=20))
     questions(talk, "Count the words: one .")
@@ -299,6 +306,8 @@ def test_prompts_are_lines_or_rows(tmp_path, chat_speaker):
         ([{"prompt": "one"}, {"prompt": "x", "generated": "y"}], r"p\.jsonl:2: row 1 has a column 'generated'"),
         ([{"prompt": "one"}, {"prompt": "word " * 300}], r"p\.jsonl:2: row 1 has \d+ tokens .* limit"),
         ([{"prompt": "one"}, {"prompt": ""}], r"p\.jsonl:2: row 1 has an empty prompt"),
+        ([{"prompt": "one"}, {"prompt": 3}], r"p\.jsonl:2: row 1: prompt is not a list of messages"),
+        ([{"prompt": "one"}, {"messages": "two"}], r"p\.jsonl:2: row 1: messages is not a list of messages"),
     ],
 )
 def test_generate_names_a_bad_row_and_writes_nothing(plain, tmp_path, rows, expected):

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from architectures import _LLAMA_LIKE, collate, lora_config, random_row, tiny_base
-from echo_lora import EchoConfig, get_echo_model, save_verified
+from echo_lora import EchoConfig, attach_echo, get_echo_model, save_verified
 from echo_lora.adapter.export import verify_adapter
 from echo_lora.adapter.files import ADAPTER_FILE, compare_adapter, read_adapter
 from echo_lora.adapter.inspection import inspect_adapter
@@ -349,6 +349,14 @@ def test_a_quantised_copy_of_half_precision_is_proved_in_its_own_type(tmp_path):
 
 
 # --------------------------------------------------------------- adapters that changed the base's weights
+
+
+def test_scripts_hear_how_to_save_an_adapter_that_changed_the_base(caplog):
+    for init, count in (("pissa", 1), (True, 0)):
+        for make in (get_echo_model, lambda *args: attach_echo(get_peft_model(*args[:2]), args[2])):
+            caplog.clear()
+            make(tiny_base(), lora_config(init_lora_weights=init), ROUTED)
+            assert caplog.text.count("changed the base's weights, so checkpoints only fit the changed base") == count
 
 
 def test_the_base_is_read_anew_from_where_it_came(tmp_path):

@@ -374,6 +374,20 @@ def test_a_folder_of_studies_gets_their_reports_and_one_of_their_verdicts(full, 
         assert re.findall(r"<td[^>]*>(.*?)</td>", row)[0] == "▲ Better"
 
 
+def test_searches_come_after_what_is_confirmed(tmp_path):
+    small(tmp_path / "a-search", design={"title": "Search", "score_on": "validation"})
+    small(tmp_path / "b", design={"title": "Confirmed"})
+    write_report(tmp_path)
+    page, text, markdown = read(tmp_path)
+    assert page.of("h2") == ["Confirmed", "Search"]
+    confirmed, search = re.findall(r"^\| \[.*", markdown, re.MULTILINE)
+    assert confirmed.startswith("| [Confirmed](b/report.md) | ? Too few data |")
+    assert search.startswith("| [Search](a-search/report.md) | ? Search: too few data |")
+    assert "Searches come last: they are scored on validation rows" in text
+    shutil.rmtree(tmp_path / "a-search")
+    assert "Searches" not in read(tmp_path)[1]
+
+
 def test_the_same_records_give_the_same_bytes(full, tmp_path):
     read(full)
     copy = tmp_path / "full"

@@ -133,7 +133,7 @@ def numbers(folder: Path) -> list[dict]:
         ({"arms": ARMS | {"a/b": {}}}, "the arm name 'a/b'"),
         ({"arms": {"lora": {}}}, "arms"),
         ({"general": {"file": "no.txt"}}, "no.txt: there is no such file"),
-        ({"recipe": "no.yaml"}, "there is no such file, and no shipped recipe"),
+        ({"recipe": "no.yaml"}, "no.yaml: there is no such file"),
         ({"comparisons": []}, "comparisons = [] compares nothing"),
         ({"set": {"output": "x"}}, "the study sets output for each run"),
         ({"set": {"data.validation": None, "training.evaluate_every": None}}, "arm lora: answers to validation rows"),

@@ -26,6 +26,7 @@ OPTIONAL = {
     "statsmodels": "studies: echo-lora compare and report",
     "submitit": "studies on a cluster",
     "bitsandbytes": "quantization, 8-bit optimizers",
+    **dict.fromkeys(("tensorboard", "wandb", "mlflow", "trackio", "swanlab"), "an experiment tracker"),
 }
 
 # what pip is told to install, where that is not the package's name

@@ -47,14 +47,15 @@ def init(
     """Write a recipe for a model and your rows. Shows some rows, and what to run next."""
     with starting():
         from echo_lora.recipe.first import first_recipe, name_of
-        from echo_lora.recipe.prepare import preview as preview_recipe
+        from echo_lora.recipe.prepare import preview_of
 
     file = output or Path(f"{name_of(data)}.yaml")
+    require_writable(file, is_file=True)
     refuse_existing_file(file)
-    text, recipe = first_recipe(model, data, file.parent, overrides or ())
-    _show(preview_recipe(recipe, 2))
+    first = first_recipe(model, data, file.parent, overrides or ())
+    _show(preview_of(first.recipe, first.tokenizer, first.rows, 2))
     command = f"echo-lora train {shlex.quote(str(file))}"
-    write_text(file, f"# {command}\n{text}")
+    write_text(file, f"# {command}\n{first.text}")
     typer.echo(f"\nWritten to {file}. To train: {command}")
 
 
@@ -90,7 +91,7 @@ def train(
         with starting():
             from echo_lora.recipe.first import first_recipe
             from echo_lora.recipe.record import RECIPE_FILE
-        _, loaded = first_recipe(model, data, Path(), overrides or ())
+        loaded = first_recipe(model, data, Path(), overrides or ()).recipe
         command = f"echo-lora train {shlex.quote(str(Path(loaded.output) / RECIPE_FILE))}"
     if not resume:
         require_writable(loaded.output)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import operator
+import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -23,6 +24,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # message keys that 
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "weight", *REASONING)
 PART_KEYS = ("type", "text")
 CALL_KEYS = ("type", "id", "function", "name", "arguments")
+IDENTIFIER = re.compile(r"(.*_)?(id|idx|uuid|guid|hash)", re.IGNORECASE)  # names of columns
 # What other programs call `weight`; ignoring such a key would be silent.
 _RIVALS = ("train", "loss", "loss_weight", "trainable", "mask", "masked")
 
@@ -70,17 +72,26 @@ def check_forms(
         raise EchoDataError(
             f"{where_is(source, first)} has text that is not used, in the column{'s' * (len(unused) > 1)} "
             f"{', '.join(map(repr, unused))}. Put it into the prompt or the completion, map it with data.columns, or, "
-            f"to ignore it, set data.ignore_columns to [{', '.join(unused)}]."
+            f"to ignore it, set data.ignore_columns to [{', '.join(unused)}] (--set "
+            f"'data.ignore_columns=[{', '.join(unused)}]')."
         )
 
 
 def unused_texts(row: Mapping[str, Any], *, is_scored: bool = False) -> list[str]:
-    """Columns whose text is part of neither the prompt nor the answer."""
+    """Columns whose text is part of neither the prompt nor the answer; a word that identifies the row is no text."""
     used = {*ROW_COLUMNS, *SCORED_COLUMNS} if is_scored else set(ROW_COLUMNS)
     if not is_scored:
         # as in TRL, prompt and completion come before messages
         used -= {"messages"} if row.get("prompt") is not None else {"completion"} if row.get("messages") else set()
-    return [name for name, value in row.items() if name not in used and holds_text(value)]
+    return [
+        name
+        for name, value in row.items()
+        if name not in used and holds_text(value) and not _identifies(str(name), value)
+    ]
+
+
+def _identifies(name: str, value: Any) -> bool:
+    return isinstance(value, str) and len(value.split()) == 1 and IDENTIFIER.fullmatch(name) is not None
 
 
 def without_effect(row: Mapping[str, Any], *, chat: bool = False, is_scored: bool = False) -> dict[str, str]:
@@ -131,13 +142,16 @@ def checked_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where} has only text: nothing marks where the prompt ends and the answer begins, and the echo is read "
             "at this boundary. Split it into prompt and completion."
         )
-    for column in ("prompt", "completion"):
-        if column not in row:
-            present = ", ".join(name for name in row if name != ROW) or "none"
-            raise EchoDataError(
-                f"{where} has no {column}. Present: {present}. Add it, or name the column that holds it, as in "
-                f"data.columns: {{{column}: question}}."
-            )
+    if missing := [column for column in ("prompt", "completion") if column not in row]:
+        others = [name for name in row if name not in (ROW, "prompt", "completion")]
+        # with as many other columns as are missing, this is what to type
+        names = others if len(others) == len(missing) else ["question", "answer"][-len(missing) :]
+        mapping = ", ".join(f"{column}: {name}" for column, name in zip(missing, names, strict=True))
+        present = ", ".join(name for name in row if name != ROW) or "none"
+        raise EchoDataError(
+            f"{where} has no {missing[0]}. Present: {present}. Add it, or name the column that holds it, as in "
+            f"data.columns: {{{mapping}}} (--set 'data.columns={{{mapping}}}')."
+        )
     row.pop("messages", None)
     kinds = {type(row["prompt"]), type(row["completion"])}
     if kinds == {list}:

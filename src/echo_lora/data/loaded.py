@@ -132,7 +132,7 @@ class Loaded:
                 return found[self.split]
             options: dict[str, Any] = {"split": self.split, "streaming": self.stream or not self.is_hub}
             return load_dataset(self.name, self.config, revision=self.revision, **options)
-        except (*DAMAGED, ValueError, DatasetsError) as error:
+        except (*DAMAGED, ValueError, IndexError, DatasetsError) as error:  # IndexError: of the folder /
             raise EchoDataError(self._reason(error)) from error
 
     def _reason(self, error: BaseException) -> str:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from echo_lora.method import refusals
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.model import EchoModel
+from echo_lora.method.variants import warn_of_changed_base
 
 
 def attach_echo(peft_model: PeftModel, echo_config: EchoConfig | None = None) -> EchoModel:
@@ -29,4 +30,5 @@ def attach_echo(peft_model: PeftModel, echo_config: EchoConfig | None = None) ->
     model.base_model_prepare_inputs_for_generation = model.base_model.prepare_inputs_for_generation
     model.create_echo(echo_config or EchoConfig(), adapter_name)
     model.refuse_untrainable()
+    warn_of_changed_base(model.peft_config[adapter_name])
     return model

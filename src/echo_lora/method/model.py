@@ -36,7 +36,7 @@ from echo_lora.method.sharing import angles_depend_on_length
 from echo_lora.method.step import EchoOutput, router_aux_loss_coef, training_step
 from echo_lora.method.targets import decoder_layers, listed, target_modules, unmatched_targets
 from echo_lora.method.trial import Abilities
-from echo_lora.method.variants import as_drawn, changes_base
+from echo_lora.method.variants import as_drawn, warn_of_changed_base
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,10 @@ def get_echo_model(
     """Wrap a base model for training with the echo, as `peft.get_peft_model` wraps it without.
 
     The adapter's initial weights are those that `get_peft_model` would draw. Further keyword arguments are passed to
-    the PEFT model. Warns about a name in target_modules that matches no module. Raises EchoModelError if the base
-    model or the adapter does not support the echo, EchoConfigError if a layer does not exist.
+    the PEFT model. Warns about a name in target_modules that matches no module, and about a variant that changes the
+    base's weights. Raises EchoModelError if the base model or the adapter does not support the echo, EchoConfigError if
+    a layer does not exist.
     """
-    refusals.refuse_lora_config(peft_config)
-    refusals.refuse_adapted(model)
-    refusals.refuse_base(model)
-    peft_config.base_model_name_or_path = model.__dict__.get("name_or_path", None) or None  # as get_peft_model
     given = peft_config.target_modules
     wrapped = EchoModel(model, peft_config, echo_config or EchoConfig(), adapter_name, **kwargs)
     if unmatched := unmatched_targets(wrapped, given, adapter_name):
@@ -66,11 +63,12 @@ def get_echo_model(
             "Correct the name, or leave it out.",
             ", ".join(unmatched),
         )
+    warn_of_changed_base(peft_config)
     return wrapped
 
 
 class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
-    """A PEFT LoRA model with echo networks beside it. Made by `get_echo_model` or `attach_echo`.
+    """A PEFT LoRA model with echo networks beside it. Made by `get_echo_model` or `attach_echo`, which also warn.
 
     echo: the echo networks; trainable, part of `parameters()` and of training checkpoints, never of an adapter.
     echo_enabled: False makes it a plain PEFT model.
@@ -88,6 +86,10 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         adapter_name: str = "default",
         **kwargs: Any,
     ) -> None:
+        refusals.refuse_lora_config(peft_config)
+        refusals.refuse_adapted(model)
+        refusals.refuse_base(model)
+        peft_config.base_model_name_or_path = model.__dict__.get("name_or_path", None) or None  # as get_peft_model
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self.create_echo(echo_config, adapter_name)
         self.initial_adapter = as_drawn(self, adapter_name)
@@ -124,11 +126,6 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
             self.gradient_checkpointing_enable()
         if self.without_echo:
             self._warn_once(f"These modules keep their LoRA but receive no echo: {listed(self.without_echo)}.")
-        if (what := changes_base(self.peft_config[adapter_name])) is not None:
-            self._warn_once(
-                f"{what} changed the base's weights, so checkpoints only fit the changed base. Save the adapter with "
-                "save_verified, which converts it to the original base and checks it there."
-            )
 
     # -------------------------------------------------------------- the step
 

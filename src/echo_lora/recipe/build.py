@@ -14,7 +14,7 @@ from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
 from echo_lora.errors import EchoError, EchoModelError, nearest
-from echo_lora.method.model import EchoModel, get_echo_model
+from echo_lora.method.model import EchoModel
 from echo_lora.method.targets import unmatched_targets
 from echo_lora.method.variants import as_drawn, changes_base
 from echo_lora.models import load_base_model
@@ -85,7 +85,7 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
     config = lora_config(recipe)
     try:
         if recipe.echo:
-            model: PeftModel = get_echo_model(base, config, recipe.build_echo_config())
+            model: PeftModel = EchoModel(base, config, recipe.build_echo_config())
         else:
             model = get_peft_model(base, config)
             model.initial_adapter = as_drawn(model, "default")  # as an EchoModel has it; `save_verified` needs it

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.generation import BaseStreamer
 
-from echo_lora.data.forms import row_number
+from echo_lora.data.forms import checked_messages, row_number
 from echo_lora.data.sources import ROW, RowFile, expanded, where_is
 from echo_lora.data.tokenize import render_prompt
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoInterrupt
@@ -145,13 +145,16 @@ def _prompt_row(speaker: Speaker, row: Row, where: str, system: str | None) -> R
         present = ", ".join(name for name in row if name != ROW)
         raise EchoDataError(f"{where} has neither prompt nor messages. Present: {present}. Rename a column.")
     kept = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name) is not None}
-    prompt = row["prompt"] if row.get("prompt") is not None else row["messages"]
-    if isinstance(prompt, str) and not speaker.uses_template:
-        if system is not None:
-            raise EchoConfigError(f"--system needs a chat template, and {speaker.adapter} is prompted without one.")
-        return {"prompt": prompt}
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+    column = "prompt" if row.get("prompt") is not None else "messages"
+    if column == "prompt" and isinstance(row["prompt"], str):
+        if not speaker.uses_template:
+            if system is not None:
+                raise EchoConfigError(f"--system needs a chat template, and {speaker.adapter} is prompted without one.")
+            return {"prompt": row["prompt"]}
+        messages = [{"role": "user", "content": row["prompt"]}]
+    else:
+        messages = checked_messages(row[column], column, where)
+    if messages[-1]["role"] == "assistant":
         messages.pop()  # the answer that the row was trained on
     asked = kept | chat_row(messages, system)
     require_system(speaker, system, asked)

@@ -123,7 +123,7 @@ def plan(recipe: Recipe) -> Plan:
         raise EchoModelError(f"echo_config.echo_step = shared_prefix is impossible: {reason}. Use auto.")
     deployed, echo = parameter_counts(model)
     with stage("Measuring what a step keeps", line=False):
-        memory = _memory(recipe, model, shape_of(prepared), shares_prefix=reason is None)
+        memory = _memory(recipe, model, shape_of(prepared), recipe.training.batch_size, reason is None)
     return Plan(
         model=recipe.model,
         method=recipe.method,
@@ -149,9 +149,13 @@ def _on_meta(recipe: Recipe) -> tuple[PreTrainedModel, PeftModel]:
         model = add_adapter(recipe, base)
     model.train()
     if recipe.training.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-        model.enable_input_require_grads()
+        _checkpoint(model)
     return base, model
+
+
+def _checkpoint(model: PeftModel) -> None:
+    model.activation_checkpointing_enable()
+    model.enable_input_require_grads()
 
 
 def _named_layers(
@@ -191,11 +195,23 @@ def shape_of(prepared: list[PreparedData]) -> Shape:
     return Shape(max(row.answer_start for row in rows), answer, len(rows))
 
 
-def peak_memory_of(recipe: Recipe, shape: Shape) -> int:
-    """Estimated bytes at the peak of training on such rows, as in the plan. Raises EchoModelError."""
-    _, model = _on_meta(recipe)
-    reason = model.why_full() if isinstance(model, EchoModel) else None
-    return _memory(recipe, model, shape, shares_prefix=reason is None).total
+class PeakMemory:
+    """The memory of training, as in the plan, for one batch size after another.
+
+    The model is built once, without weights. Raises EchoModelError.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        _, self.model = _on_meta(recipe)
+        self.shares_prefix = not isinstance(self.model, EchoModel) or self.model.why_full() is None
+
+    def __call__(self, shape: Shape, batch_size: int) -> Memory:
+        return _memory(self.recipe, self.model, shape, batch_size, self.shares_prefix)
+
+    def checkpoint(self) -> None:
+        """From here on with gradient checkpointing."""
+        _checkpoint(self.model)
 
 
 def _cost(prepared: list[PreparedData], mean_routing: float, shares_prefix: bool) -> float:
@@ -207,9 +223,9 @@ def _cost(prepared: list[PreparedData], mean_routing: float, shares_prefix: bool
     return (P + (1 + mean_routing) * A) / (P + A)
 
 
-def _memory(recipe: Recipe, model: PeftModel, shape: Shape, shares_prefix: bool) -> Memory:
+def _memory(recipe: Recipe, model: PeftModel, shape: Shape, batch_size: int, shares_prefix: bool) -> Memory:
     P, A, rows = shape
-    B = min(recipe.training.batch_size, rows)
+    B = min(batch_size, rows)
     passes = (1 + A / (P + A) if shares_prefix else 2.0) if recipe.echo else 1.0
     scored = P + A if recipe.data.train_on_prompt else A  # columns with logits, in the echo-off pass
     kept = _kept_bytes(model, B, P + A, scored)

@@ -45,7 +45,11 @@ def preview(recipe: Recipe, count: int = 3) -> Preview:
     require_packages(recipe)
     with stage("Reading rows", line=False):
         tokenizer, parts = prepare(sample_of(recipe))
-    prepared = parts["train"]
+    return preview_of(recipe, tokenizer, parts["train"], count)
+
+
+def preview_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, prepared: list[PreparedData], count: int) -> Preview:
+    """The preview of training rows that are prepared already."""
     return Preview(
         rows=[
             (f"{data.source}: row {row.row}", preview_segments(row, tokenizer))

@@ -37,6 +37,8 @@ from echo_lora.recipe.scoring import resolve
 
 Row = dict[str, Any]
 
+COLDEST = 1e-6  # below, only the likeliest token has a chance, and logits divided by it overflow
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -52,7 +54,7 @@ class Decoding:
     def options(self) -> dict[str, Any]:
         """Arguments of `generate`."""
         chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "max_length": None}
-        if self.temperature == 0:  # else transformers warns that the model's own values go unused
+        if self.temperature < COLDEST:  # None: else transformers warns that the model's own values go unused
             return chosen | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return chosen | {"do_sample": True, "temperature": self.temperature}
 

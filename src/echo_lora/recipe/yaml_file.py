@@ -34,6 +34,8 @@ def find_yaml(source: str, shipped: Path, kind: str) -> Path:
     names = names_in(shipped)
     if source in names:
         return shipped / f"{source}.yaml"
+    if Path(source).name != source or path.suffix:  # nobody's idea of a name
+        raise EchoConfigError(f"{source}: there is no such file. Correct the path.")
     raise EchoConfigError(
         f"{source}: there is no such file, and no shipped {kind} of that name.{nearest(source, names)}"
     )

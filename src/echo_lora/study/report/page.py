@@ -25,6 +25,7 @@ from echo_lora.study.report.verdict import (
     compared_text,
     declared_differences,
     difference_of,
+    is_search,
     look_text,
     meaning_of,
     missing_runs,
@@ -35,6 +36,7 @@ from echo_lora.study.report.verdict import (
 from echo_lora.text import template_environment
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+SEARCHES = " Searches come last: they are scored on validation rows, so what they find is still to be confirmed."
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,16 @@ def write_report(folder: str | Path) -> Path:
     the same bytes. Raises EchoConfigError or EchoDataError as `read_study`, EchoCheckpointError if writing fails.
     """
     folder = Path(folder)
-    studies = []
-    for one in _studies_in(folder) or [folder]:
-        study = read_study(one)
+    several, written = _studies_in(folder), []
+    for study in several or [read_study(folder)]:
         declared = declared_differences(study)
         path = _write(_report(study, declared), study.folder)
-        studies.append((study, declared))
-    return path if one == folder else _write(_report_of_several(studies, folder), folder)
+        written.append((study, declared))
+    return _write(_report_of_several(written, folder), folder) if several else path
 
 
-def _studies_in(folder: str | Path) -> list[Path]:
-    """The folders of studies in a folder that is not a study's, at any depth."""
+def _studies_in(folder: str | Path) -> list[StudyRecords]:
+    """The studies in a folder that is not a study's, at any depth; searches, which confirm nothing, come last."""
     if os.path.exists(Path(folder) / STUDY_FILE):
         return []
     found = []
@@ -77,7 +78,7 @@ def _studies_in(folder: str | Path) -> list[Path]:
         if STUDY_FILE in files:
             found.append(Path(place))
             names.clear()  # its runs have no study of their own
-    return sorted(found)
+    return sorted(map(read_study, sorted(found)), key=is_search)
 
 
 def _write(report: Page, folder: Path) -> Path:
@@ -97,9 +98,12 @@ def summary_lines(folder: str | Path) -> list[str]:
 
     For a folder of several studies: those of each, below its title. Raises as `write_report`.
     """
-    if folders := _studies_in(folder):
-        return [line for one in folders for line in (read_study(one).design.title, *summary_lines(one))]
-    study = read_study(folder)
+    if several := _studies_in(folder):
+        return [line for study in several for line in (study.design.title, *_summary_of(study))]
+    return _summary_of(read_study(folder))
+
+
+def _summary_of(study: StudyRecords) -> list[str]:
     declared = declared_differences(study)
     look = look_text(study, declared[0])
     return [*_verdicts(study, declared), *([look] if look else []), *notices(study, declared[0])]
@@ -135,11 +139,11 @@ def _report(study: StudyRecords, declared: list[Difference]) -> Page:
     )
 
 
-def _word(study: StudyRecords, primary: Difference) -> str:
-    """The verdict of the first comparison."""
-    if missing_runs(study, primary):
-        return f"So far: {primary.verdict}"
-    return f"{primary.verdict[0].upper()}{primary.verdict[1:]}"
+def _word(study: StudyRecords, primary: Difference, kind: str = "") -> str:
+    """The verdict of the first comparison. kind: of study, to begin with."""
+    begin = " ".join(filter(None, [kind, "so far" if missing_runs(study, primary) else ""]))
+    text = f"{begin}: {primary.verdict}" if begin else primary.verdict
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def _section_of_several(study: StudyRecords, declared: list[Difference], name: str) -> PageSection:
@@ -163,7 +167,7 @@ def _report_of_several(studies: list[tuple[StudyRecords, list[Difference]]], fol
         rows.append(
             [
                 Link(study.design.title, f"{name}/{HTML_FILE}"),
-                f"{SIGN[primary.verdict]} {_word(study, primary)}",
+                f"{SIGN[primary.verdict]} {_word(study, primary, 'search' if is_search(study) else '')}",
                 with_range(effect) if effect else "none yet",
                 compared_text(study, primary),
             ]
@@ -174,7 +178,8 @@ def _report_of_several(studies: list[tuple[StudyRecords, list[Difference]]], fol
         question="",
         verdict="1 study" if len(studies) == 1 else f"{len(studies)} studies",
         sign="≡",
-        sentence="Each has its own question, verdict and report.",
+        sentence="Each has its own question, verdict and report."
+        + (SEARCHES if any(is_search(study) for study, _ in studies) else ""),
         meaning="",
         notices=[],
         sections=[

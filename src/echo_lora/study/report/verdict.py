@@ -231,10 +231,15 @@ def state_text(study: StudyRecords, primary: Difference) -> str:
     )
 
 
+def is_search(study: StudyRecords) -> bool:
+    """Whether the study looks for settings, on rows that can't confirm them too."""
+    return study.design.score_on == "validation"
+
+
 def notices(study: StudyRecords, primary: Difference) -> list[str]:
     """Warnings: missing runs, unpaired arms, rows that were used to choose settings."""
     found = [state] if (state := state_text(study, primary)) else []
-    if study.design.score_on == "validation":
+    if is_search(study):
         found.append(
             "The confirmation runs were scored on validation rows: this is a search for settings, whose result "
             "is still to be confirmed on test rows."
