@@ -42,7 +42,7 @@ from tokenizers import Tokenizer, models  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from architectures import collate, random_row, tiny_echo_model  # noqa: E402
+from architectures import ARCHITECTURES, collate, random_row, tiny_echo_model  # noqa: E402
 from echo_lora.bench.programs import VARIANTS, Batch, Case, Program  # noqa: E402
 from echo_lora.data.tokenize import TokenizedRow  # noqa: E402
 from echo_lora.environment import commit, devices, processor, versions  # noqa: E402
@@ -50,6 +50,7 @@ from echo_lora.files import write_text  # noqa: E402
 from echo_lora.recipe.load import load_recipe  # noqa: E402
 from oracle import oracle_step  # noqa: E402
 
+ARCHITECTURES["llama"][1]["head_dim"] = 16  # the least that flex attention takes
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODELS = {
     "SmolLM2-135M": {
@@ -378,15 +379,16 @@ def page(record: dict[str, Any]) -> str:
     shown = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     lines = [
         "# The step on a GPU", "",
-        f"`python scripts/gpu_check.py`, commit {about['commit']}. {about['devices']}; {about['processor']}; "
-        f"{about['driver']}. {shown}.", "",
+        f"`python scripts/gpu_check.py`, commit {about['commit']}. {', '.join(about['devices'])}; "
+        f"{about['processor']}; {about['driver']}. {shown}.", "",
         "| check | result | largest relative error |", "|---|---|---|",
     ]  # fmt: skip
     for name, piece in record["pieces"].items():
         if name.split()[0] in ("parity", "waits", "compiled"):
             errors = piece.get("errors", {})
-            error = f"{max(errors.values()):.1e}" if errors else ""
-            outcome = piece.get("error") or ("passes" if piece["passes"] else "fails")
+            worst = max(errors, key=errors.get, default="")
+            error = f"{errors[worst]:.1e} ({worst})" if errors else ""
+            outcome = _first_line(piece.get("error")) or ("passes" if piece["passes"] else "fails")
             lines.append(f"| {name} | {outcome} | {error} |")
     lines += [
         "", "Steps: median and fastest milliseconds, tokens per second by the median, peak of allocated memory, and "
@@ -410,13 +412,17 @@ def page(record: dict[str, Any]) -> str:
                         f"{value['device_milliseconds']:.0f} | {value['milliseconds']:.0f} |"
                     )
             if "error" in piece:
-                lines.append(f"| {name.removeprefix('second ')} | {piece['error']} | | | |")
+                lines.append(f"| {name.removeprefix('second ')} | {_first_line(piece['error'])} | | | |")
     return "\n".join(lines) + "\n"
+
+
+def _first_line(error: str | None) -> str:
+    return (error or "").split("\n")[0][:200]
 
 
 def _step_lines(name: str, piece: dict[str, Any]) -> list[str]:
     if "error" in piece:
-        return [f"| {name} | | {piece['error']} | | | | | |"]
+        return [f"| {name} | | {_first_line(piece['error'])} | | | | | |"]
     lines = []
     lora = next((v.get("seconds") for case, v in piece["cases"].items() if case.startswith("lora,")), None)
     for case, value in piece["cases"].items():

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -882,3 +884,23 @@ def test_the_model_with_a_wide_vocabulary_can_be_measured(tmp_path):
     )
     assert trl[0].peak > trl[0].before
     assert ours[0].peak > ours[0].before
+
+
+@pytest.mark.slow
+def test_the_gpu_check_runs_on_any_device_and_resumes(tmp_path):
+    script = Path(__file__).parent.parent / "scripts" / "gpu_check.py"
+
+    def run(*options: str) -> str:
+        command = [sys.executable, str(script), "--tiny", "--output", str(tmp_path), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    assert "pieces are left" in run("--minutes", "0.001")
+    first = json.loads((tmp_path / "gpu_check.json").read_text())["pieces"]
+    assert first
+    assert "Nothing is left." in run("--minutes", "60")
+    pieces = json.loads((tmp_path / "gpu_check.json").read_text())["pieces"]
+    assert {name: pieces[name] for name in first} == first
+    assert {name.split()[0] for name in pieces} == {"parity", "waits", "steps", "second", "compiled"}
+    assert "| tiny 12x4 | 2 | echo, checkpointing off |" in (tmp_path / "gpu_check.md").read_text()

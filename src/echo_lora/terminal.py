@@ -6,6 +6,7 @@ import errno
 import os
 import shlex
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,9 @@ def path(text: str | Path) -> Path:
     return expanded(text)
 
 
+SECONDS_TO_REPORT = 30  # for the first process of a launch
+
+
 class Group(TyperGroup):
     """Reports an error as its message, with exit status 1, or 130 for Ctrl-C. `--traceback` shows the traceback."""
 
@@ -53,18 +57,18 @@ class Group(TyperGroup):
             else:
                 reason = shortened(str(error) or "not enough memory")
                 message = f"Error: the system reports: {reason}. Free some space, or run again with --traceback."
-            if _is_reported_here(error):
+            if not getattr(error, "is_repeated", False):
+                if _is_in_all(error) and os.environ.get("LOCAL_RANK", "0") != "0":
+                    # the machine's first process reports it; the launcher ends all others as soon as one has ended
+                    time.sleep(SECONDS_TO_REPORT)
                 typer.echo(message, err=True)
             raise typer.Exit(status) from error
 
 
-def _is_reported_here(error: BaseException) -> bool:
-    """Of several processes, one reports an error: the one it is from, or the machine's first if it occurs in all."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        return not getattr(error, "is_repeated", False)
+def _is_in_all(error: BaseException) -> bool:
+    """Whether an error occurs in all processes of a launch alike, so that one should report it."""
     torch = sys.modules.get("torch")
-    is_in_all = torch is None or not torch.distributed.is_initialized() or isinstance(error, KeyboardInterrupt)
-    return not is_in_all and not getattr(error, "is_repeated", False)
+    return torch is None or not torch.distributed.is_initialized() or isinstance(error, KeyboardInterrupt)
 
 
 def _set_traceback(ctx: typer.Context, value: bool) -> bool:
