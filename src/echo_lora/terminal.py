@@ -58,7 +58,8 @@ class Group(TyperGroup):
                 reason = shortened(str(error) or "not enough memory")
                 message = f"Error: the system reports: {reason}. Free some space, or run again with --traceback."
             if not getattr(error, "is_repeated", False):
-                if _is_in_all(error) and os.environ.get("LOCAL_RANK", "0") != "0":
+                is_launched = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+                if is_launched and _is_in_all(error) and os.environ.get("LOCAL_RANK", "0") != "0":
                     # the machine's first process reports it; the launcher ends all others as soon as one has ended
                     time.sleep(SECONDS_TO_REPORT)
                 typer.echo(message, err=True)
