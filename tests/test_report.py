@@ -138,6 +138,26 @@ def test_every_number_in_a_table_of_the_page_is_in_its_twin(made):
     assert [cell for cell in sorted(cells) if not any(f"| {cell} |" in row for row in rows)] == []
 
 
+@pytest.mark.parametrize(("tuning_seeds", "warns"), [([0], True), ([0, 6, 7], False)])
+def test_rates_that_few_seeds_chose_are_named_with_the_difference(tmp_path, tuning_seeds, warns):
+    def confirm_lora_at_another_rate(record):
+        if record["stage"] == "confirmation" and record["arm"] == "lora":
+            record["learning_rate"] = 0.001
+            record["recipe"]["training"]["learning_rate"] = 0.001
+
+    folder = write_study(
+        tmp_path / "study",
+        arms=("lora", "echo-lora"),
+        rates=(0.001, 0.002),
+        change=confirm_lora_at_another_rate,
+        about={"chosen": {"lora": 0.001, "echo-lora": 0.002}},
+        design={"tuning_seeds": tuning_seeds},
+    )
+    (line,) = [line for line in summary_lines(folder) if "Echo-LoRA − LoRA" in line]
+    text = "They ran at different learning rates, 0.002 and 0.001, chosen with 1 seed: the difference may be that of"
+    assert (text in line) == warns
+
+
 def test_the_verdict_heads_the_page(full, made):
     page, text, markdown = made
     expected = compare_arms(

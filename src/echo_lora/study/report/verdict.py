@@ -16,6 +16,7 @@ from echo_lora.study.records import START, Pairing, Record, correct_by_task, res
 from echo_lora.study.report.texts import count_of, is_known, joined, percent_text, points_text, range_text
 from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare_arms
 
+ENOUGH_TUNING = 3  # seeds; with fewer, chance may choose between two learning rates
 DULL = 0.98  # share of a run's answers that are the same, or right, or wrong
 
 SIGN = {"better": "▲", "worse": "▼", "no difference shown": "◇", "not worse": "△", "too few data": "?"}
@@ -118,6 +119,19 @@ def sentence_of(study: StudyRecords, difference: Difference) -> str:
     return (
         f"{names}: {points_text(effect.estimate)} percentage points ({interval}), "
         f"{count_of(len(difference.seeds), 'seed')} × {count_of(questions, 'question')}{tasks}; {smallest}."
+        + rates_text(study, difference)
+    )
+
+
+def rates_text(study: StudyRecords, difference: Difference) -> str:
+    """A warning if the arms ran at different learning rates that few seeds chose; otherwise empty. [O]"""
+    rates = [study.chosen.get(arm) for arm in (difference.arm, difference.baseline)]
+    seeds = len(study.design.tuning_seeds)
+    if not study.design.tunes or None in rates or rates[0] == rates[1] or seeds >= ENOUGH_TUNING:
+        return ""
+    return (
+        f" They ran at different learning rates, {rates[0]:g} and {rates[1]:g}, chosen with {count_of(seeds, 'seed')}: "
+        "the difference may be that of the rates."
     )
 
 
