@@ -86,12 +86,6 @@ class _Frozen(AbstractContextManager[None]):
 ContextFn = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 
-def _checkpoint_functions(base: PreTrainedModel) -> list[Any]:
-    """The functions with which modules of the base checkpoint their layers; empty if checkpointing is off."""
-    on = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
-    return [getattr(module, "_gradient_checkpointing_func", None) for module in on]
-
-
 def _enabling(base: PreTrainedModel) -> Callable[..., None]:
     """The base's method that enables checkpointing; Axolotl and ms-swift pin transformers with the older name only."""
     return getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -102,6 +96,14 @@ class Checkpointing:
 
     def __init__(self, *contexts: ContextFn) -> None:
         self.contexts = contexts
+        self._places: tuple[PreTrainedModel, list[nn.Module]] | None = None
+
+    def _functions(self, base: PreTrainedModel) -> list[Any]:
+        """The functions with which modules of the base checkpoint their layers; empty if checkpointing is off."""
+        if self._places is None or self._places[0] is not base:  # a search of all modules in each step takes its time
+            self._places = base, [module for module in base.modules() if hasattr(module, "gradient_checkpointing")]
+        on = [module for module in self._places[1] if getattr(module, "gradient_checkpointing", False)]
+        return [getattr(module, "_gradient_checkpointing_func", None) for module in on]
 
     def enable(self, base: PreTrainedModel, arguments: dict[str, Any] | None, **kwargs: Any) -> None:
         """As the base's own. Raises EchoModelError for use_reentrant=True, which supports no contexts."""
@@ -114,16 +116,15 @@ class Checkpointing:
         checkpointing["context_fn"] = _JoinedContexts(checkpointing.get("context_fn"), *self.contexts)
         _enabling(base)(checkpointing, **kwargs)
 
-    @staticmethod
-    def is_enabled(base: PreTrainedModel) -> bool:
+    def is_enabled(self, base: PreTrainedModel) -> bool:
         """Whether the base checkpoints its layers in training mode."""
-        return bool(_checkpoint_functions(base))
+        return bool(self._functions(base))
 
     def is_on(self, base: PreTrainedModel) -> bool:
         """Whether layers are recomputed. Adds our contexts if checkpointing was enabled without them."""
         if not base.training:
             return False
-        functions = _checkpoint_functions(base)
+        functions = self._functions(base)
         if functions and is_compiled(base):
             raise EchoModelError(
                 "torch.compile can't trace gradient checkpointing with the contexts that the echo needs. Don't compile "
@@ -138,7 +139,7 @@ class Checkpointing:
 
     def leave(self, base: PreTrainedModel) -> None:
         """Remove our contexts; checkpointing stays on."""
-        for function in _checkpoint_functions(base):
+        for function in self._functions(base):
             arguments = dict(getattr(function, "keywords", {}))
             if isinstance(context := arguments.get("context_fn"), _JoinedContexts):
                 del arguments["context_fn"]
@@ -147,7 +148,8 @@ class Checkpointing:
 
 
 def is_compiled(base: PreTrainedModel) -> bool:
-    return any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in base.modules())
+    # looked up in dictionaries: for a name that it lacks, a module's own look-up is slow, and this runs in each step
+    return any(vars(m).get("_compiled_call_impl") is not None or "_orig_mod" in m._modules for m in base.modules())
 
 
 class _JoinedContexts:

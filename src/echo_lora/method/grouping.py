@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -36,10 +36,11 @@ LAUNCHES = 1e12 / 4
 MOST_BLOCKS = 32  # places to cut are looked for between at most as many blocks of rows
 
 
-def price_of_group(base: PreTrainedModel, config: EchoConfig, *, starts_together: bool) -> float:
+def price_of_group(base: PreTrainedModel, layer: nn.Module, config: EchoConfig, *, starts_together: bool) -> float:
     """The columns that a further group must save; infinite where groups would change the step, or hang or slow it.
 
-    starts_together: whether all rows must start in one column, so that the model counts positions itself.
+    layer: one of the base's decoder layers, whose size counts. starts_together: whether all rows must start in one
+    column, so that the model counts positions itself.
     """
     embeddings = base.get_input_embeddings()
     changes = (
@@ -51,8 +52,8 @@ def price_of_group(base: PreTrainedModel, config: EchoConfig, *, starts_together
     )
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     # processes may split their rows differently, and these communicate in every pass
-    hangs = (is_distributed and config.normalization == "standardize") or any(
-        isinstance(parameter, DTensor) for parameter in base.parameters()
+    hangs = is_distributed and (
+        config.normalization == "standardize" or any(isinstance(parameter, DTensor) for parameter in base.parameters())
     )
     # every new shape would be compiled; outside of training nobody waits
     slows = torch.compiler.is_compiling() or is_compiled(base) or not torch.is_grad_enabled()
@@ -60,7 +61,7 @@ def price_of_group(base: PreTrainedModel, config: EchoConfig, *, starts_together
         return math.inf
     if base.device.type == "cpu":
         return CPU_PRICE
-    return LAUNCHES * base.config.get_text_config().num_hidden_layers / base.num_parameters(exclude_embeddings=True)
+    return LAUNCHES / sum(parameter.numel() for parameter in layer.parameters())
 
 
 def aligned_groups(

@@ -210,7 +210,7 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         sharing = self._sharing if self._shares_prefix(reason) and is_routed else None
         groups = aligned_groups(
             batch,
-            price=price_of_group(base, config, starts_together=reason is not None),
+            price=price_of_group(base, self._source_layers[0], config, starts_together=reason is not None),
             passes=(1 + is_routed, 0) if sharing is None else (1, 1),
             shows_length=angles_depend_on_length(base.config),
             starts_together=reason is not None,

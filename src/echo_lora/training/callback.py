@@ -116,13 +116,13 @@ class Watch(_Clock):
         self.trainer._begin()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        model = self.trainer.accelerator.unwrap_model(kwargs["model"])
+        model = self.trainer._unwrapped(kwargs["model"])
         super().on_step_begin(args, state, control, model=model)
         self.trainer._rows_of_step.clear()
         self.trainer._losses_of_step.clear()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        model = self.trainer.accelerator.unwrap_model(kwargs["model"])
+        model = self.trainer._unwrapped(kwargs["model"])
         super().on_pre_optimizer_step(args, state, control, **kwargs | {"model": model})
         if not args.max_grad_norm:  # otherwise they were checked before clipping
             self.trainer._check_gradients()

@@ -76,8 +76,15 @@ class CheckpointMixin(Trainer):
 
     @property
     def _echo_model(self) -> EchoModel | None:
-        model = self.accelerator.unwrap_model(self.model)
+        model = self._unwrapped(self.model)
         return model if isinstance(model, EchoModel) else None
+
+    def _unwrapped(self, model: Any) -> Any:
+        """accelerate's `unwrap_model`, which searches all modules; kept, because a step asks for it several times."""
+        known = self.__dict__.setdefault("_unwrapped_models", {})  # by id, with the model, whose id is then not reused
+        if id(model) not in known:
+            known[id(model)] = model, self.accelerator.unwrap_model(model)
+        return known[id(model)][1]
 
     # ------------------------------------------------------------------ saving
 

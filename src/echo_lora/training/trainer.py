@@ -160,16 +160,17 @@ class EchoTrainerMixin(CheckpointMixin):
         self._check_losses()
         if self.accelerator.scaler is not None:  # the GradScaler of fp16 skips such steps
             return
-        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
-        if not named:  # DeepSpeed keeps gradients elsewhere
+        groups = getattr(self.optimizer, "param_groups", [])  # accelerate's placeholder for DeepSpeed's has none
+        trained = [parameter for group in groups for parameter in group["params"]]
+        gradients = [_local(parameter.grad) for parameter in trained if parameter.grad is not None]
+        if not gradients or torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             return
-        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for _, grad in named]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(parts)):
-            bad = [name for (name, _), grad in zip(named, parts, strict=True) if not torch.isfinite(grad).all()]
-            if bad:
-                self._stop(f"the gradient of {bad[0]} is not finite ({len(bad)} of {len(named)} parameters)")
-            elif self.args.max_grad_norm:  # clipping would scale them all to zero
-                self._stop(f"the norm of all gradients together overflows {parts[0].dtype}")
+        named = [(name, _local(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
+        bad = [name for name, gradient in named if not torch.isfinite(gradient).all()]
+        if bad:
+            self._stop(f"the gradient of {bad[0]} is not finite ({len(bad)} of {len(named)} parameters)")
+        elif self.args.max_grad_norm:  # clipping would scale them all to zero
+            self._stop(f"the norm of all gradients together overflows {gradients[0].dtype}")
 
     def _stop(self, what: str) -> None:
         rows = ", ".join(map(str, self._rows_of_step)) or "of unknown number"
@@ -277,6 +278,11 @@ class EchoTrainerMixin(CheckpointMixin):
         if ROW not in self._signature_columns:
             ours = [ROW, ANSWER] if self._wants_answers else [ROW]
             self._signature_columns = [*self._signature_columns, *ours]
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """This process's part of a sharded gradient."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 class EchoTrainer(EchoTrainerMixin, Trainer):
