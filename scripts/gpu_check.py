@@ -308,20 +308,21 @@ def pieces(is_tiny: bool) -> dict[str, Callable[[], dict[str, Any]]]:
                 name = f"parity {attention} {dtype} checkpointing {'on' if is_checkpointed else 'off'}"
                 found[name] = partial(parity, attention, dtype, is_checkpointed)
     found["waits"] = waits
-    bases = Bases()
+    bases, shapes = Bases(), TINY_SHAPES if is_tiny else SHAPES
+    ((short_prompt, short_answer), short_rows), *_ = shapes.items()
+    *_, ((long_prompt, long_answer), long_rows) = shapes.items()
     for model, shape in (TINY_MODELS if is_tiny else MODELS).items():
         base = partial(bases, model, shape)
-        for (prompt, answer), rows in (TINY_SHAPES if is_tiny else SHAPES).items():
+        for (prompt, answer), rows in shapes.items():
             lora = [Case(variant, False) for variant in ("trl_lora", "lora", "echo")]
             found[f"steps {model} {prompt}x{answer}"] = partial(steps, base, prompt, answer, rows, lora)
-        (prompt, answer), rows = next(iter((TINY_SHAPES if is_tiny else SHAPES).items()))
+        short = f"{model} {short_prompt}x{short_answer}"
         dora = [Case(variant, False) for variant in ("trl_dora", "echo_dora")]
-        found[f"steps {model} {prompt}x{answer} DoRA"] = partial(steps, base, prompt, answer, rows, dora)
-        (prompt, answer), rows = list((TINY_SHAPES if is_tiny else SHAPES).items())[-1]
+        found[f"steps {short} DoRA"] = partial(steps, base, short_prompt, short_answer, short_rows, dora)
         saved = [Case(variant, True) for variant in ("trl_lora", "lora", "echo")]
-        found[f"steps {model} {prompt}x{answer} checkpointing"] = partial(steps, base, prompt, answer, rows, saved)
-        (prompt, answer), rows = next(iter((TINY_SHAPES if is_tiny else SHAPES).items()))
-        found[f"second {model} {prompt}x{answer}"] = partial(second, base, prompt, answer, rows)
+        name = f"steps {model} {long_prompt}x{long_answer} checkpointing"
+        found[name] = partial(steps, base, long_prompt, long_answer, long_rows, saved)
+        found[f"second {short}"] = partial(second, base, short_prompt, short_answer, short_rows)
     return found | {"compiled": compiled}
 
 

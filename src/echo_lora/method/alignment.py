@@ -34,6 +34,11 @@ class AlignedRows:
     prompt_targets: Tensor | None = None  # (B, T) int64: what columns 0 … T-1 predict outside answers, or -100
     prompts: tuple[Tensor, ...] | None = None  # (M,) int64 each: the same in `prompt_targets`
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens are supervised."""
+        return sum(len(positions[0]) for positions in (self.answers, self.prompts) if positions is not None)
+
 
 def boundary_positions(labels: Tensor) -> Tensor:
     """β: column of the last token before each row's first answer token. [P]

@@ -182,8 +182,7 @@ def in_groups(
     if len(groups) == 1:
         return step(groups[0], num_items)
     if num_items is None:
-        parts = [part for rows in groups for part in (rows.targets, rows.prompt_targets) if part is not None]
-        num_items = torch.stack([(targets != -100).sum() for targets in parts]).sum()
+        num_items = sum(rows.tokens for rows in groups)
     outputs = [step(rows, num_items) for rows in groups]
     shares = [len(rows.input_ids) / sum(len(rows.input_ids) for rows in groups) for rows in groups]
 

@@ -130,12 +130,14 @@ def training_step(
 
     # equation 7: the losses
     weight = answer_weight * (config.routed_loss_scale if is_routed else 1.0)
-    terms, tokens = _loss_sums(off_BKd, on_BAd, rows, config, head, weight)
-    count = max(tokens, 1) if num_items is None else torch.as_tensor(num_items, device=off_BKd.device)
+    terms = _loss_sums(off_BKd, on_BAd, rows, config, head, weight)
+    count = max(rows.tokens, 1) if num_items is None else num_items
+    if isinstance(count, Tensor):  # a number would wait for the device to be copied there
+        count = count.to(off_BKd.device)
     means = {name: terms[name] / count for name in NAMES}
     if router_aux_loss_coef:
         # the model's loss is a mean over the batch; weighted by its share of the tokens, it adds up over micro-batches
-        means["loss"] = means["loss"] + router_aux_loss_coef * (off.aux_loss.to(off_BKd.device) * tokens / count)
+        means["loss"] = means["loss"] + router_aux_loss_coef * (off.aux_loss.to(off_BKd.device) * rows.tokens / count)
     if rows.prompt_targets is None:
         del means["ce_prompt"]
     zero = means["ce_off"].new_zeros(())
@@ -149,18 +151,17 @@ def training_step(
 
 def _loss_sums(
     off_BKd: Tensor, on_BAd: Tensor | None, rows: AlignedRows, config: EchoConfig, head: Head | None, weight: float
-) -> tuple[Terms, int]:
-    """Equation 7 as sums over tokens, and the number of supervised tokens. weight: of the answer losses."""
+) -> Terms:
+    """Equation 7 as sums over tokens. weight: of the answer losses."""
     A = rows.targets.shape[1]
     answers = rows.answers  # (N,), (N,): where both cross-entropies and the distillation are
     targets_N = rows.targets[answers]  # (N,)
     off_Nd = off_BKd[:, -A:][answers]  # (N, d)
     on_Nd = None if on_BAd is None else on_BAd[answers]  # (N, d)
-    tokens, prompt = len(targets_N), None
+    prompt = None
     if rows.prompt_targets is not None and rows.prompts is not None:
         prompt = off_BKd[rows.prompts], rows.prompt_targets[rows.prompts]  # (M, d), (M,)
-        tokens += len(prompt[1])
-    return loss_terms(off_Nd, on_Nd, targets_N, config, head, prompt, answer_weight=weight), tokens
+    return loss_terms(off_Nd, on_Nd, targets_N, config, head, prompt, answer_weight=weight)
 
 
 def _run(
