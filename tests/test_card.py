@@ -88,7 +88,7 @@ def scores(accuracy: float = 0.75) -> list[Scores]:
 
 
 def test_a_hub_base_gives_the_fields_that_the_hub_links_by():
-    data = metadata(card("model=owner/name"))
+    data = metadata(card("model=owner/name", "echo=true"))
     assert data["base_model"] == "owner/name"
     assert data["library_name"] == "peft"
     assert data["tags"] == ["base_model:adapter:owner/name", "lora", "transformers", "echo-lora"]
@@ -97,7 +97,7 @@ def test_a_hub_base_gives_the_fields_that_the_hub_links_by():
 
 
 def test_an_adapter_without_echo_is_not_tagged_with_it():
-    text = card("model=owner/name", "echo=false")
+    text = card("model=owner/name")
     assert "echo-lora" not in metadata(text)["tags"]
     assert "Trained without the echo" in text
     assert "2605.08177" not in text

@@ -7,6 +7,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -408,6 +409,7 @@ def test_at_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_conversation(chats)
     code = "from echo_lora.cli import app; app()"
     process, terminal = pty.fork()
     if not process:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a run in the background ignores it
         os.execv(sys.executable, [sys.executable, "-c", code, "chat", str(chats)])
     seen = ""
 

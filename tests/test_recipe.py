@@ -51,10 +51,21 @@ def test_a_recipe_of_a_few_keys_has_a_default_for_all_others(tmp_path):
     recipe = load_recipe(written(tmp_path))
     assert recipe.lora.r == 4
     assert recipe.method == "lora"
-    assert recipe.echo is True
+    assert recipe.echo is False
     assert recipe.build_echo_config() == EchoConfig()
     assert recipe.output == "runs/my"
     assert [source.task for source in recipe.data.test] == ["chain_sum"]
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_settings_of_the_echo_need_a_word_on_whether_it_is_on(tmp_path, echo):
+    settings = ["echo_config.source_gradient=true", "echo_config.bottleneck=8"]
+    assert refused(written(tmp_path), *settings).endswith(
+        "the echo is off by default, but it has settings (echo_config.bottleneck, echo_config.source_gradient): set "
+        "echo = true, or echo = false to train the plain adapter all the same."
+    )
+    recipe = load_recipe(written(tmp_path), [*settings, f"echo={str(echo).lower()}"])
+    assert (recipe.echo, recipe.echo_config.bottleneck) == (echo, 8)
 
 
 # ------------------------------------------------------------------- wrong keys

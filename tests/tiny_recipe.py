@@ -51,6 +51,7 @@ def tiny_document(model: Path | str = "./base") -> dict[str, Any]:
     return {
         "model": str(model),
         "lora": {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"]},
+        "echo": True,
         "echo_config": {"source_layers": [1, 2], "target_layers": [0, 1], "bottleneck": 8},
         "data": {"train": "train.jsonl", "test": "test.jsonl"},
         "training": {"steps": 4, "batch_size": 3, "learning_rate": 1e-2, "log_every": 1},

@@ -40,7 +40,7 @@ FEWEST_HELD_OUT = 10  # rows
 USED_MEMORY = 0.8  # share of the memory that the estimate may reach
 
 Document = dict[str, Any]
-Comments = dict[tuple[str, str], str]  # by section and key
+Comments = dict[tuple[str, str], str]  # by section and key; a key of the document itself is a section with the key ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def _fitted(
         if recipe.data.chat
         else "the model has no chat template: strings are used as they are",
         ("data", "max_length"): f"tokens; longer rows: {dropped}" if dropped else f"tokens; the longest row: {longest}",
+        ("echo", ""): "true trains with the echo, which our studies have not shown to help: compare the two",
         ("training", "epochs"): f"{steps} steps",
         ("training", "batch_size"): f"an estimated {gigabytes(size)} of memory, of {gigabytes(memory_size())}",
         ("training", "learning_rate"): "the setting that matters most: also try 1e-4 and 5e-4",
@@ -141,7 +142,8 @@ def _fitted(
         comments["training", "gradient_checkpointing"] = "slower, for less memory"
     training |= {"save_every": max(1, steps // 5), "log_every": max(1, min(10, steps // 20))}
     lora = {"r": recipe.lora.r, "alpha": recipe.lora.alpha, "target_modules": recipe.lora.target_modules}
-    document = {"model": given["model"], "lora": lora, "data": data, "training": training, "output": given["output"]}
+    document = {"model": given["model"], "echo": False, "lora": lora, "data": data, "training": training}
+    document["output"] = given["output"]
     return document, comments, tokenizer, prepared
 
 
@@ -198,13 +200,15 @@ def _rendered(document: Document, comments: Comments) -> str:
     lines = [f"# yaml-language-server: $schema={SCHEMA.as_uri()}"]
     for section, values in document.items():
         if not isinstance(values, dict):
-            lines.append(f"{section}: {_value(values)}")
+            lines.append(_line(section, values, comments.get((section, ""))))
             continue
         lines.append(f"{section}:")
-        for key, value in values.items():
-            comment = comments.get((section, key))
-            lines.append(f"  {key}: {_value(value)}" + (f"  # {comment}" if comment else ""))
+        lines += ["  " + _line(key, value, comments.get((section, key))) for key, value in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def _line(key: str, value: Any, comment: str | None) -> str:
+    return f"{key}: {_value(value)}" + (f"  # {comment}" if comment else "")
 
 
 def _value(value: Any) -> str:

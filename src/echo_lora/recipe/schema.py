@@ -282,9 +282,9 @@ class Recipe(Section):
     quantization: Literal["4bit", "8bit"] | None = option(None, "load the base quantised by bitsandbytes (QLoRA)")
     trust_remote_code: bool = option(False, "run code that comes with the model; only for models you trust")
     method: Literal["lora", "dora", "rslora"] = option("lora", "kind of adapter")
-    echo: bool = option(True, "train with the echo; false trains the plain adapter with the same program")
+    echo: bool = option(False, "train with the echo; false trains the plain adapter with the same program")
     lora: LoraSection = option(LoraSection(), "the adapter")
-    echo_config: EchoSection = option(EchoSection(), "the echo; no effect if echo is false")
+    echo_config: EchoSection = option(EchoSection(), "the echo; needs echo = true")
     data: DataSection = Field(description="the rows")
     training: TrainingSection = option(TrainingSection(), "the optimisation")
     seeds: SeedSection = option(SeedSection(), "random seeds")
@@ -296,6 +296,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _agrees(self) -> Recipe:
         training = self.training
+        if self.echo_config.model_fields_set and "echo" not in self.model_fields_set:
+            names = ", ".join(f"echo_config.{name}" for name in sorted(self.echo_config.model_fields_set))
+            raise ValueError(
+                f"the echo is off by default, but it has settings ({names}): set echo = true, or echo = false to train "
+                "the plain adapter all the same"
+            )
         if training.evaluate_every is not None and not self.data.has_validation:
             raise ValueError(
                 "training.evaluate_every needs rows to evaluate: set data.validation, or data.validation_share"
