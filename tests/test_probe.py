@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, RobertaConfig, XLMConfig, XLNetConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    BertConfig,
+    LlamaConfig,
+    RobertaConfig,
+    XLMConfig,
+    XLNetConfig,
+)
+from transformers.masking_utils import flash_attention_mask
 
-from architectures import collate, lora_config, tiny_base, tiny_echo_model
+from architectures import ARCHITECTURES, collate, lora_config, tiny_base, tiny_echo_model
 from echo_lora import EchoConfig, get_echo_model
 from echo_lora.errors import EchoModelError
+from echo_lora.method.alignment import align_rows
+from echo_lora.method.trial import _slice_of
 from test_oracle import assert_equals_oracle, mixed_rows
+from test_step import rows_of
 
 CONFIG = EchoConfig(source_layers=[1, 2], target_layers=[0, 1], routing_schedule="constant", bottleneck=8)
 BERT = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
@@ -140,3 +155,152 @@ def test_a_configuration_that_says_what_can_not_work_is_refused(flag, value):
     setattr(base.config, flag, value)
     with pytest.raises(EchoModelError, match=flag):
         get_echo_model(base, lora_config(), CONFIG)
+
+
+# ------------------------------------------------------------- attention implementations
+
+
+def without_padding(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """What flash attention computes: rows without their padding, causal from the last query and the last key."""
+    B, H, q, _ = query.shape
+    k = key.shape[2]
+    key, value = (states.repeat_interleave(H // key.shape[1], dim=1) for states in (key, value))
+    is_token = torch.ones(B, k, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    number = is_token.cumsum(1)  # of each token in its row
+    sees = is_token[:, None, :] & (number[:, None, :] <= number[:, -q:, None])  # (B, q, k)
+    scores = (query @ key.mT * scaling).masked_fill(~sees[:, None], torch.finfo(query.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+def causal_from_the_first(module, query, key, value, attention_mask, scaling, **kwargs):
+    """As flash attention before 2.1: query 0 sees key 0 only."""
+    q, k = query.shape[2], key.shape[2]
+    shifted = query if q == k else torch.cat([query, query.new_zeros(*query.shape[:2], k - q, query.shape[3])], dim=2)
+    output, _ = without_padding(module, shifted, key, value, attention_mask, scaling)
+    return output[:, :q], None
+
+
+def wrong_in_long_rows(module, query, key, value, attention_mask, scaling, **kwargs):
+    if key.shape[2] > max(query.shape[2], 12):
+        value = value.roll(1, dims=2)
+    return without_padding(module, query, key, value, attention_mask, scaling)
+
+
+def without_gradient_in_long_rows(module, query, key, value, attention_mask, scaling, **kwargs):
+    if key.shape[2] > max(query.shape[2], 12):
+        key, value = key.detach(), value.detach()
+    return without_padding(module, query, key, value, attention_mask, scaling)
+
+
+def refusing_long_rows(module, query, key, value, attention_mask, scaling, **kwargs):
+    if key.shape[2] > max(query.shape[2], 12):
+        raise RuntimeError("too long for me")
+    return without_padding(module, query, key, value, attention_mask, scaling)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers an attention implementation, for one test; returns its name."""
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", dict(AttentionMaskInterface._global_mapping))
+
+    def register(function):
+        AttentionInterface.register(function.__name__, function)
+        AttentionMaskInterface.register(function.__name__, flash_attention_mask)
+        return function.__name__
+
+    return register
+
+
+def model_with(attention, **config):
+    model = tiny_echo_model(attention=attention, **config)
+    model._abilities._tried_on_batch = False
+    return model
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+def test_an_attention_of_any_name_shares_the_prefix_if_it_is_exact(registered, side, method, caplog):
+    model = model_with(registered(without_padding), method=method)
+    assert_equals_oracle(model, mixed_rows(), side=side)
+    assert model.why_full(torch.device("cpu")) is None
+    assert model._abilities._tried_on_batch
+    assert "whole rows" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [
+        (causal_from_the_first, "gives different results with a cached prefix than on the whole row"),
+        (wrong_in_long_rows, "gives different results with a cached prefix than on whole rows of this batch"),
+        (without_gradient_in_long_rows, "gives different gradients with a cached prefix than on whole rows"),
+        (refusing_long_rows, r"can't run on the cached prefix of this batch \(RuntimeError: too long for me\)"),
+    ],
+)
+def test_an_attention_that_is_not_exact_runs_in_full_and_the_step_is_exact(registered, attention, reason, caplog):
+    name = registered(attention)
+    model = model_with(name)
+    assert_equals_oracle(model, mixed_rows())
+    assert len(re.findall(reason, caplog.text)) == 1
+    assert re.search(reason, model.why_full(torch.device("cpu")))
+    model.echo_losses(**collate(mixed_rows()), is_routed=True)
+    assert len(re.findall(reason, caplog.text)) == 1
+    with pytest.raises(EchoModelError, match=reason):
+        model_with(name, echo_step="shared_prefix").echo_losses(**collate(mixed_rows()), is_routed=True)
+
+
+@pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.filterwarnings("ignore")  # of transformers and torch
+def test_flex_attention_shares_the_prefix(name, stance, monkeypatch):
+    """As far as a CPU can show it: there it has no backward pass."""
+    monkeypatch.setitem(ARCHITECTURES[name][1], "head_dim", 16)  # the least that it takes
+    outputs = []
+    with torch.no_grad(), torch.compiler.set_stance(stance):
+        for attention in ("flex_attention", "eager"):
+            model = tiny_echo_model(name, attention=attention)
+            assert model.why_full(torch.device("cpu")) is None
+            outputs.append(model.echo_losses(**collate(mixed_rows()), is_routed=True))
+    for term in ("loss", "ce_off", "ce_on"):
+        torch.testing.assert_close(outputs[0][term], outputs[1][term], rtol=1e-5, atol=0)
+
+
+def test_the_first_batch_with_a_prefix_is_tried_once_and_leaves_no_trace():
+    model = model_with(None)
+    model.dropout = torch.nn.Dropout(0.5)
+    batch = collate(rows_of((1, 5), (1, 3)))
+    model.echo_losses(**batch, is_routed=True)
+    assert not model._abilities._tried_on_batch  # nothing comes before these boundaries
+    calls, state = [], torch.get_rng_state()
+    handle = model.get_base_model().model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    output = model.echo_losses(**collate(mixed_rows()), is_routed=True)
+    assert len(calls) == 4
+    output.loss.backward()
+    handle.remove()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.echo_losses(**collate(mixed_rows()), is_routed=True).loss.backward()
+    assert all(torch.equal(p.grad, expected[n]) for n, p in model.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((8, 300, 20), (2, 299, 20)),
+        ((8, 900, 100), (2, 448, 64)),
+        ((2, 100, 20), (1, 39, 20)),
+        ((1, 100, 60), (1, 20, 19)),
+        ((1, 2, 1), (1, 1, 1)),
+    ],
+)
+def test_the_trial_takes_a_quarter_of_a_batch_at_most(shape, expected):
+    B, prompt, answer = shape
+    batch = collate(rows_of(*[(prompt, answer)] * B))
+    rows = align_rows(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    part, prefix = _slice_of(rows)
+    count, columns = part.input_ids.shape
+    assert (count, prefix, columns - prefix) == expected
+    assert count * columns <= max(2, B * rows.input_ids.shape[1] / 4)
+    assert torch.equal(part.input_ids[0], rows.input_ids[0, rows.prefix_length - prefix :][:columns])

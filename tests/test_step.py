@@ -412,7 +412,6 @@ def test_an_unrouted_step_is_one_pass():
     [
         (lambda base: setattr(base.config, "layer_types", ["full_attention", "linear_attention"]), "linear_attention"),
         (lambda base: setattr(base, "_is_stateful", True), "recurrent state"),
-        (lambda base: setattr(base.config, "_attn_implementation_internal", "flash_attention_2"), "flash_attention_2"),
     ],
 )
 def test_where_sharing_is_not_exact_the_pass_is_full_and_says_so_once(break_it, reason, caplog, monkeypatch):

@@ -33,6 +33,15 @@ class Setting(AbstractContextManager[None]):
         self.owner.current = self.before.pop()
 
 
+def without_saving_hooks() -> AbstractContextManager[None]:
+    """A context in which autograd saves tensors as they are.
+
+    Others may have asked to save them elsewhere, as torch's checkpointing and the offloading of activations do. They
+    count on one backward pass through each saved tensor, which a graph of our own within a pass is not part of.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+
+
 class Freezing:
     """Keeps the echo-on pass from training the adapter if `echo_on_updates` is `echo_only`.                    [O]"""
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput
 
+from echo_lora.method.checkpointing import without_saving_hooks
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.lm_head import Head
 
@@ -104,7 +105,7 @@ class _ChunkedTerms(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS // (off_Nd.shape[-1] if head is None else head.vocabulary))
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
-            with torch.set_grad_enabled(bool(gradients)):
+            with torch.set_grad_enabled(bool(gradients)), without_saving_hooks():
                 # (n, d) each, stop-gradient: the graph of a chunk ends here, and is freed with the chunk
                 leaves = [x[part].detach().requires_grad_(bool(gradients)) for x in states]
                 logits = [leaf if head is None else head(leaf) for leaf in leaves]  # (n, V) each

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,9 +58,8 @@ def get_echo_model(
     wrapped = EchoModel(model, peft_config, echo_config or EchoConfig(), adapter_name, **kwargs)
     if unmatched := unmatched_targets(wrapped, given, adapter_name):
         logger.warning(
-            "LoraConfig.target_modules names %s, but the name of no adapted module ends that way: PEFT ignores it. "
-            "Correct the name, or leave it out.",
-            ", ".join(unmatched),
+            f"LoraConfig.target_modules names {', '.join(unmatched)}, but the name of no adapted module ends that way: "
+            "PEFT ignores it. Correct the name, or leave it out."
         )
     warn_of_changed_base(peft_config)
     return wrapped
@@ -101,7 +99,6 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
         source = echo_config.resolve_source_layers(len(layers))
         targets = echo_config.resolve_target_layers(len(layers))
         modules, self.without_echo = target_modules(base, targets, adapter_name, echo_config.injection_site)
-
         self.echo_config = echo_config
         self.initial_adapter = None  # unknown unless the adapter was drawn here
         self.echo_adapter = adapter_name
@@ -206,16 +203,9 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
             config = dataclasses.replace(config, distillation_weight=distillation_weight)
         base = self.get_base_model()
         is_checkpointed = self._checkpointing.is_on(base)
-        reason = self.why_full(input_ids.device)
-        sharing = self._sharing if self._shares_prefix(reason) and is_routed else None
-        groups = aligned_groups(
-            batch,
-            price=price_of_group(base, self._source_layers[0], config, starts_together=reason is not None),
-            passes=(1 + is_routed, 0) if sharing is None else (1, 1),
-            shows_length=angles_depend_on_length(base.config),
-            starts_together=reason is not None,
-        )
-        frozen = partial(self._freezing.in_echo_on_pass, self.base_model, config, is_checkpointed)
+        sharing, groups = self._arranged(batch, is_routed)
+        if sharing is not None and self._abilities.why_full_on(self._plain_forward, base, groups[0]) is not None:
+            sharing, groups = self._arranged(batch, is_routed)  # in full
 
         def step(rows: AlignedRows, num_items: Tensor | int | None) -> EchoOutput:
             return training_step(
@@ -227,11 +217,26 @@ class EchoModel(KeptEchoMixin, PeftModelForCausalLM):
                 is_checkpointed=is_checkpointed,
                 num_items=num_items,
                 answer_weight=answer_weight,
-                echo_only=frozen() if is_routed else None,
+                echo_only=self._freezing.in_echo_on_pass(self.base_model, config, is_checkpointed)
+                if is_routed
+                else None,
                 router_aux_loss_coef=router_aux_loss_coef(base.config),
             )
 
         return in_groups(step, groups, num_items_in_batch)
+
+    def _arranged(self, batch: dict[str, Any], is_routed: bool) -> tuple[PrefixSharing | None, list[AlignedRows]]:
+        """What the echo-on pass shares the prefix by, None if it runs in full; and the rows, aligned for that."""
+        base = self.get_base_model()
+        reason = self.why_full(batch["input_ids"].device)
+        sharing = self._sharing if self._shares_prefix(reason) and is_routed else None
+        return sharing, aligned_groups(
+            batch,
+            price=price_of_group(base, self._source_layers[0], self.echo_config, starts_together=reason is not None),
+            passes=(1 + is_routed, 0) if sharing is None else (1, 1),
+            shows_length=angles_depend_on_length(base.config),
+            starts_together=reason is not None,
+        )
 
     def set_routing_clock(self, step: int, total_steps: int) -> None:
         """Set which optimizer step (from 0) of how many comes next; the routing is a function of it.

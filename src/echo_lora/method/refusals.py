@@ -106,6 +106,22 @@ def refuse_base(base_model: PreTrainedModel) -> None:
         raise EchoModelError(f"{problem}. {WORKING}")
     if (kernels := fused_kernels(base_model)) is not None:
         raise EchoModelError(kernels)
+    refuse_repacked_weights(base_model)
+
+
+def refuse_repacked_weights(base_model: PreTrainedModel) -> None:
+    """Raises EchoModelError for 4-bit weights that bitsandbytes repacks in the first pass in eval mode.
+
+    It does so on CPUs with AVX512-BF16. Repacked weights let no gradient through, so any evaluation before or during a
+    training would end it silently.
+    """
+    for name, module in base_model.named_modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False) and module.weight.device.type == "cpu":
+            raise EchoModelError(
+                f"{name.removesuffix('.base_layer')} has 4-bit weights, which bitsandbytes repacks on this CPU in the "
+                "first pass in eval mode, and then they let no gradient through. Train on a GPU, in 8 bits, or without "
+                "quantization."
+            )
 
 
 def _problems_of_base(base_model: PreTrainedModel, name: str) -> Iterator[str]:

@@ -36,8 +36,6 @@ def why_full(base_model: PreTrainedModel) -> str | None:
         return f"the model has layers of type {', '.join(sorted(others))}"
     if getattr(config, "num_kv_shared_layers", 0) or "reuse" in (getattr(config, "kv_sharing_modes", None) or []):
         return "some layers reuse the keys and values of others"
-    if config._attn_implementation not in ("eager", "sdpa"):
-        return f"attention {config._attn_implementation!r} is not known to give the same result with a cached prefix"
     if cache_argument(base_model.forward) is None:
         return f"{type(base_model).__name__} takes no key-value cache"
     return None

@@ -45,6 +45,7 @@ from transformers import Cache, PretrainedConfig
 
 from echo_lora.errors import EchoModelError
 from echo_lora.method.alignment import AlignedRows, injection_mask
+from echo_lora.method.checkpointing import without_saving_hooks
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.echo import EchoNetworks, apply_control, echo_representation
 from echo_lora.method.injection import Injection, Injector
@@ -206,7 +207,7 @@ def reading(
             states.append(hidden.detach()[at])  # (B, d), stop-gradient: the echo must not train the source layers
             return
         # a checkpointed layer counts its saved tensors, and is recomputed without this hook
-        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        with without_saving_hooks():
             states.append(hidden[at])  # (B, d)
 
     handles = [layer.register_forward_hook(read) for layer in layers]

@@ -1,4 +1,6 @@
-"""Trial: whether the step is exact on a base model, tested once by running it on a few tokens.   [O]
+"""Trial: whether the step is exact on a base model, tested once by running it.   [O]
+
+On a few tokens of our own, before the first step:
 
     later tokens       a token must not see them, or the state at the boundary would leak the answer
     padding            before a row it must change nothing, or all rows start in one column
@@ -6,11 +8,17 @@
     prefix             cached keys and values must replace it exactly, or the second pass runs in full
     kernels            the modules that the echo enters must run; fused kernels read their weights and never call them
 
-`sharing.why_full` reads what the configuration says; the trial finds what it does not say.
+On a slice of the first batch that is routed, because an attention implementation may go other ways in long rows:
+
+    prefix             the same, in the logits and in the gradient of the embeddings
+
+`sharing.why_full` reads what the configuration says; the trial finds what it does not say, without asking for the name
+of a model or of an attention implementation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,10 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import Cache, PreTrainedModel
 
 from echo_lora.errors import EchoModelError
 from echo_lora.method.alignment import AlignedRows
+from echo_lora.method.checkpointing import without_saving_hooks
 from echo_lora.method.injection import is_weight_probe
 from echo_lora.method.kernels import why_not_run
 from echo_lora.method.lm_head import Head, without_trace
@@ -32,6 +42,9 @@ from echo_lora.method.sharing import why_full
 
 PREFIX, SUFFIX, PADDING = 6, 6, 3  # columns of the trial
 PROBE_COLUMNS = 2  # columns on which the output layer is compared with the model's own logits
+SLICE = 2, 448, 64  # at most as many rows of a batch, and columns of its prefix and suffix
+SHARE_OF_BATCH = 1 / 4  # at most as many of its tokens, so that the trial takes less than a step
+AGREEING = 0.9  # share of the tokens that must agree: rounding may flip a router's choice of expert in a few
 
 
 class Abilities:
@@ -44,13 +57,15 @@ class Abilities:
         self._sharing = sharing
         self._entries = entries
         self._tried: dict[bool, str | None] = {}  # reason against sharing, by whether the trial included a prefix
+        self._tried_on_batch = False
+        self._why_full_on_batch: str | None = None
         self._head: Head | None = None
         self._why_no_head: str | None = None
         self._head_is_known = False
 
     def why_full(self, forward: Callable[..., Any], base: PreTrainedModel, device: torch.device | None) -> str | None:
         """Why the prefix can't be shared, from the configuration or from the trial. device: None skips the trial."""
-        reason = why_full(base) or self._sharing.why_not
+        reason = why_full(base) or self._sharing.why_not or self._why_full_on_batch
         if device is None:
             return reason
         if (reason is None) not in self._tried:
@@ -59,6 +74,13 @@ class Abilities:
             sharing = self._sharing if reason is None else None
             self._tried[reason is None] = why_full_by_trial(forward, base, sharing, device)
         return reason or self._tried[True]
+
+    def why_full_on(self, forward: Callable[..., Any], base: PreTrainedModel, rows: AlignedRows) -> str | None:
+        """Why these rows can't share their prefix; tested on the first rows that have one and are trained on."""
+        if not self._tried_on_batch and rows.prefix_length > 0 and torch.is_grad_enabled():
+            self._tried_on_batch = True
+            self._why_full_on_batch = why_full_on_batch(forward, base, self._sharing, rows)
+        return self._why_full_on_batch
 
     def head(
         self, forward: Callable[..., Any], base: PreTrainedModel, rows: AlignedRows
@@ -131,6 +153,102 @@ def why_full_by_trial(
 
 
 @torch.compiler.disable
+def why_full_on_batch(
+    forward: Callable[..., Any], base_model: PreTrainedModel, sharing: PrefixSharing, rows: AlignedRows
+) -> str | None:
+    """Why these rows can't share their prefix, found by running a slice of them both ways; None if they can.
+
+    Compares the logits and, except with FSDP, whose backward pass belongs to the training step, the gradient of a
+    random weighting of them with respect to the embeddings. Longer than most functions: it is one experiment.
+    """
+    name, device = type(base_model).__name__, rows.input_ids.device
+    rows, prefix_length = _slice_of(rows)
+    is_token = rows.attention_mask.bool()
+    has_gradient = not any(isinstance(parameter, DTensor) for parameter in base_model.parameters())
+
+    def run(start: int, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
+        """The logits of the suffix, (B, S, V), and the embeddings that they depend on, (B, columns, d)."""
+        with _watching(base_model.get_input_embeddings()) as embeddings:
+            output = forward(
+                input_ids=rows.input_ids[:, start:],
+                attention_mask=rows.attention_mask,
+                position_ids=None if rows.position_ids is None else rows.position_ids[:, start:],
+                use_cache=False,
+                output_router_logits=False,
+                logits_to_keep=columns - prefix_length,
+                **({} if cache is None else {"cache": cache}),
+            )
+        kept = output.logits[:, prefix_length - columns :].float()
+        return kept, embeddings[0] if has_gradient and len(embeddings) == 1 else None
+
+    columns = rows.input_ids.shape[1]
+    with (
+        in_mode(base_model, training=False),
+        without_trace(device),
+        torch.set_grad_enabled(has_gradient),
+        without_saving_hooks(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        recorder = PrefixRecorder(prefix_length, sharing.depth, is_checkpointed=False)
+        with sharing.using(recorder):
+            full, inputs = run(0, None)
+        try:
+            prefix = recorder.prefix()
+            with sharing.using(prefix):
+                shared, suffix_inputs = run(prefix_length, prefix)
+            pairs = [(shared.detach(), full.detach(), is_token[:, prefix_length:])]
+            if inputs is not None and suffix_inputs is not None:
+                weight = torch.randn_like(full)
+                (theirs,) = torch.autograd.grad(full, [inputs], weight, retain_graph=True)
+                # a kernel without a gradient for the prefix leaves it unused
+                of_both = torch.autograd.grad(shared, [inputs, suffix_inputs], weight, materialize_grads=True)
+                ours = torch.cat([of_both[0][:, :prefix_length], of_both[1]], dim=1)
+                pairs.append((ours.float(), theirs.float(), is_token))
+        except Exception as error:
+            return f"{name} can't run on the cached prefix of this batch ({type(error).__name__}: {error})"
+    same = _Agreement(base_model, full)
+    for what, (ours, theirs, is_compared) in zip(("results", "gradients"), pairs, strict=False):
+        # a token's gradient may be tiny beside the others' rounding errors
+        scale = theirs[is_compared].norm(dim=-1).mean() if what == "gradients" else 0.0
+        if same.share(ours[is_compared], theirs[is_compared], scale) < AGREEING:
+            return f"{name} gives different {what} with a cached prefix than on whole rows of this batch"
+    return None
+
+
+def _slice_of(rows: AlignedRows) -> tuple[AlignedRows, int]:
+    """A few rows, and the columns on both sides of where the suffix starts; and how many of these are before it."""
+    count, columns = rows.input_ids.shape
+    most_rows, most_prefix, most_suffix = SLICE
+    chosen = sorted({0, count - 1})[: most_rows if count >= most_rows / SHARE_OF_BATCH else 1]
+    budget = max(2, int(SHARE_OF_BATCH * count * columns) // len(chosen))
+    suffix = min(most_suffix, columns - rows.prefix_length, budget // 2)
+    prefix = min(most_prefix, rows.prefix_length, budget - suffix)
+    part = chosen, slice(rows.prefix_length - prefix, rows.prefix_length + suffix)
+    return dataclasses.replace(
+        rows,
+        input_ids=rows.input_ids[part],
+        attention_mask=rows.attention_mask[part],
+        position_ids=None if rows.position_ids is None else rows.position_ids[part],
+    ), prefix
+
+
+@contextmanager
+def _watching(embeddings: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the embeddings return, as leaves of the graph."""
+    returned: list[Tensor] = []
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        returned.append(output.detach().requires_grad_(torch.is_grad_enabled()))
+        return returned[-1]
+
+    handle = embeddings.register_forward_hook(watch)
+    try:
+        yield returned
+    finally:
+        handle.remove()
+
+
+@torch.compiler.disable
 def refuse_bypass_by_trial(
     forward: Callable[..., Any], base_model: PreTrainedModel, entries: Mapping[str, nn.Module], device: torch.device
 ) -> None:
@@ -172,11 +290,16 @@ class _Agreement:
         kind = logits.device.type
         if torch.is_autocast_enabled(kind):
             dtypes.add(torch.get_autocast_dtype(kind))
-        self.bound = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
+        # in float64 too, models compute some things in float32
+        self.bound = max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32)) ** 0.5
 
     def __call__(self, ours: Tensor, theirs: Tensor) -> bool:
-        error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-12)
-        return bool((error <= self.bound).all())
+        return self.share(ours, theirs) == 1
+
+    def share(self, ours: Tensor, theirs: Tensor, scale: Tensor | float = 0.0) -> float:
+        """The share of tokens that agree. ours, theirs: (..., tokens, width). scale: the least norm to compare with."""
+        size = theirs.norm(dim=-1).clamp(min=1e-12).clamp(min=scale)
+        return ((ours - theirs).norm(dim=-1) <= self.bound * size).float().mean().item()
 
 
 def _tokens(base_model: PreTrainedModel) -> Tensor:

@@ -15,6 +15,7 @@ from trl import SFTConfig
 
 from echo_lora.errors import EchoError, EchoModelError, nearest
 from echo_lora.method.model import EchoModel
+from echo_lora.method.refusals import refuse_repacked_weights
 from echo_lora.method.targets import unmatched_targets
 from echo_lora.method.variants import as_drawn, changes_base
 from echo_lora.models import load_base_model
@@ -87,6 +88,7 @@ def add_adapter(recipe: Recipe, base: PreTrainedModel) -> PeftModel:
         if recipe.echo:
             model: PeftModel = EchoModel(base, config, recipe.build_echo_config())
         else:
+            refuse_repacked_weights(base)
             model = get_peft_model(base, config)
             model.initial_adapter = as_drawn(model, "default")  # as an EchoModel has it; `save_verified` needs it
     except (ValueError, re.error) as error:  # PEFT's, for modules that are missing or can't be adapted

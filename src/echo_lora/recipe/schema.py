@@ -276,8 +276,8 @@ class Recipe(Section):
 
     model: Name = Field(description="base model: a folder, a hub id, or packaged:smollm2-135m")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "dtype of the base's weights")
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = option(
-        None, "attention implementation of transformers; the echo-on pass shares the prefix with sdpa and eager only"
+    attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = (
+        option(None, "attention implementation of transformers")
     )
     quantization: Literal["4bit", "8bit"] | None = option(None, "load the base quantised by bitsandbytes (QLoRA)")
     trust_remote_code: bool = option(False, "run code that comes with the model; only for models you trust")

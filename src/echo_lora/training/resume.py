@@ -5,7 +5,8 @@ Under FSDP2 they look like those of a single process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ FINGERPRINT = [
     *("label_smoothing_factor", "optim_target_modules"),  # in a baseline; not supported with the echo
     *("router_aux_loss_coef", "loss_type"),  # SFTConfig's
 ]
+
+
+@contextmanager
+def _keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
+    """PEFT loads an adapter in float32, whatever its dtype was: on a quantised base TRL trains it in bfloat16."""
+    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])
 
 
 class CheckpointMixin(Trainer):
@@ -312,7 +323,8 @@ class CheckpointMixin(Trainer):
         if self._is_sharded:
             self._load_adapter(folder)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with _keeping_dtypes(adapted):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_echo(folder)
 
     def _load_best_model(self) -> None:
@@ -320,11 +332,13 @@ class CheckpointMixin(Trainer):
         folder = Path(self.state.best_model_checkpoint)
         if self._is_sharded:
             self._load_adapter(folder)
-        elif isinstance(self.model, PeftModel) and self.model.active_adapters != ["default"]:
-            # transformers does not look into the subfolder of a named adapter
-            self.model.load_adapter(str(adapter_folder(folder, self.model)), self.model.active_adapters[0])
         else:
-            super()._load_best_model()
+            with _keeping_dtypes(self.model):
+                if isinstance(self.model, PeftModel) and self.model.active_adapters != ["default"]:
+                    # transformers does not look into the subfolder of a named adapter
+                    self.model.load_adapter(str(adapter_folder(folder, self.model)), self.model.active_adapters[0])
+                else:
+                    super()._load_best_model()
         self._load_echo(folder)
 
     def _load_echo(self, folder: Path) -> None:
