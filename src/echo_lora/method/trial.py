@@ -198,7 +198,8 @@ def why_full_on_batch(
                 shared, suffix_inputs = run(prefix_length, prefix)
             pairs = [(shared.detach(), full.detach(), is_token[:, prefix_length:])]
             if inputs is not None and suffix_inputs is not None:
-                weight = torch.randn_like(full)
+                # padding may attend to anything, and nothing depends on it
+                weight = torch.randn_like(full) * is_token[:, prefix_length:, None]
                 (theirs,) = torch.autograd.grad(full, [inputs], weight, retain_graph=True)
                 # a kernel without a gradient for the prefix leaves it unused
                 of_both = torch.autograd.grad(shared, [inputs, suffix_inputs], weight, materialize_grads=True)
@@ -239,7 +240,7 @@ def _watching(embeddings: nn.Module) -> Iterator[list[Tensor]]:
 
     def watch(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         returned.append(output.detach().requires_grad_(torch.is_grad_enabled()))
-        return returned[-1]
+        return returned[-1].clone()  # which the model may change in place
 
     handle = embeddings.register_forward_hook(watch)
     try:
