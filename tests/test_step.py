@@ -213,7 +213,7 @@ def test_logits_at_supervised_positions_only():
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda _m, _args, out: shapes.append(tuple(out.shape[:-1])))
     model.echo_losses(**collate(rows_of((8, 3), (6, 2))), is_routed=True).loss.backward()
-    assert shapes == [(2, 1), (2, 1), (5,), (5,)]  # the model's own call is cut to one column
+    assert shapes == [(1, 1), (1, 1), (5,), (5,)]  # the model's own call is cut to one column
 
 
 def test_with_prompts_trained_on_the_on_pass_still_has_logits_at_answers_only():
@@ -227,7 +227,7 @@ def test_with_prompts_trained_on_the_on_pass_still_has_logits_at_answers_only():
     )
     model.echo_losses(**batch, is_routed=True).loss.backward()
     assert widths == [10, 3]
-    assert shapes == [(2, 1), (2, 1), (5,), (5,), (12,)]  # 7 and 5 prompt tokens have a predecessor
+    assert shapes == [(1, 1), (1, 1), (5,), (5,), (12,)]  # 7 and 5 prompt tokens have a predecessor
 
 
 @pytest.mark.parametrize(("trains_prompt", "columns"), [(False, [3, 3]), (True, [10, 3])])

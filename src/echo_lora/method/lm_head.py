@@ -64,7 +64,7 @@ class Head:
 
     @contextmanager
     def intercepting(self, replacement: Tensor | None = None) -> Iterator[list[Tensor]]:
-        """Collect the states that the model passes to its output layer, which then runs on the first column only.
+        """Collect the states that the model passes to its output layer, which then runs on one token only.
 
         replacement: run it on these states instead.
         """
@@ -72,7 +72,8 @@ class Head:
 
         def intercept(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             states.append(args[0])  # (B, K, d)
-            return (args[0][:, :1].detach() if replacement is None else replacement, *args[1:])
+            # a copy: on a CPU the product with a view of some columns copies the whole matrix, once for each row
+            return (args[0][:1, :1].detach().clone() if replacement is None else replacement, *args[1:])
 
         handle = self.linear.register_forward_pre_hook(intercept)
         try:
