@@ -39,13 +39,22 @@ ADAM_BYTES = 16
 QUANTISED_SHARE = {"4bit": 0.55 / 4, "8bit": 1.05 / 4}  # of the float32 bytes, quantisation constants included
 
 
+# Tensors of a chunk's logits that exist at a time, in float32, without and with the echo-on pass; measured.
+LOGITS = {False: 5, True: 10}
+
+# On a CPU, measured: the C library keeps freed memory in pieces that the next tensor doesn't fit into, and a training
+# process has more libraries loaded than this one.
+FRAGMENTATION = 1.3
+TRAINING_LIBRARIES = 70_000_000
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes at the peak of training, without kernel workspaces and fragmentation."""
+    """Estimated bytes at the peak of training, without kernel workspaces."""
 
     base: int  # the base's weights
     states: int  # adapter and echo: weights, gradients, optimizer
-    activations: int | None  # what autograd keeps for the longest batch; None if it can't be measured
+    activations: int | None  # what the passes keep for the longest batch; None if it can't be measured
     process: int  # Python and its libraries, on a CPU
 
     @property
@@ -230,10 +239,10 @@ def _memory(recipe: Recipe, model: PeftModel, shape: Shape, batch_size: int, sha
     scored = P + A if recipe.data.train_on_prompt else A  # columns with logits, in the echo-off pass
     kept = _kept_bytes(model, B, P + A, scored)
     if kept is not None:
-        # about ten float32 tensors of a chunk's logits exist at a time
-        logits = 10 * 4 * min(B * scored * model.get_input_embeddings().num_embeddings, CHUNK_ELEMENTS)
+        logits = 4 * min(B * scored * model.get_input_embeddings().num_embeddings, CHUNK_ELEMENTS)
         prefix = _prefix_bytes(model.get_base_model(), B, P) if recipe.echo and shares_prefix else 0
-        kept = int(passes * kept + prefix + logits)
+        kept = passes * kept + prefix + LOGITS[recipe.echo] * logits
+        kept = int(kept if torch.cuda.is_available() else FRAGMENTATION * kept)
     share = QUANTISED_SHARE.get(recipe.quantization or "")
     frozen = [p for p in model.parameters() if not p.requires_grad]
     base = sum(p.numel() * (p.element_size() if share is None else 4 * share) for p in frozen)
@@ -242,7 +251,7 @@ def _memory(recipe: Recipe, model: PeftModel, shape: Shape, batch_size: int, sha
         base=int(base),
         states=trained * STATE_BYTES.get(recipe.training.optimizer, ADAM_BYTES),
         activations=kept,
-        process=0 if torch.cuda.is_available() else peak_memory(),
+        process=0 if torch.cuda.is_available() else peak_memory() + TRAINING_LIBRARIES,
     )
 
 
