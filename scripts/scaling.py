@@ -11,7 +11,6 @@ the same command resumes. OUTPUT/scaling.md has the table, with the slopes of th
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import random
@@ -251,7 +250,6 @@ def main() -> None:
             found = measure(point, is_checkpointed=args.checkpointing)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
-        gc.collect()
         record["points"][name] = {"point": point} | found
         write_text(path, json.dumps(record, indent=1) + "\n")
         write_text(args.output / "scaling.md", page(record))

@@ -267,7 +267,6 @@ def test_flex_attention_shares_the_prefix(name, stance, monkeypatch):
 
 def test_the_first_batch_with_a_prefix_is_tried_once_and_leaves_no_trace():
     model = model_with(None)
-    model.dropout = torch.nn.Dropout(0.5)
     batch = collate(rows_of((1, 5), (1, 3)))
     model.echo_losses(**batch, is_routed=True)
     assert not model._abilities._tried_on_batch  # nothing comes before these boundaries

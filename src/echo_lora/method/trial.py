@@ -175,13 +175,12 @@ def why_full_on_batch(
                 position_ids=None if rows.position_ids is None else rows.position_ids[:, start:],
                 use_cache=False,
                 output_router_logits=False,
-                logits_to_keep=columns - prefix_length,
-                **({} if cache is None else {"cache": cache}),
+                logits_to_keep=suffix,
+                cache=cache,
             )
-        kept = output.logits[:, prefix_length - columns :].float()
-        return kept, embeddings[0] if has_gradient and len(embeddings) == 1 else None
+        return output.logits[:, -suffix:].float(), embeddings[0] if has_gradient and len(embeddings) == 1 else None
 
-    columns = rows.input_ids.shape[1]
+    suffix = rows.input_ids.shape[1] - prefix_length
     with (
         in_mode(base_model, training=False),
         without_trace(device),
