@@ -33,6 +33,11 @@ class Setting(AbstractContextManager[None]):
         self.owner.current = self.before.pop()
 
 
+def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a model with these parameters is spread over processes, as by FSDP2."""
+    return any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
 def without_saving_hooks() -> AbstractContextManager[None]:
     """A context in which autograd saves tensors as they are.
 
@@ -59,7 +64,7 @@ class Freezing:
             return None
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         reason = None
-        if any(isinstance(parameter, DTensor) for parameter in trained):
+        if is_sharded(trained):
             reason = "with parameters that are sharded across processes, as by FSDP2"
         elif is_checkpointed and len({parameter.device for parameter in trained}) > 1:
             reason = "with gradient checkpointing in a model on several devices"

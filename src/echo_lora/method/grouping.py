@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from echo_lora.method.alignment import AlignedRows, align_rows
-from echo_lora.method.checkpointing import is_compiled
+from echo_lora.method.checkpointing import is_compiled, is_sharded
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.losses import NAMES
 from echo_lora.method.sharing import angles_depend_on_length
@@ -52,9 +51,7 @@ def price_of_group(base: PreTrainedModel, layer: nn.Module, config: EchoConfig, 
     )
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     # processes may split their rows differently, and these communicate in every pass
-    hangs = is_distributed and (
-        config.normalization == "standardize" or any(isinstance(parameter, DTensor) for parameter in base.parameters())
-    )
+    hangs = is_distributed and (config.normalization == "standardize" or is_sharded(base.parameters()))
     # every new shape would be compiled; outside of training nobody waits
     slows = torch.compiler.is_compiling() or is_compiled(base) or not torch.is_grad_enabled()
     if changes or hangs or slows:

@@ -27,12 +27,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import Cache, PreTrainedModel
 
 from echo_lora.errors import EchoModelError
 from echo_lora.method.alignment import AlignedRows
-from echo_lora.method.checkpointing import without_saving_hooks
+from echo_lora.method.checkpointing import is_sharded, without_saving_hooks
 from echo_lora.method.injection import is_weight_probe
 from echo_lora.method.kernels import why_not_run
 from echo_lora.method.lm_head import Head, without_trace
@@ -164,7 +163,7 @@ def why_full_on_batch(
     name, device = type(base_model).__name__, rows.input_ids.device
     rows, prefix_length = _slice_of(rows)
     is_token = rows.attention_mask.bool()
-    has_gradient = not any(isinstance(parameter, DTensor) for parameter in base_model.parameters())
+    has_gradient = not is_sharded(base_model.parameters())
 
     def run(start: int, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
         """The logits of the suffix, (B, S, V), and the embeddings that they depend on, (B, columns, d)."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
 from echo_lora.errors import EchoError, EchoModelError, nearest
+from echo_lora.method.checkpointing import is_sharded
 from echo_lora.method.model import EchoModel
 from echo_lora.method.refusals import refuse_repacked_weights
 from echo_lora.method.targets import unmatched_targets
@@ -124,7 +124,7 @@ def whole_model(recipe: Recipe, model: PeftModel, tensors: dict[str, Tensor]) ->
 
     tensors: those of the adapter, whole. One process alone can't run a sharded model, as saving it verified needs.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not is_sharded(model.parameters()):
         return model
     whole = add_adapter(recipe.model_copy(update={"echo": False}), load_base(recipe))
     fill(get_peft_model_state_dict(whole), tensors)
