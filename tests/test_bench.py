@@ -887,6 +887,22 @@ def test_the_model_with_a_wide_vocabulary_can_be_measured(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_profile_counts_each_operator_for_its_part_of_the_step(tmp_path):
+    script = Path(__file__).parent.parent / "scripts" / "profile_step.py"
+    options = ["--shape", "24x6", "--rows", "2", "--rounds", "1", "--output", str(tmp_path)]
+    subprocess.run([sys.executable, script, *options], check=True, timeout=300, capture_output=True)
+    found = json.loads((tmp_path / "profile.json").read_text())["shapes"]["24x6"]
+    second = {"echo networks", "echo-on pass"}
+    second |= {f"{part}, backward" for part in second}
+    passes = {f"{part}{backward}" for part in ("echo-off pass", "losses") for backward in ("", ", backward")}
+    assert passes | {"alignment", "optimizer"} <= found["lora"].keys()
+    assert not second & found["lora"].keys()
+    assert second <= found["echo"].keys()
+    assert all(found["echo"][part]["matrix products"] > 0 for part in passes | second)
+    assert "| echo-on pass, backward | 0 |" in (tmp_path / "profile.md").read_text()
+
+
+@pytest.mark.slow
 def test_the_gpu_check_runs_on_any_device_and_resumes(tmp_path):
     script = Path(__file__).parent.parent / "scripts" / "gpu_check.py"
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from echo_lora.errors import EchoDataError
 
@@ -62,6 +63,7 @@ def boundary_positions(labels: Tensor) -> Tensor:
     return first - 1  # (B,)
 
 
+@record_function("alignment")
 def align_rows(
     input_ids: Tensor,
     attention_mask: Tensor | None,

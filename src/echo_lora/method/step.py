@@ -41,6 +41,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import Cache, PretrainedConfig
 
 from echo_lora.errors import EchoModelError
@@ -101,6 +102,7 @@ def training_step(
     if is_routed and sharing is not None:
         recorder = PrefixRecorder(rows.prefix_length, sharing.depth, is_checkpointed=is_checkpointed)
     with (
+        record_function("echo-off pass"),  # the names of the step's parts in torch's profiler
         reading(source_layers if is_routed else [], rows.boundary, T, keeps_graph=config.source_gradient) as hidden,
         sharing.using(recorder) if sharing is not None else nullcontext(),
     ):
@@ -110,8 +112,9 @@ def training_step(
     on_BAd = echo_norm = gate_mean = None
     if is_routed:
         # equations 2 and 3: z, then δ for each target module
-        z = apply_control(echo_representation(hidden, echo.standardize), config.echo_kind)  # (B, d)
-        deltas, echo_norm, gate_mean = echo(z)  # each δ: (B, width of its module)
+        with record_function("echo networks"):
+            z = apply_control(echo_representation(hidden, echo.standardize), config.echo_kind)  # (B, d)
+            deltas, echo_norm, gate_mean = echo(z)  # each δ: (B, width of its module)
 
         # equations 4 and 6: the echo-on pass, on the answer columns or on all of them
         mask = injection_mask(rows.targets, config.injection_mask)  # (B, A)
@@ -122,6 +125,7 @@ def training_step(
         else:
             mask = F.pad(mask, (rows.prefix_length, 0))  # (B, T): nothing is injected before the boundary
         with (
+            record_function("echo-on pass"),
             echo_only or nullcontext(),
             # the model gets the prefix below, for its mask and positions; its attention modules get it here, by hooks
             injector.injecting(Injection(deltas, mask)),
@@ -150,6 +154,7 @@ def training_step(
     )
 
 
+@record_function("losses")
 def _loss_sums(
     off_BKd: Tensor, on_BAd: Tensor | None, rows: AlignedRows, config: EchoConfig, head: Head | None, weight: float
 ) -> Terms:

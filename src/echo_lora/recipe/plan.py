@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from echo_lora.data.prepared import PreparedData
@@ -39,12 +40,11 @@ ADAM_BYTES = 16
 QUANTISED_SHARE = {"4bit": 0.55 / 4, "8bit": 1.05 / 4}  # of the float32 bytes, quantisation constants included
 
 
-# Tensors of a chunk's logits that exist at a time, in float32, without and with the echo-on pass; measured.
-LOGITS = {False: 5, True: 10}
-
-# On a CPU, measured: the C library keeps freed memory in pieces that the next tensor doesn't fit into, and a training
-# process has more libraries loaded than this one.
-FRAGMENTATION = 1.3
+# Fitted to the sweeps of scripts/scaling.py: tensors of a chunk's logits that exist at a time, in float32, without and
+# with the echo-on pass; and, on a CPU, what the C library keeps of freed memory, in pieces that the next tensor doesn't
+# fit into. A training process also has more libraries loaded than this one.
+LOGITS = {False: 6, True: 12}
+FRAGMENTATION = 1.4
 TRAINING_LIBRARIES = 70_000_000
 
 
@@ -300,8 +300,39 @@ def _saved_bytes(forward: Callable[[], None], model: PeftModel) -> int | None:
         return tensor
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
             forward()
     except (RuntimeError, NotImplementedError, ValueError):  # for example, mixtures of experts route by value
         return None
     return sum(size for size, _ in kept.values())
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention that keeps what fused kernels keep: query, key, value, the mask as a float, and the output.
+
+    The meta device has none of them: there, scaled_dot_product_attention keeps scores, of length times length.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            return _Attention.apply(*_query_key_value_mask(*args, **(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+
+def _query_key_value_mask(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    mask = attn_mask.to(query.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
+    return query, key, value, mask
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes of attention, on the meta device; it is never run backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, mask)
+        return output
