@@ -168,8 +168,12 @@ def test_what_runs_in_which_dtype(precision, computes, lora_input, keys, site, m
     def note(what, *tensors):
         seen.setdefault(what, set()).update(t.dtype for t in tensors)
 
-    watch(losses, "chunk_terms", lambda args, terms: (note("logits", *args[0]), note("terms", *terms.to_tuple())))
-    watch(losses, "distillation", lambda _, kl: note("distillation", kl))
+    watch(
+        losses,
+        "terms_and_gradient",
+        lambda args, out: (note("logits", *args[0]), note("terms", *out[0].to_tuple(), *out[1])),
+    )
+    watch(losses, "distillation", lambda _, out: note("distillation", *out))
     watch(inject, "_add", lambda args, total: (note("injected into", args[0]), note("injected", total)))
     watch(
         PrefixRecorder,

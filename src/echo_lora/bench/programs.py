@@ -37,7 +37,7 @@ from echo_lora.errors import EchoConfigError, nearest
 from echo_lora.method.alignment import boundary_positions, injection_mask
 from echo_lora.method.echo import apply_control, echo_representation
 from echo_lora.method.injection import Injection
-from echo_lora.method.losses import NAMES, chunk_terms
+from echo_lora.method.losses import NAMES, loss_terms
 from echo_lora.method.model import EchoModel
 from echo_lora.method.routing import default_clock, distillation_weight
 from echo_lora.method.step import EchoOutput, reading, router_aux_loss_coef
@@ -92,7 +92,7 @@ def three_pass(
     finally:
         model.echo_enabled = True
     model.is_stepping = True  # as its own forward tells EchoCallback
-    terms = chunk_terms([off.logits[supervised], on.logits[supervised]], targets[supervised], config)
+    terms = loss_terms(off.logits[supervised], on.logits[supervised], targets[supervised], config)
     count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
     loss = config.routed_loss_scale * terms["loss"] / count
     if coefficient := router_aux_loss_coef(base.config):

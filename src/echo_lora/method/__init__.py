@@ -16,9 +16,9 @@
     | 5      r_k ~ Bernoulli(p_k), whether step k is routed      | routing.is_routed, routing_probability     |
     |        asked once a step; r_k = 0 is a plain LoRA step     | model.EchoModel.forward                    |
     | 6      echo-on pass, on the shared prefix                  | step.training_step, prefix.PrefixRecorder  |
-    | 7      CE(off) + r_k·(CE(on) + μ_k·distillation)           | losses.chunk_terms                         |
+    | 7      CE(off) + r_k·(CE(on) + μ_k·distillation)           | losses.terms_and_gradient                  |
     |        distillation = τ² · KL(teacher ‖ student); by       | losses.distillation                        |
-    |        default the echo-on pass teaches the echo-off pass  | losses.chunk_terms, `on_teaches`           |
+    |        default the echo-on pass teaches the echo-off pass  | losses.terms_and_gradient, `teacher`       |
     |        its mask, and that of both CEs: answer positions    | step._loss_sums, `is_answer`               |
     |        μ_k, the weight of the distillation at step k       | routing.distillation_weight                |
     |        w · (all that) + CE(prompt)                         | losses.loss_terms                          |

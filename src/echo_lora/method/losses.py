@@ -7,7 +7,7 @@
                    the target a higher probability (`distillation_tokens`)                                  [O]
     CE(prompt)     if prompts are trained on: cross-entropy of the echo-off pass at all other tokens        [O]
 
-Read `chunk_terms` for the equation and `distillation` for its KL term. Every term is a sum over tokens; the step
+Read `terms_and_gradient` for the equation and `distillation` for its KL term. Every term is a sum over tokens; the step
 divides it by the supervised tokens of the whole optimizer step, so any split into micro-batches gives the same
 gradient.
 
@@ -33,7 +33,8 @@ from echo_lora.method.checkpointing import without_saving_hooks
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.lm_head import Head
 
-CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; about ten of them exist at a time, 32 MiB each in float32
+CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; 32 MiB in float32; four exist at a time, eleven on a GPU
+BLOCK_ELEMENTS = 2**18  # for each thread of a CPU: 1 MiB in float32
 
 
 @dataclass
@@ -109,11 +110,10 @@ class _ChunkedTerms(torch.autograd.Function):
                 # (n, d) each, stop-gradient: the graph of a chunk ends here, and is freed with the chunk
                 leaves = [x[part].detach().requires_grad_(bool(gradients)) for x in states]
                 logits = [leaf if head is None else head(leaf) for leaf in leaves]  # (n, V) each
-                terms = chunk_terms(logits, targets_N[part], config)
+            of_logits = _add_terms(sums, [x.detach() for x in logits], targets_N[part], config)  # (n, V) each
             if gradients:
-                for gradient, of_chunk in zip(gradients, torch.autograd.grad(terms["loss"], leaves), strict=True):
+                for gradient, of_chunk in zip(gradients, torch.autograd.grad(logits, leaves, of_logits), strict=True):
                     gradient[part] = of_chunk  # (n, d)
-            sums += torch.stack([terms[name] for name in NAMES]).detach()  # (terms,), stop-gradient: frees the graph
         ctx.save_for_backward(*gradients)
         loss, *others = (total.clone() for total in sums)
         ctx.mark_non_differentiable(*others)
@@ -127,49 +127,70 @@ class _ChunkedTerms(torch.autograd.Function):
         return of_off, of_on[0] if of_on else None, None, None, None
 
 
-def chunk_terms(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) -> Terms:
-    """CE(off), or CE(off) + CE(on) + μ · distillation, for a chunk of positions. logits_nV: [off] or [off, on], (n, V).
-
-    `loss_terms` applies w and adds CE(prompt); `step.training_step` divides by the number of tokens.
-    """
-    off = logits_nV[0].float()  # (n, V)
-    log_off = F.log_softmax(off, dim=-1)  # (n, V)
-    ce_off = F.nll_loss(log_off, targets_n, reduction="sum")  # scalar
-    with torch.no_grad():  # stop-gradient: metrics
-        entropy = -(log_off.exp() * log_off).sum()  # scalar
-        correct = (off.argmax(-1) == targets_n).sum().float()  # scalar
-    zero = ce_off.new_zeros(())
-    if len(logits_nV) == 1:
-        return Terms(ce_off, ce_off, zero, zero, zero, entropy, correct)
-    on = logits_nV[1].float()  # (n, V)
-    log_on = F.log_softmax(on, dim=-1)  # (n, V)
-    ce_on = F.nll_loss(log_on, targets_n, reduction="sum")  # scalar
-    on_teaches = config.distillation_direction == "on_to_off"
-    teacher, student = (on, off) if on_teaches else (off, on)  # (n, V) each
-    kl_n = distillation(teacher_NV=teacher, student_NV=student, temperature=config.distillation_temperature)  # (n,)
-    if config.distillation_tokens == "teacher_better":
-        log_teacher, log_student = (log_on, log_off) if on_teaches else (log_off, log_on)  # (n, V) each
-        kl_n = kl_n.where(is_better(log_teacher, log_student, targets_n), 0.0)  # (n,)
-    kl = kl_n.sum()
-    return Terms(ce_off + ce_on + config.distillation_weight * kl, ce_off, ce_on, kl, zero, entropy, correct)
-
-
 @torch.no_grad()
-def is_better(log_teacher_NV: Tensor, log_student_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Where the teacher gives the target a higher probability than the student does; (N,) bool, without gradient.
+def _add_terms(sums: Tensor, logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) -> list[Tensor]:
+    """Add the terms of a chunk to `sums`, (terms,); return the loss's gradient with respect to its logits, (n, V) each.
 
-    If the student follows it only there, a teacher that is worse on average can't pull it away from the answer. [O]
+    On a CPU it goes through the chunk in blocks of rows that fit into the processor's cache. [O]
     """
-    at = targets_N[:, None]  # (N, 1)
-    return (log_teacher_NV.gather(1, at) > log_student_NV.gather(1, at))[:, 0]  # (N,)
+    n, V = logits_nV[0].shape
+    threads = torch.get_num_threads()
+    block = n if logits_nV[0].device.type != "cpu" else max(threads, threads * BLOCK_ELEMENTS // V)
+    gradients: list[Tensor] = []
+    for start in range(0, n, block):
+        rows = slice(start, start + block)
+        terms, of_rows = terms_and_gradient([x[rows] for x in logits_nV], targets_n[rows], config)
+        sums += torch.stack([terms[name] for name in NAMES])  # (terms,)
+        if block >= n:
+            return [of_block.to(x.dtype) for of_block, x in zip(of_rows, logits_nV, strict=True)]
+        gradients = gradients or [torch.empty_like(x) for x in logits_nV]  # (n, V) each
+        for gradient, of_block in zip(gradients, of_rows, strict=True):
+            gradient[rows] = of_block
+    return gradients
 
 
-def distillation(*, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:
-    """τ² · KL(teacher ‖ student) at temperature τ; (N, V) logits in, (N,) float32 out.
+def terms_and_gradient(logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) -> tuple[Terms, list[Tensor]]:
+    """CE(off), or CE(off) + CE(on) + μ · distillation, of n positions; and the gradient of this, (n, V) for each pass.
 
-    τ² keeps the gradient's size roughly independent of τ.
+        CE = −log p(target)                              ∂CE / ∂logits = p − 1[target]
+
+    logits_nV: [off] or [off, on], (n, V). `loss_terms` applies w and adds CE(prompt); `step.training_step` divides by
+    the number of tokens. Each pass over the logits is shared by the terms, metrics and gradients that need it.
     """
-    # (N, V), stop-gradient: the student moves towards the teacher, not the teacher towards the student
-    teacher = F.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)
-    student = F.log_softmax(student_NV.float() / temperature, dim=-1)  # (N, V)
-    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)  # (N,)
+    at = targets_n[:, None]  # (n, 1)
+    log_p = [F.log_softmax(x.float(), dim=-1) for x in logits_nV]  # (n, V) each
+    log_p_target = [x.gather(1, at) for x in log_p]  # (n, 1) each
+    p = [x.exp() for x in log_p]  # (n, V) each
+    ce = [-x.sum() for x in log_p_target]  # scalars
+    entropy = -(p[0] * log_p[0]).sum()  # scalar
+    correct = (log_p[0].argmax(-1, keepdim=True) == at).sum().float()  # scalar
+    minus_one = torch.full_like(log_p_target[0], -1.0)  # (n, 1)
+    gradients = [x.scatter_add_(1, at, minus_one) for x in p]  # in place
+    zero = torch.zeros_like(entropy)
+    if len(ce) == 1:
+        return Terms(ce[0], ce[0], zero, zero, zero, entropy, correct), gradients
+    teacher, student = (1, 0) if config.distillation_direction == "on_to_off" else (0, 1)
+    kl_n, of_student = distillation(log_p[teacher], log_p[student], config.distillation_temperature)  # (n,), (n, V)
+    if config.distillation_tokens == "teacher_better":
+        # If the student follows it only there, a teacher that is worse on average can't pull it off the answer. [O]
+        is_better = log_p_target[teacher] > log_p_target[student]  # (n, 1)
+        kl_n, of_student = kl_n.where(is_better[:, 0], 0.0), of_student.where(is_better, 0.0)
+    gradients[student].add_(of_student, alpha=config.distillation_weight)  # the teacher gets none: stop-gradient
+    kl = kl_n.sum()
+    loss = ce[0] + ce[1] + config.distillation_weight * kl
+    return Terms(loss, ce[0], ce[1], kl, zero, entropy, correct), gradients
+
+
+def distillation(log_teacher_nV: Tensor, log_student_nV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """τ² · KL(teacher ‖ student) at temperature τ, (n,), and its gradient with respect to the student's logits, (n, V).
+
+        KL = Σ t (log t − log s)                         ∂ τ² KL / ∂logits = τ (s − t)
+
+    In: logits, or log-probabilities at temperature 1, (n, V) float32. τ² keeps the gradient's size roughly independent
+    of τ.
+    """
+    log_t = F.log_softmax(log_teacher_nV / temperature, dim=-1)  # (n, V)
+    log_s = F.log_softmax(log_student_nV / temperature, dim=-1)  # (n, V)
+    t, s = log_t.exp(), log_s.exp()  # (n, V) each
+    kl_n = (t * log_t.sub_(log_s)).sum(-1)  # (n,)
+    return temperature**2 * kl_n, s.sub_(t).mul_(temperature)
