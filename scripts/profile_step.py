@@ -33,7 +33,8 @@ from echo_lora.recipe.build import load_base
 from echo_lora.recipe.load import load_recipe
 
 STEP = "step"
-FORWARD = ("alignment", "echo-off pass", "echo networks", "echo-on pass", "losses")  # named in the step itself
+CHECK = "self-check"
+FORWARD = (CHECK, "alignment", "echo-off pass", "echo networks", "echo-on pass", "losses")  # named in the step itself
 BACKWARD = "autograd::engine::evaluate_function: "
 ACCUMULATION = "AccumulateGrad"
 KINDS = {
@@ -111,14 +112,15 @@ def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         programs = {case: Program(case, recipe, base, tokenizer, batch, scratch) for case in cases}
         inputs = {case: program.inputs_of(batch) for case, program in programs.items()}
         found: dict[str, list[dict[str, dict[str, float]]]] = {case.variant: [] for case in cases}
-        for round_ in range(args.rounds + 1):
+        for _ in range(args.rounds + 1):
             for case in cases:
                 with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function(STEP):
                     programs[case].step(*inputs[case])
-                if round_ > 0:  # the first is a warm-up
-                    found[case.variant].append(parts(list(profiler.events())))
+                found[case.variant].append(parts(list(profiler.events())))
     floor = floors(count_weights(recipe), cases[1], batch, 1.0)
-    return {"floors": vars(floor), **{variant: _medians(rounds) for variant, rounds in found.items()}}
+    check = sum(sum(kinds.values()) for part, kinds in found["echo"][0].items() if part.startswith(CHECK))
+    medians = {variant: _medians(rounds[1:]) for variant, rounds in found.items()}  # the first is a warm-up
+    return {"floors": vars(floor), "check": check} | medians
 
 
 def _medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -134,10 +136,12 @@ def table(shape: str, found: dict[str, Any]) -> list[str]:
     lora, echo = found["lora"], found["echo"]
     total = {name: sum(sum(kinds.values()) for kinds in found[name].values()) for name in ("lora", "echo")}
     kinds = [*KINDS, "other operators", "Python and dispatch"]
+    floor, check = found["floors"], found["check"]
     lines = [
         f"## {shape}", "",
         f"LoRA step {total['lora']:.0f} ms, echo {total['echo']:.0f} ms, {total['echo'] / total['lora']:.2f} times; "
-        f"the floor is {found['floors']['both']:.2f} (decoder layers {found['floors']['layers']:.2f}).", "",
+        f"the floor is {floor['both']:.2f} (decoder layers {floor['layers']:.2f}). The self-check of the first step took "
+        f"{check:.0f} ms, {check / total['echo'] / 100:.2%} of a hundred steps.", "",
         f"| part | LoRA, ms | echo, ms | {' | '.join(kinds)} |", "|---|---:|---:|" + "---:|" * len(kinds),
     ]  # fmt: skip
     order = sorted(lora.keys() | echo.keys(), key=lambda part: -sum(echo.get(part, {}).values()))

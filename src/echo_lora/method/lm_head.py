@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 PROBED_LOGITS = (1.0, 100.0)
@@ -81,6 +82,7 @@ class Head:
         finally:
             handle.remove()
 
+    @record_function("self-check")
     def why_not(self, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor | None) -> str | None:
         """Why this does not compute the model's logits; None if it does.
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import Cache, PreTrainedModel
 
 from echo_lora.errors import EchoModelError
@@ -97,6 +98,7 @@ class Abilities:
 
 
 @torch.compiler.disable  # torch.compile of the whole model can't trace into it
+@record_function("self-check")
 def why_full_by_trial(
     forward: Callable[..., Any], base_model: PreTrainedModel, sharing: PrefixSharing | None, device: torch.device
 ) -> str | None:
@@ -152,6 +154,7 @@ def why_full_by_trial(
 
 
 @torch.compiler.disable
+@record_function("self-check")
 def why_full_on_batch(
     forward: Callable[..., Any], base_model: PreTrainedModel, sharing: PrefixSharing, rows: AlignedRows
 ) -> str | None:
@@ -248,6 +251,7 @@ def _watching(embeddings: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.compiler.disable
+@record_function("self-check")
 def refuse_bypass_by_trial(
     forward: Callable[..., Any], base_model: PreTrainedModel, entries: Mapping[str, nn.Module], device: torch.device
 ) -> None:
