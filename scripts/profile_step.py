@@ -140,8 +140,8 @@ def table(shape: str, found: dict[str, Any]) -> list[str]:
     lines = [
         f"## {shape}", "",
         f"LoRA step {total['lora']:.0f} ms, echo {total['echo']:.0f} ms, {total['echo'] / total['lora']:.2f} times; "
-        f"the floor is {floor['both']:.2f} (decoder layers {floor['layers']:.2f}). The self-check of the first step took "
-        f"{check:.0f} ms, {check / total['echo'] / 100:.2%} of a hundred steps.", "",
+        f"the floor is {floor['both']:.2f} (decoder layers {floor['layers']:.2f}). The self-check of the first step "
+        f"took {check:.0f} ms, {check / total['echo'] / 100:.2%} of a hundred steps.", "",
         f"| part | LoRA, ms | echo, ms | {' | '.join(kinds)} |", "|---|---:|---:|" + "---:|" * len(kinds),
     ]  # fmt: skip
     order = sorted(lora.keys() | echo.keys(), key=lambda part: -sum(echo.get(part, {}).values()))
