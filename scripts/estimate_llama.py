@@ -60,7 +60,7 @@ def row(name: str, shape: dict, gpus: int, is_checkpointed: bool, overhead: floa
     fixed = (frozen * 2 + (adapter + echo) * 16) / gpus + one_layer
     kept = _kept_bytes(model, rows, P + A, A)
     assert kept is not None
-    chunk = 11 * 4 * min(rows * A * config.vocab_size, CHUNK_ELEMENTS)
+    chunk = 13 * 4 * min(rows * A * config.vocab_size, CHUNK_ELEMENTS)
     with_echo = kept * (1 + A / (P + A)) + _prefix_bytes(base, rows, P) + chunk
     passes = 6 if is_checkpointed else 4  # forward and gradient of inputs, 2 operations a weight each; and again
     seconds = passes * frozen * rows * (P + A) / rate

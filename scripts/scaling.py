@@ -6,6 +6,7 @@ One quantity at a time is varied, from a small Llama with random weights in bflo
 billion parameters; after that come ten shapes drawn at random. Each point, with and without the echo, runs in a
 process of its own. Every point is written to OUTPUT/scaling.json when it is done, so that an interruption loses one;
 the same command resumes. OUTPUT/scaling.md has the table, with the slopes of the lines in OUTPUT/scaling.png.
+--plan-again plans the measured points anew, after `plan` has changed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +84,26 @@ def points() -> dict[str, Point]:
 
 def measure(point: Point, *, is_checkpointed: bool) -> dict[str, Any]:
     """Seconds and peak bytes of a step with and without the echo, beside what is expected."""
+    found = {}
+    with recipes(point, is_checkpointed) as both:
+        for name, recipe in both.items():
+            batch = random_batch(recipe, load_tokenizer(PACKAGED), point["prompt"], point["answer"], point["rows"])
+            case = Case(VARIANT[name], is_checkpointed)
+            memory, seconds = in_own_process(measure_memory, case, recipe, batch)
+            floor = sum(operations(count_weights(recipe), case, batch, VARIANTS[case.variant].routing or 0.0))
+            found[name] = {"seconds": seconds, "before": memory.before, "peak": memory.peak, "operations": floor}
+            found[name] |= in_own_process(plan_of, recipe, point)
+    return found
+
+
+@contextmanager
+def recipes(point: Point, is_checkpointed: bool) -> Iterator[dict[str, Recipe]]:
+    """The recipes without and with the echo, and the base that they name, for as long as the context lasts."""
     with tempfile.TemporaryDirectory() as folder:
         in_own_process(save_base, point, f"{folder}/base")
         path = Path(folder) / "recipe.yaml"
         path.write_text(json.dumps(recipe_of(point, is_checkpointed)))
-        found = {}
-        for name, variant in VARIANT.items():
-            recipe = load_recipe(path, [f"echo={str(name == 'echo').lower()}"])
-            batch = random_batch(recipe, load_tokenizer(PACKAGED), point["prompt"], point["answer"], point["rows"])
-            case = Case(variant, is_checkpointed)
-            memory, seconds = in_own_process(measure_memory, case, recipe, batch)
-            planned, parts = in_own_process(plan_of, recipe, point)
-            floor = sum(operations(count_weights(recipe), case, batch, VARIANTS[variant].routing or 0.0))
-            found[name] = {
-                "seconds": seconds, "before": memory.before, "peak": memory.peak, "planned": planned, "parts": parts,
-                "operations": floor,
-            }  # fmt: skip
-    return found
+        yield {name: load_recipe(path, [f"echo={str(name == 'echo').lower()}"]) for name in VARIANT}
 
 
 def save_base(point: Point, folder: str) -> None:
@@ -127,11 +133,23 @@ def recipe_of(point: Point, is_checkpointed: bool) -> dict[str, Any]:
     }
 
 
-def plan_of(recipe: Recipe, point: Point) -> tuple[int, dict[str, int]]:
+def plan_of(recipe: Recipe, point: Point) -> dict[str, Any]:
     """What `echo-lora plan` expects at the peak, and its parts."""
     memory = PeakMemory(recipe)(Shape(point["prompt"], point["answer"], point["rows"]), point["rows"])
     parts = {"base": memory.base, "trained": memory.states, "activations": memory.activations or 0}
-    return memory.total, parts | {"libraries": memory.process}
+    return {"planned": memory.total, "parts": parts | {"libraries": memory.process}}
+
+
+def plan_again(record: dict[str, Any], is_checkpointed: bool) -> None:
+    """Put what this commit's `plan` expects beside what the record measured."""
+    for name, found in record["points"].items():
+        if "error" in found:
+            continue
+        with recipes(found["point"], is_checkpointed) as both:
+            for kind, recipe in both.items():
+                found[kind] |= in_own_process(plan_of, recipe, found["point"])
+        print(name, {kind: f"{found[kind]['planned'] / found[kind]['peak'] - 1:+.0%}" for kind in VARIANT}, flush=True)
+    record["planned_at"] = commit()
 
 
 # ----------------------------------------------------------------- the report
@@ -152,6 +170,7 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         "# How a step grows", "",
         f"`{about['command']}`, commit {about['commit']}; {about['processor']}, {about['threads']} threads.",
+        *([f"Planned at commit {record['planned_at']}."] if "planned_at" in record else []),
         f"{shown}.", "",
         "Random weights in bfloat16, vocabulary 32,000, adapter in float32 on q, v and down; every step routed. A peak",
         "is that of the process, with its libraries; seconds are those of the second of two steps.", "",
@@ -223,12 +242,19 @@ def draw(record: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def write(record: dict[str, Any], folder: Path) -> None:
+    write_text(folder / "scaling.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / "scaling.md", page(record))
+    draw(record, folder / "scaling.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/scaling"))
     parser.add_argument("--minutes", type=float, default=60, help="start no point after this time")
     parser.add_argument("--only", default="", help="points whose name contains this")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    parser.add_argument("--plan-again", action="store_true", help="measure nothing; plan the measured points anew")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "scaling.json"
@@ -237,6 +263,10 @@ def main() -> None:
         "versions": versions(), "processor": processor(), "threads": torch.get_num_threads(),
     }  # fmt: skip
     record = json.loads(path.read_text()) if path.is_file() else {"about": about, "points": {}}
+    if args.plan_again:
+        plan_again(record, args.checkpointing)
+        write(record, args.output)
+        return
     if record["about"] != json.loads(json.dumps(about)):
         sys.exit(f"{path} is of another machine, version, setting or commit. Choose another --output.")
     start, left = time.monotonic(), 0
@@ -251,9 +281,7 @@ def main() -> None:
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
         record["points"][name] = {"point": point} | found
-        write_text(path, json.dumps(record, indent=1) + "\n")
-        write_text(args.output / "scaling.md", page(record))
-        draw(record, args.output / "scaling.png")
+        write(record, args.output)
         print(name, found.get("error") or {k: f"{v['seconds']:.2f} s" for k, v in found.items()}, flush=True)
     print(f"{left} points are left. Call it again." if left else "Nothing is left.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import pickle
@@ -120,6 +121,18 @@ def test_with_and_without_echo_the_adapter_starts_from_the_same_numbers(tmp_path
     assert "Trained without the echo" in (without.adapter / "README.md").read_text()
     first, second = with_echo.history[0]["loss"], without.history[0]["loss"]
     assert first == pytest.approx(second, rel=1e-4)  # the same rows, in the same order
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_leaves_no_tensor_behind(tmp_path, checkpointing):
+    """A graph that is never run backward must go too, although some operators save their own output."""
+    counts = []
+    for number in range(3):
+        changes = [f"output={tmp_path / str(number)}", f"training.gradient_checkpointing={checkpointing}"]
+        run(load_recipe(tiny_recipe(tmp_path), changes))
+        gc.collect()
+        counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    assert counts[0] == counts[1] == counts[2]
 
 
 @pytest.mark.parametrize("echo", ["true", "false"])

@@ -44,7 +44,8 @@ def without_saving_hooks() -> AbstractContextManager[None]:
     Others may have asked to save them elsewhere, as torch's checkpointing and the offloading of activations do. They
     count on one backward pass through each saved tensor, which a graph of our own within a pass is not part of.
     """
-    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+    # stop-gradient: an operator that saves its own output would keep itself, and all before it, alive for ever
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
 
 
 class Freezing:

@@ -33,7 +33,7 @@ from echo_lora.method.checkpointing import without_saving_hooks
 from echo_lora.method.config import EchoConfig
 from echo_lora.method.lm_head import Head
 
-CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; 32 MiB in float32; four exist at a time, eleven on a GPU
+CHUNK_ELEMENTS = 2**23  # of one (n, V) tensor; 32 MiB in float32; four exist at a time, thirteen on a GPU
 BLOCK_ELEMENTS = 2**18  # for each thread of a CPU: 1 MiB in float32
 
 
@@ -110,7 +110,7 @@ class _ChunkedTerms(torch.autograd.Function):
                 # (n, d) each, stop-gradient: the graph of a chunk ends here, and is freed with the chunk
                 leaves = [x[part].detach().requires_grad_(bool(gradients)) for x in states]
                 logits = [leaf if head is None else head(leaf) for leaf in leaves]  # (n, V) each
-            of_logits = _add_terms(sums, [x.detach() for x in logits], targets_N[part], config)  # (n, V) each
+            of_logits = _add_terms(sums, logits, targets_N[part], config)  # (n, V) each
             if gradients:
                 for gradient, of_chunk in zip(gradients, torch.autograd.grad(logits, leaves, of_logits), strict=True):
                     gradient[part] = of_chunk  # (n, d)
@@ -136,14 +136,11 @@ def _add_terms(sums: Tensor, logits_nV: list[Tensor], targets_n: Tensor, config:
     n, V = logits_nV[0].shape
     threads = torch.get_num_threads()
     block = n if logits_nV[0].device.type != "cpu" else max(threads, threads * BLOCK_ELEMENTS // V)
-    gradients: list[Tensor] = []
+    gradients = [torch.empty_like(x) for x in logits_nV]  # (n, V) each
     for start in range(0, n, block):
         rows = slice(start, start + block)
         terms, of_rows = terms_and_gradient([x[rows] for x in logits_nV], targets_n[rows], config)
         sums += torch.stack([terms[name] for name in NAMES])  # (terms,)
-        if block >= n:
-            return [of_block.to(x.dtype) for of_block, x in zip(of_rows, logits_nV, strict=True)]
-        gradients = gradients or [torch.empty_like(x) for x in logits_nV]  # (n, V) each
         for gradient, of_block in zip(gradients, of_rows, strict=True):
             gradient[rows] = of_block
     return gradients

@@ -297,7 +297,7 @@ def _saved_bytes(forward: Callable[[], None], model: PeftModel) -> int | None:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
             kept[storage._cdata] = (storage.nbytes(), tensor)
-        return tensor
+        return tensor.detach()  # stop-gradient: the graph must not keep itself
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
