@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ KINDS = {
     "attention": ("attention",),
     "copies": ("aten::copy_", "aten::cat"),
 }
+FIRST_PASS = ("echo-off pass", "echo-off pass, backward")
+SECOND_PASS = ("echo-on pass", "echo-on pass, backward")
+LOSSES = ("losses", "losses, backward")
+OTHERS = {  # of which the echo step's surplus is shown
+    "first pass": FIRST_PASS,
+    "echo networks, gradients, optimizer": (
+        "echo networks",
+        "echo networks, backward",
+        "gradients added up",
+        "optimizer",
+    ),
+    "the rest": ("rest",),
+}
+KINDS_SHOWN = [*KINDS, "other operators", "Python and dispatch"]
 
 
 def parts(events: list[FunctionEvent]) -> dict[str, dict[str, float]]:
@@ -131,11 +146,43 @@ def _medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
     }
 
 
+def _sum(step: dict[str, dict[str, float]], parts: Sequence[str], kinds: Sequence[str] = ()) -> float:
+    return sum(ms for part in parts for kind, ms in step.get(part, {}).items() if not kinds or kind in kinds)
+
+
+def above_the_floor(shapes: dict[str, Any]) -> list[str]:
+    """What an echo step takes beside a LoRA step, and in brackets what it would take if only arithmetic took time.
+
+    That is, for the second pass, the time of the LoRA step's pass times the share of tokens that run again; for the
+    losses, twice the time of the LoRA step's.
+    """
+    columns = []
+    for shape, found in shapes.items():
+        lora, echo = found["lora"], found["echo"]
+        prompt, answer = parse_shape(shape)
+        share = answer / (prompt + answer)
+        floor = found["floors"]["both"] * _sum(lora, lora)
+        cells = {
+            "LoRA step": f"{_sum(lora, lora):.0f}",
+            "echo step": f"{_sum(echo, echo):.0f} ({floor:.0f})",
+        }
+        for kind in KINDS_SHOWN:
+            ideal = share * _sum(lora, FIRST_PASS, [kind])
+            cells[f"second pass, {kind}"] = f"{_sum(echo, SECOND_PASS, [kind]):.0f} ({ideal:.0f})"
+        cells["losses"] = f"{_sum(echo, LOSSES):.0f} ({2 * _sum(lora, LOSSES):.0f})"
+        for name, parts in OTHERS.items():
+            cells[f"{name}, more than in a LoRA step"] = f"{_sum(echo, parts) - _sum(lora, parts):.0f}"
+        columns.append(cells)
+    lines = [f"| | {' | '.join(shapes)} |", "|---|" + "---:|" * len(shapes)]
+    lines += [f"| {row} | {' | '.join(column[row] for column in columns)} |" for row in columns[0]]
+    return ["## Above the floor", "", " ".join((above_the_floor.__doc__ or "").split()), "", *lines, ""]
+
+
 def table(shape: str, found: dict[str, Any]) -> list[str]:
     """Milliseconds of each part, and the share of it that each kind of operator takes in the echo step."""
     lora, echo = found["lora"], found["echo"]
     total = {name: sum(sum(kinds.values()) for kinds in found[name].values()) for name in ("lora", "echo")}
-    kinds = [*KINDS, "other operators", "Python and dispatch"]
+    kinds = KINDS_SHOWN
     floor, check = found["floors"], found["check"]
     lines = [
         f"## {shape}", "",
@@ -159,26 +206,37 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--draw", action="store_true", help="measure nothing; write the page of OUTPUT's record anew")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python scripts/profile_step.py", *sys.argv[1:]])
+    path = args.output / "profile.json"
+    if args.draw:
+        write_text(path.with_suffix(".md"), page(json.loads(path.read_text())))
+        return
     about = {
-        "command": command, "commit": commit(), "versions": versions(), "processor": processor(),
-        "threads": torch.get_num_threads(),
+        "command": " ".join(["python scripts/profile_step.py", *sys.argv[1:]]), "commit": commit(),
+        "versions": versions(), "processor": processor(), "threads": torch.get_num_threads(),
     }  # fmt: skip
-    shown = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
-    lines = [
-        "# Where a step's time goes", "",
-        f"`{command}`, commit {about['commit']}; {about['processor']}, {about['threads']} threads. {shown}.", "",
-        "Milliseconds, the medians of the rounds; the kinds of operators are those of the echo step.", "",
-    ]  # fmt: skip
-    shapes: dict[str, Any] = {}
+    record: dict[str, Any] = {"about": about, "shapes": {}}
     for shape in args.shape or ["96x8", "160x20", "256x32", "64x192"]:
-        shapes[shape] = measure(shape, args)
-        lines += table(shape, shapes[shape])
-        print("\n".join(table(shape, shapes[shape])), flush=True)
-        write_text(args.output / "profile.json", json.dumps({"about": about, "shapes": shapes}, indent=1) + "\n")
-        write_text(args.output / "profile.md", "\n".join(lines))
+        record["shapes"][shape] = measure(shape, args)
+        print("\n".join(table(shape, record["shapes"][shape])), flush=True)
+        write_text(path, json.dumps(record, indent=1) + "\n")
+        write_text(path.with_suffix(".md"), page(record))
+
+
+def page(record: dict[str, Any]) -> str:
+    about, shapes = record["about"], record["shapes"]
+    shown = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version) + "."
+    return "\n".join(
+        [
+            "# Where a step's time goes", "",
+            f"`{about['command']}`, commit {about['commit']}; {about['processor']}, {about['threads']} threads.",
+            shown, "",
+            "Milliseconds, the medians of the rounds; the kinds of operators are those of the echo step.", "",
+            *above_the_floor(shapes), *(line for shape, found in shapes.items() for line in table(shape, found)),
+        ]
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
