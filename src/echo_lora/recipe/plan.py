@@ -40,11 +40,11 @@ ADAM_BYTES = 16
 QUANTISED_SHARE = {"4bit": 0.55 / 4, "8bit": 1.05 / 4}  # of the float32 bytes, quantisation constants included
 
 
-# Fitted to the sweeps of scripts/scaling.py: tensors of a chunk's logits that exist at a time, in float32, without and
-# with the echo-on pass; and, on a CPU, what the C library keeps of freed memory, in pieces that the next tensor doesn't
-# fit into. A training process also has more libraries loaded than this one.
-LOGITS = {False: 6, True: 12}
-FRAGMENTATION = 1.4
+# Tensors of a chunk's logits that exist at a time, in float32, without and with the echo-on pass: on a GPU those of
+# losses.terms_and_gradient, on a CPU fitted to the sweeps of scripts/scaling.py. So is what the C library keeps of
+# freed memory there, in pieces that the next tensor doesn't fit into. A training has more libraries loaded than a plan.
+LOGITS = {"cpu": {False: 4, True: 5}, "cuda": {False: 5, True: 13}}
+FRAGMENTATION = 1.3
 TRAINING_LIBRARIES = 70_000_000
 
 
@@ -241,8 +241,9 @@ def _memory(recipe: Recipe, model: PeftModel, shape: Shape, batch_size: int, sha
     if kept is not None:
         logits = 4 * min(B * scored * model.get_input_embeddings().num_embeddings, CHUNK_ELEMENTS)
         prefix = _prefix_bytes(model.get_base_model(), B, P) if recipe.echo and shares_prefix else 0
-        kept = passes * kept + prefix + LOGITS[recipe.echo] * logits
-        kept = int(kept if torch.cuda.is_available() else FRAGMENTATION * kept)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        kept = passes * kept + prefix + LOGITS[device][recipe.echo] * logits
+        kept = int(kept if device == "cuda" else FRAGMENTATION * kept)
     share = QUANTISED_SHARE.get(recipe.quantization or "")
     frozen = [p for p in model.parameters() if not p.requires_grad]
     base = sum(p.numel() * (p.element_size() if share is None else 4 * share) for p in frozen)
