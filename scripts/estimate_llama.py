@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from echo_lora import EchoConfig, get_echo_model
 from echo_lora.method.losses import CHUNK_ELEMENTS
-from echo_lora.recipe.plan import _kept_bytes, _prefix_bytes
+from echo_lora.recipe.plan import LOGITS, _kept_bytes, _prefix_bytes
 
 SHAPES = {
     "LLaMA-7B": {"vocab_size": 32_000, "intermediate_size": 11_008},
@@ -60,12 +60,13 @@ def row(name: str, shape: dict, gpus: int, is_checkpointed: bool, overhead: floa
     fixed = (frozen * 2 + (adapter + echo) * 16) / gpus + one_layer
     kept = _kept_bytes(model, rows, P + A, A)
     assert kept is not None
-    chunk = 13 * 4 * min(rows * A * config.vocab_size, CHUNK_ELEMENTS)
-    with_echo = kept * (1 + A / (P + A)) + _prefix_bytes(base, rows, P) + chunk
+    chunk = 4 * min(rows * A * config.vocab_size, CHUNK_ELEMENTS)
+    plain = kept + LOGITS["cuda"][False] * chunk
+    with_echo = kept * (1 + A / (P + A)) + _prefix_bytes(base, rows, P) + LOGITS["cuda"][True] * chunk
     passes = 6 if is_checkpointed else 4  # forward and gradient of inputs, 2 operations a weight each; and again
     seconds = passes * frozen * rows * (P + A) / rate
     floor = (P + (1 + MEAN_ROUTING) * A) / (P + A)
-    cells = [fixed / 1e9, (kept + chunk) / 1e9, with_echo / 1e9, seconds, seconds * floor * overhead]
+    cells = [fixed / 1e9, plain / 1e9, with_echo / 1e9, seconds, seconds * floor * overhead]
     units = ["GB", "GB", "GB", "s", "s"]
     return (
         f"| {name} | {gpus} | {'on' if is_checkpointed else 'off'} | "
