@@ -63,7 +63,7 @@ def parts(events: list[FunctionEvent]) -> dict[str, dict[str, float]]:
     """Milliseconds of all profiled steps: by part, and by kind of operator."""
     forward_part: dict[int, str] = {}  # of each node of the graph, by its number
     for event in events:
-        if event.sequence_nr >= 0 and not _is_backward(event):
+        if event.sequence_nr >= 0 and _node(event) is None:
             forward_part.setdefault(event.sequence_nr, _ancestor(event))
     found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event in events:
@@ -102,10 +102,6 @@ def _node(event: FunctionEvent) -> FunctionEvent | None:
     return next((parent for parent in _parents(event) if parent.name.startswith(BACKWARD)), None)
 
 
-def _is_backward(event: FunctionEvent) -> bool:
-    return _node(event) is not None
-
-
 def _ancestor(event: FunctionEvent) -> str:
     """The innermost named part that an operator of the forward, or of the optimizer, belongs to."""
     for parent in _parents(event):
@@ -133,7 +129,8 @@ def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
                     programs[case].step(*inputs[case])
                 found[case.variant].append(parts(list(profiler.events())))
     floor = floors(count_weights(recipe), cases[1], batch, 1.0)
-    check = sum(sum(kinds.values()) for part, kinds in found["echo"][0].items() if part.startswith(CHECK))
+    first = found["echo"][0]
+    check = _sum(first, [part for part in first if part.startswith(CHECK)])
     medians = {variant: _medians(rounds[1:]) for variant, rounds in found.items()}  # the first is a warm-up
     return {"floors": vars(floor), "check": check} | medians
 
@@ -181,7 +178,7 @@ def above_the_floor(shapes: dict[str, Any]) -> list[str]:
 def table(shape: str, found: dict[str, Any]) -> list[str]:
     """Milliseconds of each part, and the share of it that each kind of operator takes in the echo step."""
     lora, echo = found["lora"], found["echo"]
-    total = {name: sum(sum(kinds.values()) for kinds in found[name].values()) for name in ("lora", "echo")}
+    total = {"lora": _sum(lora, lora), "echo": _sum(echo, echo)}
     kinds = KINDS_SHOWN
     floor, check = found["floors"], found["check"]
     lines = [
@@ -191,10 +188,10 @@ def table(shape: str, found: dict[str, Any]) -> list[str]:
         f"took {check:.0f} ms, {check / total['echo'] / 100:.2%} of a hundred steps.", "",
         f"| part | LoRA, ms | echo, ms | {' | '.join(kinds)} |", "|---|---:|---:|" + "---:|" * len(kinds),
     ]  # fmt: skip
-    order = sorted(lora.keys() | echo.keys(), key=lambda part: -sum(echo.get(part, {}).values()))
+    order = sorted(lora.keys() | echo.keys(), key=lambda part: -_sum(echo, [part]))
     for part in order:
         own = echo.get(part, {})
-        cells = [f"{sum(lora.get(part, {}).values()):.0f}", f"{sum(own.values()):.0f}"]
+        cells = [f"{_sum(lora, [part]):.0f}", f"{_sum(echo, [part]):.0f}"]
         lines.append(f"| {part} | {' | '.join(cells + [f'{own.get(kind, 0.0):.0f}' for kind in kinds])} |")
     return [*lines, ""]
 

@@ -110,7 +110,7 @@ class _ChunkedTerms(torch.autograd.Function):
                 # (n, d) each, stop-gradient: the graph of a chunk ends here, and is freed with the chunk
                 leaves = [x[part].detach().requires_grad_(bool(gradients)) for x in states]
                 logits = [leaf if head is None else head(leaf) for leaf in leaves]  # (n, V) each
-            of_logits = _add_terms(sums, logits, targets_N[part], config)  # (n, V) each
+            of_logits = _add_terms(sums, logits, targets_N[part], config, wants_gradient=bool(gradients))  # (n, V) each
             if gradients:
                 for gradient, of_chunk in zip(gradients, torch.autograd.grad(logits, leaves, of_logits), strict=True):
                     gradient[part] = of_chunk  # (n, d)
@@ -128,20 +128,24 @@ class _ChunkedTerms(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _add_terms(sums: Tensor, logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig) -> list[Tensor]:
+def _add_terms(
+    sums: Tensor, logits_nV: list[Tensor], targets_n: Tensor, config: EchoConfig, *, wants_gradient: bool
+) -> list[Tensor]:
     """Add the terms of a chunk to `sums`, (terms,); return the loss's gradient with respect to its logits, (n, V) each.
+
+    Without wants_gradient, as in validation, nothing of the chunk's size is allocated, and the list is empty.
 
     On a CPU it goes through the chunk in blocks of rows that fit into the processor's cache. [O]
     """
     n, V = logits_nV[0].shape
     threads = torch.get_num_threads()
     block = n if logits_nV[0].device.type != "cpu" else max(threads, threads * BLOCK_ELEMENTS // V)
-    gradients = [torch.empty_like(x) for x in logits_nV]  # (n, V) each
+    gradients = [torch.empty_like(x) for x in logits_nV] if wants_gradient else []  # (n, V) each
     for start in range(0, n, block):
         rows = slice(start, start + block)
         terms, of_rows = terms_and_gradient([x[rows] for x in logits_nV], targets_n[rows], config)
         sums += torch.stack([terms[name] for name in NAMES])  # (terms,)
-        for gradient, of_block in zip(gradients, of_rows, strict=True):
+        for gradient, of_block in zip(gradients, of_rows, strict=False):
             gradient[rows] = of_block
     return gradients
 
