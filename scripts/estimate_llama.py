@@ -16,8 +16,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from echo_lora import EchoConfig, get_echo_model
-from echo_lora.method.losses import CHUNK_ELEMENTS
-from echo_lora.recipe.plan import LOGITS, _kept_bytes, _prefix_bytes
+from echo_lora.recipe.plan import Shape, activation_bytes
 
 SHAPES = {
     "LLaMA-7B": {"vocab_size": 32_000, "intermediate_size": 11_008},
@@ -58,11 +57,10 @@ def row(name: str, shape: dict, gpus: int, is_checkpointed: bool, overhead: floa
     rows = ROWS // gpus
     one_layer = frozen * 2 / config.num_hidden_layers if gpus > 1 else 0  # gathered while it computes
     fixed = (frozen * 2 + (adapter + echo) * 16) / gpus + one_layer
-    kept = _kept_bytes(model, rows, P + A, A)
-    assert kept is not None
-    chunk = 4 * min(rows * A * config.vocab_size, CHUNK_ELEMENTS)
-    plain = kept + LOGITS["cuda"][False] * chunk
-    with_echo = kept * (1 + A / (P + A)) + _prefix_bytes(base, rows, P) + LOGITS["cuda"][True] * chunk
+    batch = Shape(P, A, rows)
+    plain, with_echo = (activation_bytes(model, batch, A, "cuda", has_echo) for has_echo in (False, True))
+    assert plain is not None
+    assert with_echo is not None
     passes = 6 if is_checkpointed else 4  # forward and gradient of inputs, 2 operations a weight each; and again
     seconds = passes * frozen * rows * (P + A) / rate
     floor = (P + (1 + MEAN_ROUTING) * A) / (P + A)

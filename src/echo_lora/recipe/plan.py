@@ -233,17 +233,10 @@ def _cost(prepared: list[PreparedData], mean_routing: float, shares_prefix: bool
 
 
 def _memory(recipe: Recipe, model: PeftModel, shape: Shape, batch_size: int, shares_prefix: bool) -> Memory:
-    P, A, rows = shape
-    B = min(batch_size, rows)
-    passes = (1 + A / (P + A) if shares_prefix else 2.0) if recipe.echo else 1.0
-    scored = P + A if recipe.data.train_on_prompt else A  # columns with logits, in the echo-off pass
-    kept = _kept_bytes(model, B, P + A, scored)
-    if kept is not None:
-        logits = 4 * min(B * scored * model.get_input_embeddings().num_embeddings, CHUNK_ELEMENTS)
-        prefix = _prefix_bytes(model.get_base_model(), B, P) if recipe.echo and shares_prefix else 0
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        kept = passes * kept + prefix + LOGITS[device][recipe.echo] * logits
-        kept = int(kept if device == "cuda" else FRAGMENTATION * kept)
+    batch = shape._replace(rows=min(batch_size, shape.rows))
+    scored = shape.prompt + shape.answer if recipe.data.train_on_prompt else shape.answer
+    on_gpu = torch.cuda.is_available()
+    kept = activation_bytes(model, batch, scored, "cuda" if on_gpu else "cpu", recipe.echo, shares_prefix)
     share = QUANTISED_SHARE.get(recipe.quantization or "")
     frozen = [p for p in model.parameters() if not p.requires_grad]
     base = sum(p.numel() * (p.element_size() if share is None else 4 * share) for p in frozen)
@@ -252,8 +245,26 @@ def _memory(recipe: Recipe, model: PeftModel, shape: Shape, batch_size: int, sha
         base=int(base),
         states=trained * STATE_BYTES.get(recipe.training.optimizer, ADAM_BYTES),
         activations=kept,
-        process=0 if torch.cuda.is_available() else peak_memory() + TRAINING_LIBRARIES,
+        process=0 if on_gpu else peak_memory() + TRAINING_LIBRARIES,
     )
+
+
+def activation_bytes(
+    model: PeftModel, batch: Shape, scored: int, device: str, has_echo: bool, shares_prefix: bool = True
+) -> int | None:
+    """Bytes that the passes over a batch keep, and the losses need; None if the model can't be measured.
+
+    scored: columns of the echo-off pass with logits. device: "cuda" or "cpu", where training is to run.
+    """
+    P, A, B = batch
+    kept = _kept_bytes(model, B, P + A, scored)
+    if kept is None:
+        return None
+    logits = 4 * min(B * scored * model.get_input_embeddings().num_embeddings, CHUNK_ELEMENTS)
+    passes = (1 + A / (P + A) if shares_prefix else 2.0) if has_echo else 1.0
+    prefix = _prefix_bytes(model.get_base_model(), B, P) if has_echo and shares_prefix else 0
+    total = passes * kept + prefix + LOGITS[device][has_echo] * logits
+    return int(total if device == "cuda" else FRAGMENTATION * total)
 
 
 def _prefix_bytes(base: PreTrainedModel, B: int, P: int) -> int:
