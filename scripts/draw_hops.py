@@ -1,0 +1,89 @@
+"""Draw CE(on) - CE(off) against the number of hops, from the records of the depth studies.
+
+    python scripts/draw_hops.py results/study/depth
+
+FOLDER/hops-N holds a study of N hops. Writes FOLDER/README.md, with every seed's difference, and FOLDER/hops.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from echo_lora.files import write_text
+from echo_lora.study.folder import StudyRecords, read_study
+from echo_lora.study.records import mean_of, run_accuracy
+
+INTRODUCTION = """# Does the echo know more where a task needs more steps?
+
+The last CE(on) − CE(off) on validation rows, in nats per answer token: below 0 the echo-on pass predicts answers
+better. Task, settings and rule are in [the plan](../PLAN.md), all else in the studies' reports: {reports}.
+
+![CE(on) − CE(off) against the number of hops, one line for each setting of the echo.](hops.png)
+"""
+
+
+def last_evaluation(run: dict) -> dict:
+    return next(entry for entry in reversed(run["history"]) if "eval_loss" in entry)
+
+
+def differences(study: StudyRecords, arm: str) -> list[float]:
+    """CE(on) - CE(off) at the end of training, seed by seed; empty for an arm without the echo."""
+    found = [last_evaluation(run) for run in study.confirmation(arm).values()]
+    return [entry["eval_ce_on"] - entry["eval_ce_off"] for entry in found if "eval_ce_on" in entry]
+
+
+def table(studies: dict[int, StudyRecords]) -> list[str]:
+    lines = [
+        "| hops | setting | CE(off) | CE(on) − CE(off): mean, and each seed | accuracy | with the echo kept on |",
+        "|---|---|---|---|---|---|",
+    ]
+    for hops, study in studies.items():
+        for arm in study.design.arms:
+            runs = list(study.confirmation(arm).values())
+            if not runs:
+                continue
+            found = differences(study, arm)
+            each = f"{mean_of(found):+.3f} ({', '.join(f'{one:+.3f}' for one in found)})" if found else ""
+            kept = f"{mean_of(run_accuracy(run, echo=True) for run in runs):.1%}" if found else ""
+            loss = mean_of(last_evaluation(run)["eval_loss"] for run in runs)
+            accuracy = mean_of(run_accuracy(run) for run in runs)
+            lines.append(f"| {hops} | {study.label(arm)} | {loss:.3f} | {each} | {accuracy:.1%} | {kept} |")
+    return lines
+
+
+def draw(studies: dict[int, StudyRecords], path: Path) -> None:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    arms = {arm: study.label(arm) for study in studies.values() for arm in study.design.arms if differences(study, arm)}
+    for (arm, label), marker in zip(arms.items(), "osD^vP", strict=False):
+        found = {hops: differences(study, arm) for hops, study in studies.items()}
+        hops = [number for number, values in found.items() if values]
+        line = axes.plot(hops, [mean_of(found[number]) for number in hops], f"{marker}-", markersize=4, label=label)[0]
+        for number in hops:
+            axes.plot([number, number], [min(found[number]), max(found[number])], color=line.get_color(), linewidth=1)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("hops; vertical lines: range over seeds")
+    axes.set_xticks(list(studies))
+    axes.set_ylabel("CE(on) − CE(off), nats")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    found = sorted(
+        (int(path.parent.name.removeprefix("hops-")), path.parent) for path in folder.glob("hops-*/study.json")
+    )
+    studies = {hops: read_study(path) for hops, path in found}
+    draw(studies, folder / "hops.png")
+    reports = ", ".join(f"[{hops} hops](hops-{hops}/report.md)" for hops in studies)
+    write_text(folder / "README.md", "\n".join([INTRODUCTION.format(reports=reports), *table(studies), ""]))
+
+
+if __name__ == "__main__":
+    main()
