@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -48,6 +49,10 @@ class Run:
     initial: str  # hash of the adapter before the first step
 
 
+def on_cpu(**variables: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **variables}
+
+
 def launch(folder: Path, plan: str, **settings: Any) -> subprocess.CompletedProcess:
     """plan: `one` process, or the name of a shipped configuration for two."""
     processes = 1 if plan == "one" else 2
@@ -63,14 +68,13 @@ def launch(folder: Path, plan: str, **settings: Any) -> subprocess.CompletedProc
     }
     defaults |= {"resume": None, "adam_epsilon": 1e-2, "gradient_accumulation_steps": 2 // processes}
     command = [str(SCRIPT), str(folder), json.dumps(defaults | settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     if plan == "one":
         command = [sys.executable, *command]
     else:
         config = CONFIGS / f"{plan}.yaml" if "/" not in plan else Path(plan)
         options = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", "0"]
         command = [sys.executable, "-m", "accelerate.commands.launch", *options, *command]
-    return subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
+    return subprocess.run(command, env=on_cpu(), timeout=300, capture_output=True, text=True)
 
 
 def train(folder: Path, plan: str, **settings: Any) -> Run:
@@ -362,14 +366,13 @@ def test_deepspeed(tmp_path, monkeypatch, reference, stage):
 
 def launch_recipe(folder: Path, plan: str, *args: str, script: str | None = None) -> subprocess.CompletedProcess:
     """`echo-lora ARGS` in `folder`, in two processes with a shipped configuration, or in one."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     entry = ["-m", "echo_lora"] if script is None else [script]
     if plan == "one":
         command = [sys.executable, *entry, *args]
     else:
         options = ["--config_file", str(CONFIGS / f"{plan}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
         command = [sys.executable, "-m", "accelerate.commands.launch", *options, *entry, *args]
-    return subprocess.run(command, cwd=folder, env=environment, timeout=300, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=on_cpu(), timeout=300, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -427,10 +430,21 @@ def test_a_recipe_resumes_on_two_processes(tmp_path):
 @pytest.mark.slow
 def test_an_error_is_reported_once_and_ends_both_processes(tmp_path):
     tiny_recipe(tmp_path, output="run", data={"train": "train.jsonl", "max_length": 3})
-    done = launch_recipe(tmp_path, "ddp", "train", "recipe.yaml")
-    assert done.returncode != 0
-    assert done.stderr.count("keeps no answer token") == 1
-    assert "SIGTERM" not in done.stderr  # the second ended by itself
+    # without a launcher, which would end the second as soon as the first has failed
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "echo_lora", "train", "recipe.yaml"]
+    processes = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=on_cpu(RANK=rank, LOCAL_RANK=rank, **place), stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "".join(errors).count("keeps no answer token") == 1
     assert not (tmp_path / "run").exists()
 
 

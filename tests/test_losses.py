@@ -43,6 +43,18 @@ def test_a_divergence_of_equal_distributions_is_zero(logits):
     assert gradient.abs().max() == 0
 
 
+@pytest.mark.parametrize("V", [260, 50_000])
+def test_a_small_divergence_is_not_lost_in_rounding(V):
+    g = torch.Generator().manual_seed(0)
+    off = 2 * torch.randn(8, V, generator=g)
+    on = off + 1e-2 * torch.randn(8, V, generator=g)
+    exact = reference_terms(off.double(), on.double(), torch.zeros(8, dtype=torch.long), EchoConfig())[3]
+    kl, _ = distillation(on.log_softmax(-1), off.log_softmax(-1), EchoConfig().distillation_temperature)
+    assert exact / 8 < 1e-4
+    assert kl.min() > 0
+    assert kl.sum() == pytest.approx(exact.item(), rel=2e-4)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_distillation_by_hand(temperature):
     teacher, student = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]], requires_grad=True)

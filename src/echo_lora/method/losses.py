@@ -188,10 +188,12 @@ def distillation(log_teacher_nV: Tensor, log_student_nV: Tensor, temperature: fl
         KL = Σ t (log t − log s)                         ∂ τ² KL / ∂logits = τ (s − t)
 
     In: logits, or log-probabilities at temperature 1, (n, V) float32. τ² keeps the gradient's size roughly independent
-    of τ.
+    of τ. Σ (s − t) = 0 is added to the sum: no term is then below zero, and what rounding does to a whole distribution
+    cancels, which may exceed a small KL.
     """
     log_t = F.log_softmax(log_teacher_nV / temperature, dim=-1)  # (n, V)
     log_s = F.log_softmax(log_student_nV / temperature, dim=-1)  # (n, V)
     t, s = log_t.exp(), log_s.exp()  # (n, V) each
-    kl_n = (t * log_t.sub_(log_s)).sum(-1)  # (n,)
-    return temperature**2 * kl_n, s.sub_(t).mul_(temperature)
+    log_ratio, difference = log_t.sub_(log_s), s.sub_(t)  # (n, V) each, in place
+    kl_n = torch.addcmul(difference, t, log_ratio).sum(-1)  # (n,)
+    return temperature**2 * kl_n, difference.mul_(temperature)
