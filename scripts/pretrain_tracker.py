@@ -44,7 +44,7 @@ def question(generator: random.Random, hops: int) -> dict[str, str]:
     operations = [generator.choice(SWAPS) if place in places else NOTHING for place in range(OPERATIONS)]
     for one, other in (operation for operation in operations if operation != NOTHING):
         held[one], held[other] = held[other], held[one]
-    return {"prompt": " ".join([*operations, ASK]), "completion": " ".join(held.values())}
+    return {"prompt": " ".join([*operations, ASK, ""]), "completion": " ".join(held.values())}
 
 
 def splits(seed: int, hops: int) -> dict[str, list[dict[str, str]]]:
@@ -93,7 +93,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, rows: int, seed: in
     started, losses = time.perf_counter(), []
     for step in range(steps):
         batch = [question(generator, generator.choice(KNOWN_HOPS)) for _ in range(rows)]
-        texts = [f"{row['prompt']} {row['completion']} {END}" for row in batch]
+        texts = [f"{row['prompt']}{row['completion']}{END}" for row in batch]
         ids = tokenizer(texts, return_tensors="pt")["input_ids"]
         labels = ids.clone()
         labels[:, : OPERATIONS + 1] = -100
