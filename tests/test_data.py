@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_lora.data.check import check_tokenized_dataset
+from echo_lora.data.check import SpecialTokens, check_tokenized_dataset
 from echo_lora.data.generated import reasoning_gym_rows, reasoning_gym_splits
 from echo_lora.data.prepared import prepare_rows
 from echo_lora.data.preview import preview_segments
@@ -312,6 +313,32 @@ def test_a_prompt_that_merges_with_its_answer_is_counted(tokenizer: Any, caplog:
     assert render_prompt(rows[1], tokenizer) == "the answer"
 
 
+def test_text_without_a_token_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, "one": 2, "two": 3, "=": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    rows = [
+        {"prompt": "one two = ", "completion": "two"},
+        {"prompt": "one two =", "completion": "two"},  # "=two"
+        {"prompt": "one three = ", "completion": "two"},
+    ]
+    with caplog.at_level(logging.WARNING):
+        data = prepare_rows(rows, tokenizer, max_length=None)
+    assert data.counts.untrained == {"text that the vocabulary has no token for": [1, 2]}
+    expected = "train.jsonl:2: row 1 has text that the vocabulary has no token for: not trained on (2 such rows)."
+    assert expected in caplog.text
+
+
+def test_an_unknown_token_that_no_text_becomes_is_not_counted(tokenizer: Any) -> None:
+    unused = copy.deepcopy(tokenizer)
+    unused.unk_token = unused.pad_token  # as byte-level tokenizers have it, for no use
+    row = {"prompt": f"{unused.pad_token} a ", "completion": "b \U00012000"}
+    assert prepare_rows([row], unused, max_length=None).counts.untrained == {}
+
+
 # ----------------------------------------------------------------------------------------------- checking
 
 
@@ -450,7 +477,9 @@ def test_a_tokenised_row_without_boundary_or_answer_is_refused(labels: list[int]
 
     dataset = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [labels], ROW: [7]})
     with pytest.raises(EchoDataError) as caught:
-        check_tokenized_dataset(dataset, max_length=8, on_overlength="drop", end_token_ids={7}, source="train.jsonl")
+        check_tokenized_dataset(
+            dataset, max_length=8, on_overlength="drop", special=SpecialTokens({7}), source="train.jsonl"
+        )
     assert message in str(caught.value)
 
 
@@ -477,12 +506,7 @@ def test_a_tokenised_dataset_is_treated_like_the_rows(policy: Any, tokenizer_wit
     dataset = prepare_rows(rows, tokenizer, max_length=None).dataset
     dataset = dataset.add_column("note", [row["completion"] for row in rows])
     checked, counts = check_tokenized_dataset(
-        dataset,
-        max_length=limit,
-        on_overlength=policy,
-        end_token_ids=end_token_ids(tokenizer),
-        source="train.jsonl",
-        bos_token_id=tokenizer.bos_token_id,
+        dataset, max_length=limit, on_overlength=policy, special=SpecialTokens.of(tokenizer), source="train.jsonl"
     )
     assert counts.dropped + counts.truncated > 0
     assert (counts.kept, counts.dropped, counts.truncated) == (

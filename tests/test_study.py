@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -513,6 +514,24 @@ def test_test_rows_that_are_missing_show_before_the_first_run(tmp_path, monkeypa
     study = loaded(tmp_path)
     (tmp_path / "test.jsonl").unlink()
     with pytest.raises(EchoDataError, match=r"test\.jsonl"):
+        run_study(study, Engine())
+    assert not Path(study.output).exists()
+
+
+def test_faults_and_warnings_of_any_arms_rows_show_before_the_first_run(tmp_path, planted, caplog):
+    rows = tmp_path / "merged.jsonl"
+    rows.write_text(json.dumps({"prompt": "the answer ", "completion": "is"}) + "\n")  # one token: " is"
+    other = {"set": {"echo": False, "data.train": [{"file": str(rows)}], "data.chat": False}}
+    study = loaded(tmp_path, learning_rates=[1e-2], arms=ARMS | {"other": other})
+    with caplog.at_level("WARNING"):
+        assert run_study(study, Engine())
+    found = [message for message in caplog.messages if "merged.jsonl" in message]
+    assert len(found) == 1
+    assert "has one token for the end of its prompt and the start of its answer" in found[0]
+
+    rows.write_text(json.dumps({"prompt": "th", "completion": "e"}) + "\n")  # no boundary
+    shutil.rmtree(study.output)
+    with pytest.raises(EchoDataError, match=r"merged\.jsonl:1: row 0 has no boundary"):
         run_study(study, Engine())
     assert not Path(study.output).exists()
 

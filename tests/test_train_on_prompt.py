@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from architectures import Row, collate, lora_config, random_row, tiny_base
 from echo_lora import EchoCallback, EchoConfig, EchoSFTTrainer, EchoTrainer, get_echo_model
-from echo_lora.data.check import check_tokenized_dataset
+from echo_lora.data.check import SpecialTokens, check_tokenized_dataset
 from echo_lora.data.prepared import prepare_rows
 from echo_lora.errors import EchoCheckpointError, EchoConfigError, EchoDataError
 from echo_lora.recipe.load import load_recipe
@@ -81,9 +81,7 @@ def test_a_prompt_that_is_shortened_is_cut_with_its_mask():
     prepared = prepare_rows(ROWS, tokenizer, **limits, train_on_prompt=True)
     assert prepared.counts.truncated > 0
     dataset = prepare_rows(ROWS, tokenizer, max_length=None, train_on_prompt=True).dataset
-    checked, counts = check_tokenized_dataset(
-        dataset, **limits, end_token_ids={tokenizer.eos_token_id}, source="rows", bos_token_id=tokenizer.bos_token_id
-    )
+    checked, counts = check_tokenized_dataset(dataset, **limits, special=SpecialTokens.of(tokenizer), source="rows")
     assert counts == prepared.counts
     assert list(checked) == list(prepared.dataset)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from echo_lora.data.forms import row_number
 from echo_lora.data.sources import ROW, where_is
-from echo_lora.data.tokenize import ANSWER, IGNORED, TokenizedRow
+from echo_lora.data.tokenize import ANSWER, IGNORED, TokenizedRow, end_token_ids
 from echo_lora.errors import EchoDataError
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 Overlength = Literal["error", "drop", "truncate_prompt"]
+
+RARE = "\U00012000"  # a cuneiform sign, which no vocabulary has
+NO_TOKEN = "text that the vocabulary has no token for"
 
 
 class Lengths(NamedTuple):
@@ -104,21 +107,34 @@ def refuse_unknown_token(where: str, ids: list[int], vocabulary: int) -> None:
             )
 
 
+class SpecialTokens(NamedTuple):
+    """Ids of a tokenizer that mean something to the checks."""
+
+    ends: set[int]
+    bos: int | None = None  # of a tokenizer that puts it before every text: stays first when a prompt is shortened
+    unknown: int | None = None  # what text becomes that the vocabulary has no token for
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+        ends, bos, unknown = end_token_ids(tokenizer), tokenizer.bos_token_id, tokenizer.unk_token_id
+        # many tokenizers have an unknown token and never use it: they fall back to bytes
+        is_used = unknown in tokenizer(RARE, add_special_tokens=False)["input_ids"] and unknown not in ends
+        return cls(ends, bos if tokenizer("a")["input_ids"][0] == bos else None, unknown if is_used else None)
+
+
 def check_tokenized_dataset(
     dataset: Dataset,
     *,
     max_length: int | None,
     on_overlength: Overlength,
-    end_token_ids: set[int],
+    special: SpecialTokens,
     source: str,
-    bos_token_id: int | None = None,
 ) -> tuple[Dataset, RowCounts]:
     """The checks of `prepare_rows` for a dataset that already has `input_ids` and `labels`; other columns are kept.
 
-    If there is a column `completion_mask`, it marks which labels are answer tokens. bos_token_id: the token that stays
-    first when a prompt is shortened.
+    If there is a column `completion_mask`, it marks which labels are answer tokens.
     """
-    check = RowCheck(max_length, on_overlength, end_token_ids, bos_token_id, source)
+    check = RowCheck(max_length, on_overlength, special, source)
     columns = [name for name in ("input_ids", "labels", ANSWER, ROW) if name in dataset.column_names]
     kept = [
         index
@@ -129,7 +145,7 @@ def check_tokenized_dataset(
     if counts.dropped:
         dataset = dataset.select(kept)
     if counts.truncated:
-        options = {"max_length": max_length, "bos": bos_token_id}
+        options = {"max_length": max_length, "bos": special.bos}
         dataset = dataset.map(_shorten_columns, fn_kwargs=options, desc="Shortening prompts")
     return dataset, counts
 
@@ -140,8 +156,7 @@ class RowCheck:
 
     max_length: int | None
     on_overlength: Overlength
-    end_ids: set[int]
-    bos: int | None
+    special: SpecialTokens
     source: str
     dropped: list[int] = field(default_factory=list)
     answerless: int = 0
@@ -185,18 +200,19 @@ class RowCheck:
                 self.overlong_count += 1
                 self.longest = max(self.longest, length)
                 return None
-            keep = _kept_columns(row, self.max_length, self.bos)
+            keep = _kept_columns(row, self.max_length, self.special.bos)
             row = replace(row, input_ids=keep(row.input_ids), labels=keep(row.labels))
             self.truncated += 1
         answer = [label for label in row.labels if label != IGNORED]
         self.tokens += len(row.labels)
         self.prompt_lengths.append(row.answer_start)
         self.answer_lengths.append(len(answer))
-        if self.end_ids.isdisjoint(answer[-2:]):  # chat templates may write a newline after the end of a turn
+        if self.special.ends.isdisjoint(answer[-2:]):  # chat templates may write a newline after the end of a turn
             self.endless.append(row.row)
         if row.merged_tokens:
             self.merged.append(row.row)
-        for what in row.untrained:
+        lost = (NO_TOKEN,) if self.special.unknown in row.input_ids else ()
+        for what in (*row.untrained, *lost):
             self.untrained.setdefault(what, []).append(row.row)
         return row
 
@@ -288,9 +304,3 @@ def ranges_text(numbers: list[int]) -> str:
 
 def _lengths(lengths: Sequence[int]) -> Lengths:
     return Lengths(min(lengths), median(lengths), max(lengths))
-
-
-def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the beginning-of-sequence token, if the tokenizer puts it before every text."""
-    is_first = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return tokenizer.bos_token_id if is_first else None

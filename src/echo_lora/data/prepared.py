@@ -10,11 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echo_lora.data.check import Overlength, RowCheck, RowCounts, added_bos, as_tokenized_row, ranges_text
+from echo_lora.data.check import Overlength, RowCheck, RowCounts, SpecialTokens, as_tokenized_row, ranges_text
 from echo_lora.data.forms import check_forms, row_number
 from echo_lora.data.shares import repeats
 from echo_lora.data.sources import ROW, where_is
-from echo_lora.data.tokenize import ANSWER, IGNORED, TokenizedRow, end_token_ids, tokenize_row
+from echo_lora.data.tokenize import ANSWER, IGNORED, TokenizedRow, tokenize_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +112,7 @@ def prepare_rows(
     if not forms_are_checked:
         rows = list(rows) if isinstance(rows, Iterator) else rows
         check_forms(rows, source, ignore_columns, chat=chat)
-    check = RowCheck(max_length, on_overlength, end_token_ids(tokenizer), added_bos(tokenizer), source)
+    check = RowCheck(max_length, on_overlength, SpecialTokens.of(tokenizer), source)
     writer = _Writer(train_on_prompt)
     for index, row in enumerate(rows):
         number = row_number(row, index)

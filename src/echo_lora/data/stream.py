@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
-from echo_lora.data.check import Overlength, RowCheck, added_bos, refuse_unknown_token
+from echo_lora.data.check import Overlength, RowCheck, SpecialTokens, refuse_unknown_token
 from echo_lora.data.formats import FormattedRows
 from echo_lora.data.forms import check_forms, row_number
 from echo_lora.data.prepared import columns_of
 from echo_lora.data.sources import ROW, where_is
-from echo_lora.data.tokenize import ANSWER, TokenizedRow, end_token_ids, tokenize_row
+from echo_lora.data.tokenize import ANSWER, TokenizedRow, tokenize_row
 from echo_lora.errors import EchoDataError
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class RowStream:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         import numpy as np
 
-        ends, bos = end_token_ids(self.tokenizer), added_bos(self.tokenizer)
-        self.checks = [RowCheck(self.max_length, self.on_overlength, ends, bos, part.source) for part in self.parts]
+        special = SpecialTokens.of(self.tokenizer)
+        self.checks = [RowCheck(self.max_length, self.on_overlength, special, part.source) for part in self.parts]
         digest, warned, read = hashlib.sha256(), set[tuple[int, str]](), 0
         for epoch in count():
             before = read

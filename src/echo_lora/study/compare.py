@@ -150,6 +150,7 @@ def _begin(study: Study, command: str) -> StudyFile:
             "Choose another output."
         )
     count_questions(study)  # fail before the training, not after it
+    _prepare_rows(study)
     file = StudyFile(
         design=study.design,
         recipe=_without_place(recipe),
@@ -161,6 +162,20 @@ def _begin(study: Study, command: str) -> StudyFile:
     )
     file.write(study.output)
     return file
+
+
+def _prepare_rows(study: Study) -> None:
+    """Prepare the rows of every arm once, for their faults and warnings: a run's are in its log alone.
+
+    Raises EchoDataError.
+    """
+    from echo_lora.recipe.prepare import prepare, sample_of  # transformers takes seconds
+
+    recipes = [recipe_of(study, RunKey("confirmation", arm, study.rates(arm)[0], study.seeds[0])) for arm in study.arms]
+    with stage("Reading rows", line=False):
+        for place, recipe in enumerate(recipes):
+            if all((recipe.model, recipe.data) != (other.model, other.data) for other in recipes[:place]):
+                prepare(sample_of(recipe))
 
 
 def _differing(begun: StudyFile, design: Design, recipe: Recipe) -> list[str]:

@@ -18,11 +18,11 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import maybe_convert_to_chatml
 from trl.trainer.utils import create_model_from_path
 
-from echo_lora.data.check import added_bos, check_tokenized_dataset
+from echo_lora.data.check import SpecialTokens, check_tokenized_dataset
 from echo_lora.data.forms import checked_row, row_number, unused_texts, without_effect
 from echo_lora.data.loaded import without_nulls
 from echo_lora.data.sources import KEPT_NAME, ROW, where_is
-from echo_lora.data.tokenize import ANSWER, IGNORED, end_token_ids, tokenize_row
+from echo_lora.data.tokenize import ANSWER, IGNORED, tokenize_row
 from echo_lora.errors import EchoConfigError, EchoDataError
 from echo_lora.method.attach import attach_echo
 from echo_lora.method.config import EchoConfig
@@ -127,9 +127,8 @@ class EchoSFTTrainer(EchoTrainerMixin, SFTTrainer):
             prepared,
             max_length=args.max_length,
             on_overlength=self._on_overlength,
-            end_token_ids=end_token_ids(self._tokenizer),
+            special=SpecialTokens.of(self._tokenizer),
             source=f"{dataset_name} data",
-            bos_token_id=added_bos(self._tokenizer),
         )
         logger.info("%s data: %s", dataset_name, counts)
         return self._packed(prepared, args) if packing else prepared
