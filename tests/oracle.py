@@ -154,6 +154,7 @@ def _sums(
             is_better = F.softmax(teacher, -1)[labels[b, t]] > F.softmax(student, -1)[labels[b, t]]
             if config.distillation_tokens == "teacher_better" and not is_better:
                 continue
-            p_teacher = F.softmax(teacher.detach() / tau, -1)
-            kl = kl + tau**2 * (p_teacher * (p_teacher.log() - F.log_softmax(student / tau, -1))).sum()
+            teacher, student = teacher.detach().double(), student.double()  # a small divergence drowns in float32
+            p_teacher = F.softmax(teacher / tau, -1)
+            kl = kl + tau**2 * (p_teacher * (p_teacher.log() - F.log_softmax(student / tau, -1))).sum().float()
     return ce_off, ce_on, kl, ce_prompt, z, count

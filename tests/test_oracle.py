@@ -63,8 +63,8 @@ def assert_equals_oracle(
     terms = ("loss", "ce_off", "ce_on", "distillation") if is_routed else ("loss", "ce_off")
     assert (actual.ce_prompt is not None) == trains_prompt
     for term in (*terms, "ce_prompt") if trains_prompt else terms:
-        # a divergence is a difference of entropies of order 1, and has their absolute rounding error, times τ²
-        atol = 5e-7 * config.distillation_temperature**2 if term == "distillation" else 0
+        # a divergence grows with the square of the passes' difference, which has the rounding error of the logits
+        atol = 1e-7 * config.distillation_temperature**2 if term == "distillation" else 0
         torch.testing.assert_close(
             getattr(actual, term),
             getattr(expected, term).detach(),
