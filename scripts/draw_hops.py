@@ -21,6 +21,12 @@ INTRODUCTION = """# Does the echo know more where a task needs more steps?
 The last CE(on) − CE(off) on validation rows, in nats per answer token: below 0 the echo-on pass predicts answers
 better. Task, settings and rule are in [the plan](../PLAN.md), all else in the studies' reports: {reports}.
 
+```
+python scripts/pretrain_tracker.py --output runs/tracker      # the model and its rows, two minutes
+echo-lora compare results/study/depth/hops-6/study.yaml       # and so on; its records are copied to here
+python scripts/draw_hops.py results/study/depth
+```
+
 ![CE(on) − CE(off) against the number of hops, one line for each setting of the echo.](hops.png)
 """
 
