@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from echo_lora.files import write_text
 from echo_lora.study.folder import StudyRecords, read_study
-from echo_lora.study.records import mean_of, run_accuracy
+from echo_lora.study.records import mean_of, run_accuracy, tuned_on
 
 INTRODUCTION = """# Does the echo know more where a task needs more steps?
 
@@ -31,14 +31,10 @@ python scripts/draw_hops.py results/study/depth
 """
 
 
-def last_evaluation(run: dict) -> dict:
-    return next(entry for entry in reversed(run["history"]) if "eval_loss" in entry)
-
-
 def differences(study: StudyRecords, arm: str) -> list[float]:
     """CE(on) - CE(off) at the end of training, seed by seed; empty for an arm without the echo."""
-    found = [last_evaluation(run) for run in study.confirmation(arm).values()]
-    return [entry["eval_ce_on"] - entry["eval_ce_off"] for entry in found if "eval_ce_on" in entry]
+    found = [[entry for entry in run["history"] if "eval_ce_on" in entry] for run in study.confirmation(arm).values()]
+    return [entries[-1]["eval_ce_on"] - entries[-1]["eval_ce_off"] for entries in found if entries]
 
 
 def table(studies: dict[int, StudyRecords]) -> list[str]:
@@ -54,7 +50,7 @@ def table(studies: dict[int, StudyRecords]) -> list[str]:
             found = differences(study, arm)
             each = f"{mean_of(found):+.3f} ({', '.join(f'{one:+.3f}' for one in found)})" if found else ""
             kept = f"{mean_of(run_accuracy(run, echo=True) for run in runs):.1%}" if found else ""
-            loss = mean_of(last_evaluation(run)["eval_loss"] for run in runs)
+            loss = mean_of(tuned_on(run, "loss") for run in runs)
             accuracy = mean_of(run_accuracy(run) for run in runs)
             lines.append(f"| {hops} | {study.label(arm)} | {loss:.3f} | {each} | {accuracy:.1%} | {kept} |")
     return lines

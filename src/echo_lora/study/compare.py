@@ -23,7 +23,7 @@ from echo_lora.progress import progress_console, stage
 from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.rows import source_rows, sources_of
 from echo_lora.recipe.schema import Recipe
-from echo_lora.study.design import Design, RunKey, Study, recipe_of
+from echo_lora.study.design import Design, RunKey, Study, first_recipe
 from echo_lora.study.folder import STUDY_FILE, Archive, StudyFile, read_study, restorable
 from echo_lora.study.looks import confidence_at
 from echo_lora.study.power import Noise, PowerEstimate, estimate_noise, power
@@ -65,7 +65,7 @@ def run_study(
     if engine.cluster is not None:
         require_package("submitit", "a study on a cluster")
     for arm in study.arms:
-        require_packages(recipe_of(study, RunKey("confirmation", arm, 1.0, study.seeds[0])), trains=True, scores=True)
+        require_packages(first_recipe(study, arm), trains=True, scores=True)
     if minutes is not None and engine.cluster is not None:
         raise EchoConfigError("--minutes limits runs on this machine; on a cluster use --slurm timeout_min=…")
     if engine.cluster == "slurm" and shutil.which("srun") is None:
@@ -133,7 +133,7 @@ def _ends_at(study: Study, look: int) -> bool:
 
 def _begin(study: Study, command: str) -> StudyFile:
     """The study's file, which is written at the first call. Raises EchoConfigError if the design has changed."""
-    recipe = _some_recipe(study)
+    recipe = first_recipe(study, study.baseline)
     if (Path(study.output) / STUDY_FILE).is_file():
         file = StudyFile.read(study.output)
         if keys := _differing(file, study.design, recipe):
@@ -171,7 +171,7 @@ def _prepare_rows(study: Study) -> None:
     """
     from echo_lora.recipe.prepare import prepare, sample_of  # transformers takes seconds
 
-    recipes = [recipe_of(study, RunKey("confirmation", arm, study.rates(arm)[0], study.seeds[0])) for arm in study.arms]
+    recipes = [first_recipe(study, arm) for arm in study.arms]
     with stage("Reading rows", line=False):
         for place, recipe in enumerate(recipes):
             if all((recipe.model, recipe.data) != (other.model, other.data) for other in recipes[:place]):
@@ -187,12 +187,6 @@ def _differing(begun: StudyFile, design: Design, recipe: Recipe) -> list[str]:
     except ValidationError:  # a key or a value that no longer exists
         is_same = False
     return keys if is_same else [*keys, "recipe"]
-
-
-def _some_recipe(study: Study) -> Recipe:
-    """The recipe of the baseline's first run."""
-    first = RunKey("confirmation", study.baseline, study.rates(study.baseline)[0], study.seeds[0])
-    return recipe_of(study, first)
 
 
 def _without_place(recipe: Recipe) -> dict[str, Any]:
@@ -232,7 +226,7 @@ def _done_run(study: Study, key: RunKey) -> Record:
 
 def count_questions(study: Study) -> tuple[int, ...]:
     """The number of questions of each task of the confirmation runs. Raises EchoDataError if rows can't be read."""
-    recipe = _some_recipe(study)
+    recipe = first_recipe(study, study.baseline)
     tasks = recipe.evaluation.tasks
     sources = sources_of(recipe, study.score_on)
     groups = [task.data or sources for task in tasks] or [[source] for source in sources]

@@ -249,7 +249,7 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
     study = validated(Study, document, str(source), tree, overrides)
     for name, arm in study.arms.items():
         try:
-            recipe = recipe_of(study, RunKey("confirmation", name, study.rates(name)[0], study.seeds[0]))
+            recipe = first_recipe(study, name)
         except EchoConfigError as error:
             raise EchoConfigError(f"{source}: {error}") from error
         if (problem := _problem(study, arm, recipe)) is not None:
@@ -320,6 +320,11 @@ def recipe_of(study: Study, key: RunKey) -> Recipe:
         return load_recipe(study.recipe, [f"{name}={json.dumps(value)}" for name, value in values.items()])
     except EchoConfigError as error:
         raise EchoConfigError(f"arm {key.arm}: {error}") from error
+
+
+def first_recipe(study: Study, arm: str) -> Recipe:
+    """The recipe of an arm's first confirmation run, for what all runs of the arm share."""
+    return recipe_of(study, RunKey("confirmation", arm, study.rates(arm)[0], study.seeds[0]))
 
 
 def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
