@@ -19,7 +19,7 @@ import numpy as np
 
 ARMS: dict[str, dict[str, Any]] = {
     "lora": {"label": "LoRA", "set": {"echo": False}},
-    "echo-lora": {"label": "Echo-LoRA"},
+    "echo-lora": {"label": "Echo-LoRA", "keep_echo_on": True},
     "zero": {"label": "zero (R-Drop)", "role": "control", "set": {"echo_config.echo_kind": "zero"}},
     "noise": {"role": "control", "set": {"echo_config.echo_kind": "noise"}},
     "shuffled": {"role": "control", "set": {"echo_config.echo_kind": "shuffled"}},

@@ -71,13 +71,13 @@ def read(folder: Path) -> tuple[Page, str, str]:
     return Page(text), text, (folder / "report.md").read_text(encoding="utf-8")
 
 
-def correct_of(folder: Path, arm: str) -> dict[str, np.ndarray]:
-    """By task, bool (seeds, questions), without the code that is tested."""
+def correct_of(folder: Path, arm: str, *, echo: bool = False) -> dict[str, np.ndarray]:
+    """By task, bool (seeds, questions), without the code that is tested; echo: of the answers with the echo kept on."""
     found: dict[str, list[list[bool]]] = {}
     for run in read_study(folder).runs:
         if run["stage"] == "confirmation" and run["arm"] == arm:
             for score in run["scores"]:
-                if not score["echo"]:
+                if score["echo"] == echo:
                     found.setdefault(score["result"]["task"], []).append(score["result"]["correct_per_row"])
     return {task: np.array(rows) for task, rows in found.items()}
 
@@ -136,6 +136,30 @@ def test_every_number_in_a_table_of_the_page_is_in_its_twin(made):
     assert len(cells) > 150
     rows = [line.replace("\\", "") for line in markdown.splitlines() if line.startswith("|")]
     assert [cell for cell in sorted(cells) if not any(f"| {cell} |" in row for row in rows)] == []
+
+
+@pytest.mark.parametrize(
+    "pair", [("echo-lora+echo", "lora"), ("echo-lora+echo", "echo-lora"), ("zero", "echo-lora+echo")]
+)
+def test_a_side_of_a_comparison_may_keep_its_echo_on(tmp_path, pair):
+    folder = write_study(tmp_path / "study", arms=["lora", "echo-lora", "zero"], comparisons=[pair], questions=120)
+    _, _, markdown = read(folder)
+    arms = [side.removesuffix("+echo") for side in pair]
+    correct = [correct_of(folder, arm, echo=arm != side) for arm, side in zip(arms, pair, strict=True)]
+    expected = compare_arms(*pair, *correct, smallest_effect=0.01)
+    assert expected != compare_arms(*pair, *(correct_of(folder, arm) for arm in arms), smallest_effect=0.01)
+    labels = {"echo-lora+echo": "Echo-LoRA, its echo kept on", "echo-lora": "Echo-LoRA", "lora": "LoRA"}
+    name = " − ".join(labels.get(side, "zero (R-Drop)") for side in pair)
+    effect = expected.overall
+    line = f"{name} | {signed(effect.estimate)} | {signed(effect.low)} to {signed(effect.high)} | {expected.verdict}"
+    assert f"| {line} |" in markdown.replace("\\", "")
+    assert any(name in one for one in summary_lines(folder))
+
+
+def test_a_kept_echo_that_no_run_was_scored_with_is_named(tmp_path):
+    folder = small(tmp_path, comparisons=[("echo-lora+echo", "lora")], change=only_plain_answers)
+    with pytest.raises(EchoDataError, match=r"echo-lora\+echo against lora: only one of them has the task"):
+        write_report(folder)
 
 
 @pytest.mark.parametrize(("tuning_seeds", "warns"), [([0], True), ([0, 6, 7], False)])

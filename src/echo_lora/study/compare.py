@@ -23,7 +23,7 @@ from echo_lora.progress import progress_console, stage
 from echo_lora.recipe.needs import require_packages
 from echo_lora.recipe.rows import source_rows, sources_of
 from echo_lora.recipe.schema import Recipe
-from echo_lora.study.design import Design, RunKey, Study, first_recipe
+from echo_lora.study.design import Design, RunKey, Study, first_recipe, side_of
 from echo_lora.study.folder import STUDY_FILE, Archive, StudyFile, read_study, restorable
 from echo_lora.study.looks import confidence_at
 from echo_lora.study.power import Noise, PowerEstimate, estimate_noise, power
@@ -242,13 +242,14 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> PowerEstimate:
     """
     noise: dict[str, Any] = dict(ASSUMED)
     source = "assumed"
-    if study.tunes and study.tune_on == "accuracy":
+    arms = [side_of(side)[0] for side in study.pairs[0]]  # tuning runs are scored without the echo
+    if study.tunes and study.tune_on == "accuracy" and arms[0] != arms[1]:
         pilot = [
             correct_by_task(_done_run(study, RunKey("tuning", arm, chosen[arm], seed)) for seed in study.tuning_seeds)
-            for arm in study.pairs[0]
+            for arm in arms
         ]
         noise = estimate_noise(*({task: np.array(rows) for task, rows in correct.items()} for correct in pilot))
-        source = f"tuning runs of {' and '.join(study.pairs[0])}"
+        source = f"tuning runs of {' and '.join(arms)}"
         if len(study.tuning_seeds) < 3:  # too few to estimate how much seeds differ
             noise["seed_sd"] = max(noise["seed_sd"], ASSUMED["seed_sd"])
             source += f"; seed_sd at least {ASSUMED['seed_sd']}, assumed"

@@ -29,8 +29,14 @@ from echo_lora.recipe.yaml_file import find_yaml, is_in, names_in, parse_yaml
 SHIPPED = Path(__file__).parent.parent / "studies"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 LARGEST_TEXT = 100_000_000  # bytes of the general text
+KEPT = "+echo"  # behind an arm's name in a comparison: its model with the echo kept on
 # The study sets these for each run; an arm must not.
 GIVEN = ("seeds", "output", "training.learning_rate")
+
+
+def side_of(name: str) -> tuple[str, bool]:
+    """The arm that a side of a comparison names, and whether it is scored with the echo kept on, as in `arm+echo`."""
+    return name.removesuffix(KEPT), name.endswith(KEPT)
 
 
 def _is_arm(name: str) -> str:
@@ -115,7 +121,9 @@ class Design(Section):
     arms: dict[ArmName, Arm] = Field(description="what is compared: arms by name", min_length=2)
     baseline: str = Field(description="the arm that the others are compared with")
     comparisons: list[list[str]] | None = Field(
-        None, description="pairs [arm, other], the primary one first; default: every arm with the baseline"
+        None,
+        description="pairs [arm, other], the primary one first; `arm+echo` is the arm with its echo kept on; "
+        "default: every arm with the baseline",
     )
     learning_rates: list[Rate] = Field(description="peak learning rates that every arm tries", min_length=1)
     tuning_seeds: list[int] = Field([0], description="seeds of the runs that choose a learning rate")
@@ -138,9 +146,12 @@ class Design(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        for name in [self.baseline, *(name for pair in self.comparisons or [] for name in pair)]:
+        sides = [side_of(name) for pair in self.comparisons or [] for name in pair]
+        for name, is_kept in [(self.baseline, False), *sides]:
             if name not in self.arms:
                 raise ValueError(f"there is no arm {name!r}.{nearest(name, list(self.arms))}")
+            if is_kept and not self.arms[name].keep_echo_on:
+                raise ValueError(f"a comparison names {name}{KEPT}, but arm {name} does not set keep_echo_on: true")
         for pair in self.comparisons or []:
             if len(pair) != 2 or pair[0] == pair[1]:
                 raise ValueError(f"comparison {pair} must name two different arms")

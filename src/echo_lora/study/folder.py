@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, first_problem
 from echo_lora.files import write_file, write_text
-from echo_lora.study.design import Design, RunKey, Study
+from echo_lora.study.design import Design, RunKey, Study, side_of
 from echo_lora.study.power import PowerEstimate
 from echo_lora.study.records import (
     RUNS_FILE,
@@ -144,12 +144,14 @@ class StudyRecords:
         found |= {run["arm"]: run["recipe"]["echo"] for run in self.runs if "echo" in run.get("recipe", {})}
         return any(found.values())
 
-    def label(self, arm: str) -> str:
-        """The arm's name for readers."""
-        return self.design.arms[arm].label or arm
+    def label(self, side: str) -> str:
+        """The name for readers of an arm, or of a side of a comparison."""
+        arm, is_kept = side_of(side)
+        return (self.design.arms[arm].label or arm) + ", its echo kept on" * is_kept
 
-    def confirmation(self, arm: str) -> dict[int, Record]:
-        """The arm's confirmation runs by seed, in order. Those after the last complete look don't count yet."""
+    def confirmation(self, side: str) -> dict[int, Record]:
+        """An arm's confirmation runs by seed, in order. Those after the last complete look don't count yet."""
+        arm, _ = side_of(side)
         found = {run["seed"]: run for run in self.runs if run["stage"] == "confirmation" and run["arm"] == arm}
         return {seed: found[seed] for seed in self.counted_seeds if seed in found}
 

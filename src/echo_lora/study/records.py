@@ -113,11 +113,11 @@ def mean_of(values: Iterable[float]) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
-def correct_by_task(runs: Iterable[Record]) -> dict[str, list[list[bool]]]:
-    """By task, whether each answer of each run is right, in the order of the questions."""
+def correct_by_task(runs: Iterable[Record], *, echo: bool = False) -> dict[str, list[list[bool]]]:
+    """By task, whether each answer of each run is right, in the order of the questions; echo: as in `results`."""
     found: dict[str, list[list[bool]]] = {}
     for run in runs:
-        for result in results(run):
+        for result in results(run, echo=echo):
             found.setdefault(result["task"], []).append(result["correct_per_row"])
     return found
 

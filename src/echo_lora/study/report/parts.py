@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from echo_lora.study.design import side_of
 from echo_lora.study.folder import StudyRecords
 from echo_lora.study.records import mean_of
 from echo_lora.study.report.plots import Rows, Style, axis, style_of, swatch
@@ -63,9 +64,9 @@ class PageSection:
     link: Link | None = None
 
 
-def arm_style(study: StudyRecords, arm: str) -> Style:
-    """How an arm looks in every figure."""
-    return style_of(study.arms.index(arm))
+def arm_style(study: StudyRecords, side: str) -> Style:
+    """How an arm, or a side of a comparison, looks in every figure."""
+    return style_of(study.arms.index(side_of(side)[0]))
 
 
 def legend(study: StudyRecords, arms: Container[str]) -> list[tuple[str, str]]:

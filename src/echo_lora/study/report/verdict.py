@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_lora.errors import EchoDataError
-from echo_lora.study.design import RunKey
+from echo_lora.study.design import RunKey, side_of
 from echo_lora.study.folder import StudyRecords
 from echo_lora.study.looks import confidence_at
 from echo_lora.study.records import START, Pairing, Record, correct_by_task, results
@@ -24,7 +24,7 @@ SIGN = {"better": "▲", "worse": "▼", "no difference shown": "◇", "not wors
 
 @dataclass(frozen=True)
 class Difference:
-    """One arm minus another, over the seeds that both have. comparison: None without such a seed."""
+    """One side of a comparison minus the other, over the seeds that both have. comparison: None without such a seed."""
 
     arm: str
     baseline: str
@@ -55,12 +55,15 @@ def declared_differences(study: StudyRecords) -> list[Difference]:
 
 
 def difference_of(study: StudyRecords, arm: str, baseline: str) -> Difference:
-    """One arm minus another. Raises EchoDataError if they did not answer the same questions."""
+    """One side minus the other. Raises EchoDataError if they did not answer the same questions."""
     runs = study.confirmation(arm), study.confirmation(baseline)
     seeds = [seed for seed in runs[0] if seed in runs[1]]
     found = None
     if seeds:
-        correct = [_correct(study, [of_arm[seed] for seed in seeds]) for of_arm in runs]
+        correct = [
+            _correct(study, [of_arm[seed] for seed in seeds], side_of(side)[1])
+            for of_arm, side in zip(runs, (arm, baseline), strict=True)
+        ]
         found = compare_arms(
             arm,
             baseline,
@@ -87,9 +90,9 @@ def missing_runs(study: StudyRecords, primary: Difference) -> list[RunKey]:
     return [run for run in study.missing if run.stage == "tuning" or not is_decided(study, primary)]
 
 
-def _correct(study: StudyRecords, runs: list[Record]) -> dict[str, np.ndarray]:
+def _correct(study: StudyRecords, runs: list[Record], is_kept: bool) -> dict[str, np.ndarray]:
     """By task, bool (seeds, questions). Raises EchoDataError if the runs did not answer the same questions."""
-    found = correct_by_task(runs)
+    found = correct_by_task(runs, echo=is_kept)
     for task, rows in found.items():
         if len(rows) != len(runs) or len({len(row) for row in rows}) > 1:
             raise EchoDataError(
@@ -125,7 +128,7 @@ def sentence_of(study: StudyRecords, difference: Difference) -> str:
 
 def rates_text(study: StudyRecords, difference: Difference) -> str:
     """A warning if the arms ran at different learning rates that few seeds chose; otherwise empty. [O]"""
-    rates = [study.chosen.get(arm) for arm in (difference.arm, difference.baseline)]
+    rates = [study.chosen.get(side_of(side)[0]) for side in (difference.arm, difference.baseline)]
     seeds = len(study.design.tuning_seeds)
     if not study.design.tunes or None in rates or rates[0] == rates[1] or seeds >= ENOUGH_TUNING:
         return ""
