@@ -69,7 +69,7 @@ class Arm(Section):
     )
     keep_echo_on: bool = Field(
         False,
-        description="score a second time with the echo on while generating: what distillation could reach at most",
+        description="score a second time with the echo on while generating: what there is to distil",
     )
 
 

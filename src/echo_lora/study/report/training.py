@@ -258,8 +258,8 @@ def ceiling(study: StudyRecords) -> PageSection:
         panel.add(f"{study.label(arm)}: {how}", numbers, points, hollow, interval=interval, last=filled)
         rows.append([study.label(arm), how, percent(off), percent(on), points_text(on - off)])
     caption = (
-        "Hollow: as deployed, without the echo. Filled: with the echo kept on, which no deployed adapter can do. The "
-        "filled mark is the ceiling of this echo, and the gap the most that better distillation could gain."
+        "Hollow: as deployed, without the echo. Filled: with the echo kept on, which no deployed adapter can do. Where "
+        "the filled mark is not to the right of the hollow one, there is nothing to distil."
     )
     text = ["Means over the seeds."]
     head = ["arm", "how", "echo off", "echo on", "difference"]
