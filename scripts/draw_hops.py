@@ -20,7 +20,7 @@ INTRODUCTION = """# Does the echo know more where a task needs more steps?
 
 A hop is one of the swaps that an answer composes. The table has the last CE(on) − CE(off) on validation rows, in nats
 per answer token: below 0 the echo-on pass predicts answers better. Task, settings and rule are in
-[the plan](../PLAN.md), all else in the studies' reports: {reports}.
+[the plan](../PLAN.md), all else in the studies' reports: {reports}. "…" stands for the setting of the row above.
 
 Accuracies don't rank the settings: all ran at one learning rate, 2e-3, and with four hops and many rows LoRA is better
 at a higher one. Of two hops there are not many rows: 387 with wrong answers among them, 389 without.
@@ -65,7 +65,7 @@ def table(studies: dict[int, StudyRecords]) -> list[str]:
 
 
 def draw(studies: dict[int, StudyRecords], path: Path) -> None:
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
     arms = {arm: study.label(arm) for study in studies.values() for arm in study.design.arms if differences(study, arm)}
     for (arm, label), marker in zip(arms.items(), "osD^vP", strict=False):
@@ -78,7 +78,7 @@ def draw(studies: dict[int, StudyRecords], path: Path) -> None:
     axes.set_xlabel("hops; vertical lines: range over seeds")
     axes.set_xticks(list(studies))
     axes.set_ylabel("CE(on) − CE(off), nats")
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
 
 

@@ -108,12 +108,17 @@ def losses(study: StudyRecords) -> PageSection:
         "shading spans the lowest to the highest seed."
     )
     text = []
-    if study.has_echo and study.file.recipe.get("data", {}).get("train_on_prompt"):
+    if _trains_on_prompts(study):
         text.append(
-            "This study also trains on prompts. The training loss of arms with the echo covers answers only, so it "
-            "can't be compared with that of arms without; the loss on validation rows can."
+            "This study also trains on prompts. The training loss of an arm with the echo is then summed over answers "
+            "but divided by all trained tokens, so it can't be compared with that of other arms; the loss on "
+            "validation rows can."
         )
     return _curves_section(study, "losses", "Losses", parts, "nats per token", caption, text)
+
+
+def _trains_on_prompts(study: StudyRecords) -> bool:
+    return study.has_echo and bool(study.file.recipe.get("data", {}).get("train_on_prompt"))
 
 
 def teaching(study: StudyRecords) -> PageSection:
@@ -129,6 +134,11 @@ def teaching(study: StudyRecords) -> PageSection:
     text = [
         "In training, CE(on) is a mean over routed steps and CE(off) over all steps, so the first panel is noisier."
     ]
+    if _trains_on_prompts(study):
+        text.append(
+            "Arms that also train on prompts divide both by all trained tokens in training, so their numbers there are "
+            "small; on validation rows they are means over answer tokens."
+        )
     return _curves_section(
         study, "teaching", "Does the echo know more?", parts, "nats per token", caption, text, zero=True
     )
