@@ -627,6 +627,14 @@ def test_loss_that_tuned_is_shown(tmp_path):
     assert f"| LoRA | 0.002 | {loss:.4g} | chosen |" in markdown
 
 
+@pytest.mark.parametrize("trains_on_prompts", [True, False])
+def test_what_training_losses_are_divided_by_is_said_where_prompts_are_trained_on(tmp_path, trains_on_prompts):
+    recipe = RECIPE | {"data": {"train_on_prompt": trains_on_prompts}}
+    _, _, markdown = read(small(tmp_path, about={"recipe": recipe}))
+    for text in ("is then summed over answers but divided by all trained tokens", "divide both by all trained tokens"):
+        assert (text in markdown) == trains_on_prompts
+
+
 def test_values_that_are_not_finite_do_not_break_a_figure(tmp_path):
     def change(run):
         for entry in run["history"]:

@@ -116,6 +116,7 @@ def numbers(folder: Path) -> list[dict]:
         ({"comparisons": [["zero+echo", "lora"]]}, "names zero+echo, but arm zero does not set keep_echo_on: true"),
         ({"comparisons": [["echo-lore+echo", "lora"]]}, "no arm 'echo-lore'. Did you mean 'echo-lora'?"),
         ({"baseline": "echo-lora+echo"}, "there is no arm 'echo-lora+echo'"),
+        ({"set": {"echo": False}}, "arm echo-lora: keep_echo_on needs an echo, but the arm trains without one"),
         ({"seeds": [0, 1]}, "seed 0 is in both seeds and tuning_seeds"),
         ({"seeds": [1, 1]}, "seeds = [1, 1] must be different"),
         ({"tuning_seeds": []}, "need tuning_seeds"),

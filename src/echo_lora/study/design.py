@@ -295,6 +295,8 @@ def _problem(study: Study, arm: Arm, recipe: Recipe) -> str | None:
         return (
             "a study does not run generated code; score tasks of kind code with `echo-lora eval --run-generated-code`."
         )
+    if arm.keep_echo_on and not recipe.echo:
+        return "keep_echo_on needs an echo, but the arm trains without one. Set echo: true, or leave keep_echo_on out."
     if arm.keep_echo_on and any(task.kind == "choice" for task in tasks):
         return (
             "keep_echo_on is for generated answers, but an evaluation task is of kind choice. Leave keep_echo_on out."
