@@ -13,6 +13,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ TABLES = (".csv", ".tsv")
 FORMATS = ("JSON Lines", "JSON list", "CSV", "TSV", "Parquet", "Arrow", "text")
 
 
+@lru_cache(1024)  # asked for each row
 def ending(path: str | Path) -> str:
     """The ending of a file's name that says what it holds, in lower case: that of `rows.csv.gz` is `.csv`."""
     path = Path(path)
