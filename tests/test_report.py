@@ -148,18 +148,33 @@ def test_a_side_of_a_comparison_may_keep_its_echo_on(tmp_path, pair):
     correct = [correct_of(folder, arm, echo=arm != side) for arm, side in zip(arms, pair, strict=True)]
     expected = compare_arms(*pair, *correct, smallest_effect=0.01)
     assert expected != compare_arms(*pair, *(correct_of(folder, arm) for arm in arms), smallest_effect=0.01)
-    labels = {"echo-lora+echo": "Echo-LoRA, its echo kept on", "echo-lora": "Echo-LoRA", "lora": "LoRA"}
+    labels = {"echo-lora+echo": "Echo-LoRA (echo on)", "echo-lora": "Echo-LoRA", "lora": "LoRA"}
     name = " − ".join(labels.get(side, "zero (R-Drop)") for side in pair)
     effect = expected.overall
     line = f"{name} | {signed(effect.estimate)} | {signed(effect.low)} to {signed(effect.high)} | {expected.verdict}"
     assert f"| {line} |" in markdown.replace("\\", "")
     assert any(name in one for one in summary_lines(folder))
+    means = {side: np.mean(rows["chain_sum"]) for side, rows in zip(pair, correct, strict=True)}
+    for side, mean in means.items():
+        assert f"| {labels.get(side, 'zero (R-Drop)')} | chain_sum | {mean:.1%} |" in markdown.replace("\\", "")
+    assert "which no deployed adapter does" in markdown
 
 
 def test_a_kept_echo_that_no_run_was_scored_with_is_named(tmp_path):
     folder = small(tmp_path, comparisons=[("echo-lora+echo", "lora")], change=only_plain_answers)
-    with pytest.raises(EchoDataError, match=r"echo-lora\+echo against lora: only one of them has the task"):
+    with pytest.raises(EchoDataError, match=r"arm echo-lora, seed \d, has no answers with its echo kept on"):
         write_report(folder)
+
+
+def test_a_task_that_only_a_kept_echo_answers_can_show_a_difference(tmp_path):
+    def answer_nothing_without_the_echo(run):
+        for score in run["scores"]:
+            if not score["echo"]:
+                score["result"]["correct_per_row"] = [False] * len(score["result"]["correct_per_row"])
+
+    for comparison, is_dull in ((("echo-lora+echo", "lora"), False), (("echo-lora", "lora"), True)):
+        folder = small(tmp_path / comparison[0], comparisons=[comparison], change=answer_nothing_without_the_echo)
+        assert any("can show no difference" in line for line in summary_lines(folder)) == is_dull
 
 
 @pytest.mark.parametrize(("tuning_seeds", "warns"), [([0], True), ([0, 6, 7], False)])

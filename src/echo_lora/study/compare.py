@@ -249,7 +249,7 @@ def estimate_power(study: Study, chosen: dict[str, float]) -> PowerEstimate:
             for arm in arms
         ]
         noise = estimate_noise(*({task: np.array(rows) for task, rows in correct.items()} for correct in pilot))
-        source = f"tuning runs of {' and '.join(arms)}"
+        source = f"tuning runs of {' and '.join(arms)}" + ", without the echo" * (arms != list(study.pairs[0]))
         if len(study.tuning_seeds) < 3:  # too few to estimate how much seeds differ
             noise["seed_sd"] = max(noise["seed_sd"], ASSUMED["seed_sd"])
             source += f"; seed_sd at least {ASSUMED['seed_sd']}, assumed"

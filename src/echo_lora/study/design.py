@@ -146,12 +146,16 @@ class Design(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        sides = [side_of(name) for pair in self.comparisons or [] for name in pair]
-        for name, is_kept in [(self.baseline, False), *sides]:
-            if name not in self.arms:
-                raise ValueError(f"there is no arm {name!r}.{nearest(name, list(self.arms))}")
-            if is_kept and not self.arms[name].keep_echo_on:
-                raise ValueError(f"a comparison names {name}{KEPT}, but arm {name} does not set keep_echo_on: true")
+        if self.baseline not in self.arms:
+            raise ValueError(f"there is no arm {self.baseline!r}.{nearest(self.baseline, list(self.arms))}")
+        kept = [name + KEPT for name, arm in self.arms.items() if arm.keep_echo_on]
+        for side in (side for pair in self.comparisons or [] for side in pair):
+            if side_of(side)[0] not in self.arms:
+                raise ValueError(f"there is no arm {side!r}.{nearest(side, [*self.arms, *kept])}")
+            if side not in (*self.arms, *kept):
+                raise ValueError(
+                    f"a comparison names {side}, but arm {side_of(side)[0]} does not set keep_echo_on: true"
+                )
         for pair in self.comparisons or []:
             if len(pair) != 2 or pair[0] == pair[1]:
                 raise ValueError(f"comparison {pair} must name two different arms")

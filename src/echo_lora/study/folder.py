@@ -105,6 +105,12 @@ class StudyRecords:
         return [baseline, *(arm for arm in self.design.arms if arm != baseline)]
 
     @property
+    def sides(self) -> list[str]:
+        """The arms, and those that a comparison names with the echo kept on."""
+        named = dict.fromkeys(side for pair in self.design.pairs for side in pair)
+        return [*self.arms, *(side for side in named if side not in self.design.arms)]
+
+    @property
     def others(self) -> list[tuple[str, str]]:
         """Each arm with the baseline, unless declared."""
         pairs = [(arm, self.design.baseline) for arm in self.arms[1:]]
@@ -147,7 +153,7 @@ class StudyRecords:
     def label(self, side: str) -> str:
         """The name for readers of an arm, or of a side of a comparison."""
         arm, is_kept = side_of(side)
-        return (self.design.arms[arm].label or arm) + ", its echo kept on" * is_kept
+        return (self.design.arms[arm].label or arm) + " (echo on)" * is_kept
 
     def confirmation(self, side: str) -> dict[int, Record]:
         """An arm's confirmation runs by seed, in order. Those after the last complete look don't count yet."""

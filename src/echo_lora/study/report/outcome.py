@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from echo_lora.study.design import side_of
 from echo_lora.study.folder import StudyRecords
 from echo_lora.study.records import mean_of, results
 from echo_lora.study.report.parts import Figure, PageSection, PageTable, arm_style, dots
@@ -68,6 +69,8 @@ def comparisons(study: StudyRecords, declared: list[Difference], others: list[Di
         )
     if others:
         text.append("Comparisons that were not planned are for orientation only.")
+    if study.sides != study.arms:
+        text.append("(echo on) is an arm that keeps its echo while it generates, which no deployed adapter does.")
     head = ["comparison", "difference", interval_name(study), "verdict", "p"]
     if margin is not None:
         head.insert(-1, f"not worse by more than {count_of(100 * margin, 'point')}")
@@ -130,22 +133,22 @@ def accuracy_of_runs(study: StudyRecords) -> PageSection:
         return PageSection("accuracy", title, ["Nothing to show yet: there is no confirmation run that counts."])
     panels, rows = [], []
     for i, task in enumerate([*tasks, *([OVERALL] if len(tasks) > 1 else [])]):
-        found = {arm: _accuracies(study, arm, task) for arm in study.arms}
+        found = {side: _accuracies(study, side, task) for side in study.sides}
         panels.append(
             dots(
                 study,
                 f"accuracy-{i}",
                 task,
                 f"Accuracy on {task} of every arm, one mark per seed and a line at their mean.",
-                {arm: list(values.values()) for arm, values in found.items()},
+                {side: list(values.values()) for side, values in found.items()},
                 percent,
                 x_label="correct answers, %",
                 scale=100,
             )
         )
-        for arm, values in found.items():
+        for side, values in found.items():
             cells = [percent(values.get(seed, math.nan)) for seed in study.counted_seeds]
-            rows.append([study.label(arm), task, percent(mean_of(values.values())), *cells])
+            rows.append([study.label(side), task, percent(mean_of(values.values())), *cells])
     caption = "Each mark is one trained adapter, one for each seed; the vertical line is an arm's mean over seeds."
     head = ["arm", "task", "mean", *(f"seed {seed}" for seed in study.counted_seeds)]
     figure = Figure(caption, panels, PageTable(f"Correct answers on {study.design.score_on} questions", head, rows))
@@ -205,9 +208,10 @@ def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> PageSection
             "seeds", title, ["Nothing to show yet: no seed has a confirmation run of both arms that counts."]
         )
     text = [
-        "Both adapters of a seed answered the same questions. 12 : 7 means that only the first was right on 12 of "
-        "them, and only the second on 7. McNemar's exact p is the probability that a fair coin divides these questions "
-        "at least as unevenly. It does not account for chance in the seed, so a small p in one seed proves little: "
+        "Both sides of a comparison answered the same questions in each seed. 12 : 7 means that only the first was "
+        "right on 12 of them, and only the second on 7. McNemar's exact p is the probability that a fair coin divides "
+        "these questions at least as unevenly. It does not account for chance in the seed, so a small p in one seed "
+        "proves little: "
         "check whether all seeds agree."
     ]
     head = ["comparison", "task", *(f"seed {seed}" for seed in study.counted_seeds)]
@@ -219,11 +223,11 @@ def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> PageSection
     )
 
 
-def _accuracies(study: StudyRecords, arm: str, task: str) -> dict[int, float]:
+def _accuracies(study: StudyRecords, side: str, task: str) -> dict[int, float]:
     """By seed; of one task, or the mean of all."""
     found: dict[int, float] = {}
-    for seed, run in study.confirmation(arm).items():
-        values = {result["task"]: result["accuracy"] for result in results(run)}
+    for seed, run in study.confirmation(side).items():
+        values = {result["task"]: result["accuracy"] for result in results(run, echo=side_of(side)[1])}
         if task == OVERALL and values:
             found[seed] = mean_of(values.values())
         elif task in values:

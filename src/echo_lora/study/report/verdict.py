@@ -92,6 +92,11 @@ def missing_runs(study: StudyRecords, primary: Difference) -> list[RunKey]:
 
 def _correct(study: StudyRecords, runs: list[Record], is_kept: bool) -> dict[str, np.ndarray]:
     """By task, bool (seeds, questions). Raises EchoDataError if the runs did not answer the same questions."""
+    if is_kept and (without := [run["seed"] for run in runs if not results(run, echo=True)]):
+        raise EchoDataError(
+            f"{study.folder}: the confirmation run of arm {runs[0]['arm']}, seed {without[0]}, has no answers with its "
+            "echo kept on, but a comparison names them. Repeat the run."
+        )
     found = correct_by_task(runs, echo=is_kept)
     for task, rows in found.items():
         if len(rows) != len(runs) or len({len(row) for row in rows}) > 1:
@@ -270,9 +275,9 @@ def notices(study: StudyRecords, primary: Difference) -> list[str]:
 def dull_tasks(study: StudyRecords) -> list[str]:
     """Warnings of tasks where arms can't differ: in all runs nearly all answers are the same, right or wrong. [O]"""
     dull: dict[str, list[bool]] = {}
-    for arm in study.arms:
-        for run in study.confirmation(arm).values():
-            for result in results(run):
+    for side in study.sides:
+        for run in study.confirmation(side).values():
+            for result in results(run, echo=side_of(side)[1]):
                 said = Counter(result.get("predictions", [])).most_common(1)
                 says_one = bool(said) and said[0][1] >= DULL * len(result["correct_per_row"])
                 right = sum(result["correct_per_row"]) / len(result["correct_per_row"])
