@@ -28,8 +28,8 @@ elsewhere. *Gradient through z* is `source_gradient: true`, *standardised* `norm
 `echo_lr_multiplier: 1`; "…" stands for the setting of the row above. All else is in the studies' reports: {reports}.
 
 Accuracies don't rank the settings: all ran at one learning rate, 2e-3. With four hops and many rows LoRA answers 37 to
-39 % at 4e-3, no less than with any echo kept on at 2e-3. With tuned rates and fresh seeds the distilled adapter gains
-nothing there: [confirm/kept](../confirm/kept/report.md).
+39 % at 4e-3, no less than with any echo kept on at 2e-3. With tuned rates and fresh seeds the distilled adapter shows
+no gain there: [confirm/kept](../confirm/kept/report.md).
 
 ```
 python scripts/pretrain_tracker.py --output runs/tracker      # the model and its rows, two minutes
