@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from echo_lora.files import write_text
 from echo_lora.study.folder import StudyRecords, read_study
 from echo_lora.study.records import mean_of, run_accuracy, tuned_on
+from echo_lora.study.report.texts import with_minus
 
 INTRODUCTION = """# Does the echo know more where a task needs more steps?
 
@@ -48,7 +49,7 @@ def differences(study: StudyRecords, arm: str) -> list[float]:
 
 
 def signed(nats: float) -> str:
-    return f"{nats:+.3f}".replace("-", "−")
+    return with_minus(f"{nats:+.3f}")
 
 
 def table(studies: dict[int, StudyRecords]) -> list[str]:

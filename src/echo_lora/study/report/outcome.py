@@ -211,8 +211,7 @@ def seed_by_seed(study: StudyRecords, declared: list[Difference]) -> PageSection
         "Both sides of a comparison answered the same questions in each seed. 12 : 7 means that only the first was "
         "right on 12 of them, and only the second on 7. McNemar's exact p is the probability that a fair coin divides "
         "these questions at least as unevenly. It does not account for chance in the seed, so a small p in one seed "
-        "proves little: "
-        "check whether all seeds agree."
+        "proves little: check whether all seeds agree."
     ]
     head = ["comparison", "task", *(f"seed {seed}" for seed in study.counted_seeds)]
     return PageSection(

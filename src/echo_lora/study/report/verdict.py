@@ -12,7 +12,7 @@ from echo_lora.errors import EchoDataError
 from echo_lora.study.design import RunKey, side_of
 from echo_lora.study.folder import StudyRecords
 from echo_lora.study.looks import confidence_at
-from echo_lora.study.records import START, Pairing, Record, correct_by_task, results
+from echo_lora.study.records import START, Pairing, correct_by_task, results
 from echo_lora.study.report.texts import count_of, is_known, joined, percent_text, points_text, range_text
 from echo_lora.study.statistics import LEAST_SEEDS, Comparison, Effect, TaskEffect, Verdict, compare_arms
 
@@ -60,10 +60,7 @@ def difference_of(study: StudyRecords, arm: str, baseline: str) -> Difference:
     seeds = [seed for seed in runs[0] if seed in runs[1]]
     found = None
     if seeds:
-        correct = [
-            _correct(study, [of_arm[seed] for seed in seeds], side_of(side)[1])
-            for of_arm, side in zip(runs, (arm, baseline), strict=True)
-        ]
+        correct = [_correct(study, side, seeds) for side in (arm, baseline)]
         found = compare_arms(
             arm,
             baseline,
@@ -90,18 +87,20 @@ def missing_runs(study: StudyRecords, primary: Difference) -> list[RunKey]:
     return [run for run in study.missing if run.stage == "tuning" or not is_decided(study, primary)]
 
 
-def _correct(study: StudyRecords, runs: list[Record], is_kept: bool) -> dict[str, np.ndarray]:
+def _correct(study: StudyRecords, side: str, seeds: list[int]) -> dict[str, np.ndarray]:
     """By task, bool (seeds, questions). Raises EchoDataError if the runs did not answer the same questions."""
+    of_seed = study.confirmation(side)
+    runs, (arm, is_kept) = [of_seed[seed] for seed in seeds], side_of(side)
     if is_kept and (without := [run["seed"] for run in runs if not results(run, echo=True)]):
         raise EchoDataError(
-            f"{study.folder}: the confirmation run of arm {runs[0]['arm']}, seed {without[0]}, has no answers with its "
+            f"{study.folder}: the confirmation run of arm {arm}, seed {without[0]}, has no answers with its "
             "echo kept on, but a comparison names them. Repeat the run."
         )
     found = correct_by_task(runs, echo=is_kept)
     for task, rows in found.items():
         if len(rows) != len(runs) or len({len(row) for row in rows}) > 1:
             raise EchoDataError(
-                f"{study.folder}: the confirmation runs of arm {runs[0]['arm']} did not all answer the same questions "
+                f"{study.folder}: the confirmation runs of arm {arm} did not all answer the same questions "
                 f"of task {task}: {', '.join(str(len(row)) for row in rows)} answers in {len(runs)} runs. "
                 "Repeat the run that differs."
             )
