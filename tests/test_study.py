@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from echo_lora.cli import app
-from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoTrainingError
+from echo_lora.errors import EchoConfigError, EchoDataError, EchoError, EchoModelError, EchoTrainingError
 from echo_lora.study import compare as comparing
 from echo_lora.study import folder, workers
 from echo_lora.study import run as executing
@@ -537,6 +538,15 @@ def test_faults_and_warnings_of_any_arms_rows_show_before_the_first_run(tmp_path
     rows.write_text(json.dumps({"prompt": "th", "completion": "e"}) + "\n")  # no boundary
     shutil.rmtree(study.output)
     with pytest.raises(EchoDataError, match=r"merged\.jsonl:1: row 0 has no boundary"):
+        run_study(study, Engine())
+    assert not Path(study.output).exists()
+
+
+def test_a_model_that_cannot_keep_its_echo_shows_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_on_this_machine", lambda *_: pytest.fail("a run was begun"))
+    monkeypatch.setattr(LlamaForCausalLM, "_is_stateful", True)
+    study = loaded(tmp_path)
+    with pytest.raises(EchoModelError, match=r"arm echo-lora: keep_echo_on .* but .* has a recurrent state"):
         run_study(study, Engine())
     assert not Path(study.output).exists()
 

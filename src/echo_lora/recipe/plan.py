@@ -119,7 +119,7 @@ def plan(recipe: Recipe) -> Plan:
     with stage("Reading rows", line=False):
         prepared = prepare(sample_of(recipe))[1]["train"]
     with stage("Building the model without weights", line=False):
-        base, model = _on_meta(recipe)
+        base, model = on_meta(recipe)
     config = recipe.build_echo_config()
     sources, targets = _named_layers(base, model, config) if isinstance(model, EchoModel) else ([], {})
     steps = step_count(recipe, sum(len(data.rows) for data in prepared))
@@ -152,7 +152,8 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def _on_meta(recipe: Recipe) -> tuple[PreTrainedModel, PeftModel]:
+def on_meta(recipe: Recipe) -> tuple[PreTrainedModel, PeftModel]:
+    """The recipe's base and its model with adapter and echo, all without weights. Raises an EchoError."""
     base = empty_model(recipe.model, recipe.dtype, recipe.attn_implementation, recipe.trust_remote_code)
     with torch.device("meta"):
         model = add_adapter(recipe, base)
@@ -212,7 +213,7 @@ class PeakMemory:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        _, self.model = _on_meta(recipe)
+        _, self.model = on_meta(recipe)
         self.shares_prefix = not isinstance(self.model, EchoModel) or self.model.why_full() is None
 
     def __call__(self, shape: Shape, batch_size: int) -> Memory:

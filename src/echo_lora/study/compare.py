@@ -18,9 +18,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from echo_lora.environment import processor, require_package, versions
-from echo_lora.errors import EchoConfigError, EchoError, EchoInterrupt
+from echo_lora.errors import EchoConfigError, EchoError, EchoInterrupt, EchoModelError
+from echo_lora.method.model import EchoModel
 from echo_lora.progress import progress_console, stage
 from echo_lora.recipe.needs import require_packages
+from echo_lora.recipe.plan import on_meta
+from echo_lora.recipe.prepare import prepare, sample_of
 from echo_lora.recipe.rows import source_rows, sources_of
 from echo_lora.recipe.schema import Recipe
 from echo_lora.study.design import Design, RunKey, Study, first_recipe, side_of
@@ -151,6 +154,7 @@ def _begin(study: Study, command: str) -> StudyFile:
         )
     count_questions(study)  # fail before the training, not after it
     _prepare_rows(study)
+    _require_kept_echoes(study)
     file = StudyFile(
         design=study.design,
         recipe=_without_place(recipe),
@@ -169,13 +173,22 @@ def _prepare_rows(study: Study) -> None:
 
     Raises EchoDataError.
     """
-    from echo_lora.recipe.prepare import prepare, sample_of  # transformers takes seconds
-
     recipes = [first_recipe(study, arm) for arm in study.arms]
     with stage("Reading rows", line=False):
         for place, recipe in enumerate(recipes):
             if all((recipe.model, recipe.data) != (other.model, other.data) for other in recipes[:place]):
                 prepare(sample_of(recipe))
+
+
+def _require_kept_echoes(study: Study) -> None:
+    """Raises EchoModelError if an arm's model can't generate with its echo kept on, which follows its training."""
+    for name in [name for name, arm in study.arms.items() if arm.keep_echo_on]:
+        _, model = on_meta(first_recipe(study, name))
+        reason = model.why_full() if isinstance(model, EchoModel) else None
+        if reason is not None:
+            raise EchoModelError(
+                f"arm {name}: keep_echo_on generates on a cached prefix, but {reason}. Leave keep_echo_on out."
+            )
 
 
 def _differing(begun: StudyFile, design: Design, recipe: Recipe) -> list[str]:
