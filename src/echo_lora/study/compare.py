@@ -182,7 +182,9 @@ def _prepare_rows(study: Study) -> None:
 
 def _require_kept_echoes(study: Study) -> None:
     """Raises EchoModelError if an arm's model can't generate with its echo kept on, which follows its training."""
-    for name in [name for name, arm in study.arms.items() if arm.keep_echo_on]:
+    for name, arm in study.arms.items():
+        if not arm.keep_echo_on:
+            continue
         _, model = on_meta(first_recipe(study, name))
         reason = model.why_full() if isinstance(model, EchoModel) else None
         if reason is not None:
